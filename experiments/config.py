@@ -1,0 +1,135 @@
+"""Every setting of an experiment: typed dataclasses, nothing hidden anywhere else.
+
+A file in configs/ builds an `Experiment` and changes only what it is about; the command line
+changes single fields on top, `--config.model.num_layers=6`.
+"""
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from fp4jax import recipes as fp4_recipes
+from fp4jax.models import ModelConfig
+
+
+class Names(tuple):
+  """Names in order, `bf16,mxfp4` on the command line."""
+
+
+class _NamesParser(flags.ArgumentParser):
+  def parse(self, argument):
+    parts = argument.split(",") if isinstance(argument, str) else argument
+    return Names(part.strip() for part in parts if part.strip())
+
+  def flag_type(self):
+    return "comma-separated names"
+
+
+config_flags.register_flag_parser_for_type(Names, _NamesParser())
+
+
+@dataclasses.dataclass
+class Data:
+  """Text to train on; None takes the source text of Python's standard library."""
+
+  path: str | None = None  # a text file, a glob, or .jsonl with a "text" field in every line
+  tokenizer: str | None = None  # a Hugging Face `tokenizers` JSON file; None: bytes are tokens
+  sequence_length: int = 128  # tokens
+  batch_size: int = 16  # sequences
+  validation_fraction: float = 0.05  # of the files (of the lines, for one JSONL or text file)
+
+
+@dataclasses.dataclass
+class Quantize:
+  """Which modules run the recipe; the others run in bf16, the router in float32."""
+
+  experts: bool = True  # dense and shared feed-forward blocks too
+  attention: bool = True  # q, k, v and output projections
+  scores: bool = False  # q k^T and probabilities v
+  router: bool = False
+  head: bool = False
+
+
+@dataclasses.dataclass
+class Optimizer:
+  """AdamW with linear warmup and cosine decay to `final_fraction` of the peak."""
+
+  learning_rate: float = 3e-3
+  warmup_steps: int = 20
+  final_fraction: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+  load_balance_weight: float = 1e-2  # of the routing losses in the total loss
+  router_z_weight: float = 1e-3
+
+
+ALL_RECIPES = Names(("bf16", "fp8", "mxfp4", "mxfp4_rht_sr", "hopper_fp4"))
+
+
+@dataclasses.dataclass
+class Experiment:
+  """One comparison: every recipe from the same weights, over the same batches, once a seed."""
+
+  recipes: Names = ALL_RECIPES
+  seeds: int = 1  # runs of every recipe, seeded 0, 1, ...
+  steps: int = 100
+  log_every: int = 1
+  eval_every: int = 20
+  eval_batches: int = 8
+  probe_every: int = 20  # 0: never
+  checkpoint_every: int = 50
+  checkpoints_kept: int = 2
+  data: Data = dataclasses.field(default_factory=Data)
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  quantize: Quantize = dataclasses.field(default_factory=Quantize)
+  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+
+
+def validate(config: Experiment) -> None:
+  """Raises ValueError for settings that no run can have; names the value and what is allowed."""
+  if not config.recipes:
+    raise ValueError("recipes is empty; name at least one of " + ", ".join(fp4_recipes.RECIPES))
+  for name in config.recipes:
+    fp4_recipes.by_name(name)
+  if len(set(config.recipes)) < len(config.recipes):
+    raise ValueError(f"recipes {','.join(config.recipes)} names one twice")
+  for name in ("seeds", "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every"):
+    if getattr(config, name) < 1:
+      raise ValueError(f"{name}={getattr(config, name)} is not at least 1")
+  if config.probe_every < 0:
+    raise ValueError(f"probe_every={config.probe_every} is negative; 0 turns probes off")
+  if config.optimizer.warmup_steps >= config.steps:
+    raise ValueError(
+      f"optimizer.warmup_steps={config.optimizer.warmup_steps} is not below steps={config.steps}"
+    )
+  if config.model.dtype not in ("bfloat16", "float32"):
+    raise ValueError(f"model.dtype={config.model.dtype!r} is not 'bfloat16' or 'float32'")
+
+
+def to_dict(config: Experiment) -> dict[str, Any]:
+  """Nested plain values, as written to config.json."""
+  fields = dataclasses.asdict(config)
+  fields["recipes"] = list(config.recipes)
+  return fields
+
+
+def field_paths(cls: type = Experiment, prefix: str = "") -> list[str]:
+  """Dotted names of every setting, `model.num_layers`."""
+  paths = []
+  for name, kind in typing.get_type_hints(cls).items():
+    if dataclasses.is_dataclass(kind):
+      paths += field_paths(kind, f"{prefix}{name}.")
+    else:
+      paths.append(prefix + name)
+  return paths
+
+
+def near_fields(name: str) -> list[str]:
+  """The settings whose names are closest to a misspelt one; all of them when none is close."""
+  return difflib.get_close_matches(name, field_paths(), n=3, cutoff=0.5) or field_paths()

@@ -1,0 +1,38 @@
+"""What a run ran on: versions, device, commit, command line, corpus."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_dtypes", "numpy", "grain")
+
+
+def describe_environment() -> dict[str, Any]:
+  """Versions, device, git commit and whether the tree differs from it, and the command line."""
+  device = jax.devices()[0]
+  kind = platform.machine() if device.platform == "cpu" else device.device_kind
+  return {
+    "argv": sys.argv,
+    "versions": {"python": platform.python_version()}
+    | {name: importlib.metadata.version(name) for name in _PACKAGES},
+    "device": f"{device.platform} {kind} x{jax.device_count()}, {os.cpu_count()} CPU cores",
+    "git_commit": _git("rev-parse", "HEAD"),
+    "git_dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+  }
+
+
+def _git(*arguments: str) -> str | None:
+  """Output of a git command on this repository; None without git or outside a repository."""
+  try:
+    done = subprocess.run(
+      ("git", *arguments), cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+  except (FileNotFoundError, subprocess.CalledProcessError):
+    return None
+  return done.stdout.strip()

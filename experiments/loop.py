@@ -1,0 +1,117 @@
+"""One run from its last checkpoint, or its first step, to its end, writing as it goes."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from experiments import data, logs, probes
+from experiments.checkpoints import Checkpoints
+from experiments.config import Experiment
+from experiments.train import Trainer, learning_rate
+from experiments.workdir import Offsets, Run
+
+
+class Interrupted(Exception):
+  """The run was asked to stop, and has saved."""
+
+
+def train_run(
+  run: Run,
+  config: Experiment,
+  corpus: data.Corpus,
+  trainer: Trainer,
+  open_logs: Callable[[Offsets], dict[str, logs.JsonLines]],
+  offsets: Offsets,
+  progress: logs.Progress,
+  asked_to_stop: Callable[[], bool],
+) -> Offsets:
+  """Trains `run` to its end and returns the length of the logs there.
+
+  `offsets` is where its rows begin: what stands behind them, or behind the checkpoint from which
+  the run resumes, is from a process that died, and is cut off.
+  """
+  seed = jnp.int32(run.seed)
+  train = data.batches(corpus, config.data, run.seed, "train")
+  validation = data.batches(corpus, config.data, run.seed, "validation")
+  validation = [validation[i] for i in range(min(config.eval_batches, len(validation)))]
+  schedule = learning_rate(config.optimizer, config.steps)
+  label = {"recipe": run.recipe, "seed": run.seed}
+
+  with contextlib.ExitStack() as stack:
+    closing = lambda resource: stack.enter_context(contextlib.closing(resource))  # noqa: E731
+    checkpoints = closing(Checkpoints(run.folder / "checkpoints", config.checkpoints_kept))
+    restored = checkpoints.restore_latest(jax.eval_shape(trainer.init, seed))
+    if restored is None:
+      start, state = 0, trainer.init(seed)
+    else:
+      start, state, metadata = restored
+      offsets = metadata["offsets"]
+      logging.info("%s resumes from its checkpoint of step %d", run.name, start)
+    rows = {name: closing(log) for name, log in open_logs(offsets).items()}
+    board = closing(logs.TensorBoard(run.folder / "tensorboard", start + 1 if restored else None))
+
+    def write(log: str, step: int, row: dict) -> None:
+      rows[log].write(label | {"step": step} | row)
+
+    def evaluate(step: int) -> None:
+      loss = float(np.mean([trainer.evaluate(state, batch, seed) for batch in validation]))
+      write("metrics", step, {"split": "validation", "loss": loss})
+      board.write(step, {"validation/loss": loss})
+
+    def probe(step: int, tokens: np.ndarray) -> list[dict]:
+      taps = jax.device_get(trainer.probe(state, tokens, seed))
+      found = probes.probe_rows(taps, trainer.policy, config.model.num_layers)
+      for row in found:
+        write("probes", step, row)
+      return found
+
+    def save(step: int) -> Offsets:
+      lengths = {name: log.sync() for name, log in rows.items()}
+      if checkpoints.latest_step() != step:
+        checkpoints.save(step, state, {"offsets": lengths})
+      return lengths
+
+    progress.start(run.name, config.steps, start)
+    if start == 0:
+      evaluate(0)
+    for step in range(start, config.steps):
+      if config.probe_every and step % config.probe_every == 0:
+        probe(step, validation[0])
+      began = time.perf_counter()
+      state, scalars = trainer.step(state, train[step], seed)
+      scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
+      step_time = time.perf_counter() - began
+      if not (math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])):
+        where = probes.first_non_finite(probe(step, train[step]))
+        where = where and {"step": step} | where
+        write("metrics", step, {"split": "event", "event": "diverged", "probe": where})
+        logging.warning("%s diverged at step %d: %s", run.name, step, scalars)
+        offsets = save(step)
+        break
+      done = step + 1
+      last = done == config.steps
+      if done % config.log_every == 0 or last:
+        scalars["learning_rate"] = float(schedule(step))
+        write("metrics", done, {"split": "train"} | scalars)
+        tokens_per_s = config.data.batch_size * config.data.sequence_length / step_time
+        write("timing", done, {"step_time_ms": step_time * 1e3, "tokens_per_s": tokens_per_s})
+        board.write(done, {f"train/{name}": value for name, value in scalars.items()})
+      progress.update(done, scalars["loss"])
+      if done % config.eval_every == 0 or last:
+        evaluate(done)
+      if config.probe_every and last:
+        probe(done, validation[0])
+      stop = asked_to_stop()
+      if done % config.checkpoint_every == 0 or last or stop:
+        offsets = save(done)
+      if stop and not last:
+        raise Interrupted(f"{run.name} saved its state after step {done} and stopped")
+    progress.end()
+  run.finish(offsets)
+  return offsets

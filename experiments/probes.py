@@ -1,0 +1,44 @@
+"""From the taps of one probe to rows of probes.jsonl: one for each quantization of each GEMM."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fp4jax import operands
+from fp4jax.decompose import SUMMARY_FIELDS
+from fp4jax.models import Policy
+
+_FORWARD = ("fprop", "residual")
+
+
+def probe_rows(
+  taps: dict[str, np.ndarray], policy: Policy, num_layers: int
+) -> list[dict[str, Any]]:
+  """Rows in the order in which the pass computes them: forward, then backward from the last layer.
+
+  The head counts as layer `num_layers`.
+  """
+  rows = []
+  for name, tap in taps.items():
+    recipe = getattr(policy, name.split(".")[0])
+    layers = enumerate(np.asarray(tap)) if tap.ndim == 3 else [(num_layers, np.asarray(tap))]
+    for layer, table in layers:
+      for role, fmt in operands.quantized_roles(recipe).items():
+        gemm, operand = role.split(".")
+        summary = table[operands.ROLES.index(role)].tolist()
+        rows.append(
+          {"layer": layer, "module": name, "gemm": gemm, "operand": operand, "format": fmt.name}
+          | dict(zip(SUMMARY_FIELDS, summary, strict=True))
+        )
+  forward = [row for row in rows if row["gemm"] in _FORWARD]
+  backward = [row for row in rows if row["gemm"] not in _FORWARD]
+  return sorted(forward, key=lambda r: r["layer"]) + sorted(backward, key=lambda r: -r["layer"])
+
+
+def first_non_finite(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+  """Where the first operand with a NaN or an infinity was; `gain` is finite for every other."""
+  for row in rows:
+    if not math.isfinite(row["gain"]):
+      return {name: row[name] for name in ("layer", "module", "gemm", "operand")}
+  return None

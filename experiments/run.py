@@ -1,0 +1,94 @@
+"""Trains a model under several recipes and reports how they diverge.
+
+    python -m experiments.run --config=configs/demo.py --workdir=runs/demo
+    ... --config.recipes=bf16,mxfp4 --config.seeds=3 --config.model.num_layers=6
+
+The same command goes on where a stopped one left off. SIGTERM and Ctrl-C save first.
+"""
+
+import logging as python_logging
+import signal
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from experiments import data, logs
+from experiments.config import field_paths, near_fields, validate
+from experiments.environment import describe_environment
+from experiments.loop import Interrupted, train_run
+from experiments.report import write_report
+from experiments.summary import write_summary
+from experiments.train import make_trainer, saved_activation_bytes
+from experiments.workdir import WorkDir
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this experiment.", required=True)
+
+
+def main(_) -> None:
+  # At INFO, JAX tells of every backend that it did not find.
+  python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+  try:
+    run(_CONFIG.value, _WORKDIR.value)
+  except (ValueError, OSError) as error:
+    logging.debug("", exc_info=True)
+    sys.exit(f"error: {error}")
+  except Interrupted as stopped:
+    print(f"\n{stopped}; the same command goes on from there", file=sys.stderr)
+    sys.exit(128 + signal.SIGTERM)
+
+
+def run(config, workdir: str) -> None:
+  """Trains whatever of `config` is not yet in `workdir`, then writes its report."""
+  validate(config)
+  folder = WorkDir(workdir, config)
+  corpus = data.load_corpus(config.data)
+  trainers = {name: make_trainer(config, corpus.vocab_size, name) for name in config.recipes}
+  batch, length = config.data.batch_size, config.data.sequence_length
+  costs = {name: saved_activation_bytes(t, batch, length) for name, t in trainers.items()}
+  folder.begin(
+    describe_environment()
+    | {"corpus": corpus.describe(), "saved_activation_bytes_per_token": costs}
+  )
+  runs, offsets = folder.unfinished()
+  stop_signals = []
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: stop_signals.append(number))
+  progress = logs.Progress(len(runs) * config.steps, batch * length)
+  try:
+    for this in runs:
+      offsets = train_run(
+        this,
+        config,
+        corpus,
+        trainers[this.recipe],
+        folder.open_logs,
+        offsets,
+        progress,
+        lambda: bool(stop_signals),
+      )
+  finally:
+    write_summary(folder.path)
+    report = write_report(folder.path)
+  print(f"report: {report}")
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """absl's parsing, with an error that names the near settings for a misspelt one."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    sys.exit(f"error: {error}")
+  except (KeyError, AttributeError) as error:
+    for argument in argv:
+      flag = argument.lstrip("-").partition("=")[0]
+      path = flag.removeprefix("config.")
+      if path != flag and path not in field_paths() and path.rpartition(".")[2] in str(error):
+        near = ", ".join(f"--config.{name}" for name in near_fields(path))
+        sys.exit(f"error: there is no --{flag}; did you mean {near}?")
+    raise
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse_flags)

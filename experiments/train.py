@@ -1,0 +1,160 @@
+"""Training of one model under one recipe: pure, compiled functions of arrays, no files."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float32, Int32
+
+from experiments.config import Experiment, Optimizer, Quantize
+from fp4jax import operands, recipes
+from fp4jax.models import LanguageModel, Policy
+
+Scalars = dict[str, Float32[Array, ""]]
+Tokens = Int32[Array, "batch length_and_one"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything that the next step depends on, besides its batch."""
+
+  step: Int32[Array, ""]  # steps done
+  params: Any  # float32
+  opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+  """The compiled functions of one recipe. Randomness comes from (seed, step) alone."""
+
+  policy: Policy
+  init: Callable[[Int32[Array, ""]], TrainState]
+  step: Callable[[TrainState, Tokens, Int32[Array, ""]], tuple[TrainState, Scalars]]
+  evaluate: Callable[[TrainState, Tokens, Int32[Array, ""]], Float32[Array, ""]]
+  probe: Callable[[TrainState, Tokens, Int32[Array, ""]], dict[str, operands.Tap]]
+  saved_bytes: Callable[[Tokens], int]
+
+
+def policy_of(recipe: str, quantize: Quantize) -> Policy:
+  """The recipe where `quantize` says so, high precision elsewhere."""
+  chosen = recipes.by_name(recipe)
+  kinds = [f.name for f in dataclasses.fields(Quantize) if getattr(quantize, f.name)]
+  return Policy(**dict.fromkeys(kinds, chosen))
+
+
+def make_trainer(config: Experiment, vocab_size: int, recipe: str) -> Trainer:
+  """Functions that train `config.model` under `recipe`; nothing is compiled before first use."""
+  policy = policy_of(recipe, config.quantize)
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  make_model = functools.partial(LanguageModel, config.model, vocab_size)
+  model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+  graph, _ = nnx.split(model)
+  taps = jax.tree.map(jnp.zeros_like, jax.eval_shape(model.new_taps))
+
+  def init(seed):
+    params = nnx.split(make_model(nnx.Rngs(params=jax.random.key(seed))))[1]
+    params = nnx.to_pure_dict(params)
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+  def losses(params, tokens, key, taps=None):
+    """Mean cross-entropy in nats a token, and the routing losses."""
+    logits, routing = nnx.merge(graph, params)(tokens[:, :-1], policy, key=key, taps=taps)
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return jnp.mean(entropy), routing
+
+  def total_loss(params, tokens, key, taps=None):
+    loss, routing = losses(params, tokens, key, taps)
+    weights = {
+      "load_balance_loss": config.optimizer.load_balance_weight,
+      "router_z_loss": config.optimizer.router_z_weight,
+    }
+    return loss + sum(weights[name] * value for name, value in routing.items()), (loss, routing)
+
+  def step(state, tokens, seed):
+    key = _key(seed, state.step)
+    (_, (loss, routing)), grads = jax.value_and_grad(total_loss, has_aux=True)(
+      state.params, tokens, key
+    )
+    norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    # A step that diverged changes nothing, so that its cause can still be looked at.
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    return new, {"loss": loss, "grad_norm": norm} | routing
+
+  def evaluate(state, tokens, seed):
+    return losses(state.params, tokens, _key(seed, state.step))[0]
+
+  def probe(state, tokens, seed):
+    key = _key(seed, state.step)
+    return jax.grad(lambda taps: total_loss(state.params, tokens, key, taps)[0])(taps)
+
+  def saved_bytes(tokens):
+    def residuals(params, tokens):
+      return jax.vjp(lambda p: total_loss(p, tokens, jax.random.key(0))[0], params)[1]
+
+    params = jax.eval_shape(init, jnp.int32(0)).params
+    leaves = jax.tree.leaves(jax.eval_shape(residuals, params, tokens))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if _is_number(leaf))
+
+  return Trainer(
+    policy,
+    jax.jit(init),
+    jax.jit(step, donate_argnums=0),
+    jax.jit(evaluate),
+    jax.jit(probe),
+    saved_bytes,
+  )
+
+
+def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
+  """Clipped AdamW that decays matrices only."""
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(
+      learning_rate(config, steps),
+      b1=config.b1,
+      b2=config.b2,
+      weight_decay=config.weight_decay,
+      mask=lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: str(path[-1].key).startswith("w"), params
+      ),
+    ),
+  )
+
+
+def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=config.learning_rate,
+    warmup_steps=config.warmup_steps,
+    decay_steps=steps,
+    end_value=config.final_fraction * config.learning_rate,
+  )
+
+
+def saved_activation_bytes(trainer: Trainer, batch: int, length: int) -> float:
+  """Bytes a token that the forward pass keeps for the backward pass, weights not counted.
+
+  From the residuals of two batch sizes: what grows with the batch is activations.
+  """
+  sizes = [
+    trainer.saved_bytes(jax.ShapeDtypeStruct((n, length + 1), jnp.int32))
+    for n in (batch, 2 * batch)
+  ]
+  return (sizes[1] - sizes[0]) / (batch * length)
+
+
+def _key(seed, step):
+  return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def _is_number(leaf):
+  return not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)

@@ -1,0 +1,54 @@
+"""FP4 numerics in JAX: what the numbers are.
+
+`formats` are values, `quantize` and `decompose` take them as arguments, a `Recipe` says which
+operand of which GEMM has which format, `dot_general(recipe)` runs it in any model.
+"""
+
+from fp4jax import recipes
+from fp4jax.decompose import ErrorDecomposition, ErrorSummary, decompose
+from fp4jax.dot_general import dot_general
+from fp4jax.formats import (
+  FORMATS,
+  FP8_BLOCK,
+  FP8_BLOCK_2D,
+  FP8_BLOCK_POW2,
+  FP8_BLOCK_POW2_2D,
+  FP8_TENSOR,
+  MXFP4,
+  MXFP8,
+  NVFP4,
+  BlockFormat,
+)
+from fp4jax.grouped_dot import grouped_dot
+from fp4jax.hadamard import hadamard
+from fp4jax.quantize import QuantizedArray, dequantize, fake_quantize, quantize
+from fp4jax.recipe import Gemm, Hadamard, Operand, Recipe, Residual
+
+__all__ = [
+  "FORMATS",
+  "FP8_BLOCK",
+  "FP8_BLOCK_2D",
+  "FP8_BLOCK_POW2",
+  "FP8_BLOCK_POW2_2D",
+  "FP8_TENSOR",
+  "MXFP4",
+  "MXFP8",
+  "NVFP4",
+  "BlockFormat",
+  "ErrorDecomposition",
+  "ErrorSummary",
+  "Gemm",
+  "Hadamard",
+  "Operand",
+  "QuantizedArray",
+  "Recipe",
+  "Residual",
+  "decompose",
+  "dequantize",
+  "dot_general",
+  "fake_quantize",
+  "grouped_dot",
+  "hadamard",
+  "quantize",
+  "recipes",
+]

@@ -1,0 +1,138 @@
+"""The exact decomposition of the quantization error into scale bias, deadzone and grid noise.
+
+With Q the quantizer, s* = amax / q_max the ideal scale of a block and Q* the same rounding on the
+grid of s* instead of the stored scale, the error splits without a remainder (arXiv 2605.20402):
+
+    Q(x) - x = [Q(x) - Q*(x)] + [Q*(x) - x] on D + [Q*(x) - x] off D
+    total    =   scale bias   +   deadzone       +   grid noise
+
+D, the dead zone, holds the values that the ideal grid rounds to zero: |x| < q_min / 2 * s*, which
+is amax / 24 for E2M1. Deadzone and grid noise have disjoint support, so they are orthogonal for
+every format. Scale bias is orthogonal to the deadzone too where the stored scale is never below
+s*, that is under `scale_rule="rceil"`: there Q is zero on D as well. Under "floor", "even", "oas"
+and rounded scales ("nearest") Q can be nonzero on D, and that cross term is small but not zero. One
+cross term is left in any case, between scale bias and grid noise, and it is negative in practice:
+
+    1 = scale_bias + deadzone + grid_noise + cross_scale_grid + cross_scale_deadzone   (shares)
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from fp4jax import float_bits as fb
+from fp4jax import quantize as qz
+from fp4jax.formats import BlockFormat, Rounding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ErrorSummary:
+  """Scalars of one decomposition; shares are of the squared error."""
+
+  scale_bias: Float[Array, ""]
+  deadzone: Float[Array, ""]
+  grid_noise: Float[Array, ""]
+  cross_scale_grid: Float[Array, ""]  # 2 <scale_bias, grid_noise>
+  cross_scale_deadzone: Float[Array, ""]  # 2 <scale_bias, deadzone>
+  cosine: Float[Array, ""]  # between scale bias and grid noise
+  sqnr_db: Float[Array, ""]  # 10 log10(|x|^2 / |error|^2)
+  gain: Float[Array, ""]  # <x, Q(x)> / <x, x>
+  flushed: Float[Array, ""]  # fraction of the nonzero values that became zero
+  clipped: Float[Array, ""]  # fraction of the nonzero values beyond q_max * scale
+
+
+SUMMARY_FIELDS = tuple(f.name for f in dataclasses.fields(ErrorSummary))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ErrorDecomposition:
+  """Arrays of x's shape: total = scale_bias + deadzone + grid_noise."""
+
+  x: Float[Array, "*s"]
+  total: Float[Array, "*s"]
+  scale_bias: Float[Array, "*s"]
+  deadzone: Float[Array, "*s"]
+  grid_noise: Float[Array, "*s"]
+  clipped: Bool[Array, "*s"]
+
+  def summary(self) -> ErrorSummary:
+    """Shares, cosine, SQNR, gain and fractions. Where nothing was lost, shares are 0."""
+    # Taken relative to the largest value, so that no square leaves the range of float32.
+    largest = jnp.max(jnp.abs(self.x))
+    unit = jnp.where(largest > 0, largest, 1.0)
+    x, total, scale, dead, grid = (
+      t / unit for t in (self.x, self.total, self.scale_bias, self.deadzone, self.grid_noise)
+    )
+    energy, error = jnp.sum(x * x), jnp.sum(total * total)
+    scale_grid = jnp.sum(scale * grid)
+    norms = jnp.sqrt(jnp.sum(scale * scale)) * jnp.sqrt(jnp.sum(grid * grid))
+    nonzero = jnp.sum(x != 0)
+    return ErrorSummary(
+      scale_bias=_ratio(jnp.sum(scale * scale), error),
+      deadzone=_ratio(jnp.sum(dead * dead), error),
+      grid_noise=_ratio(jnp.sum(grid * grid), error),
+      cross_scale_grid=_ratio(2 * scale_grid, error),
+      cross_scale_deadzone=_ratio(2 * jnp.sum(scale * dead), error),
+      cosine=_ratio(scale_grid, norms),
+      sqnr_db=10 * (jnp.log10(energy) - jnp.log10(error)),
+      gain=1 + _ratio(jnp.sum(x * total), energy),
+      flushed=_ratio(jnp.sum((x != 0) & (x + total == 0)), nonzero),
+      clipped=_ratio(jnp.sum(self.clipped), nonzero),
+    )
+
+
+def _ratio(numerator, denominator):
+  """numerator / denominator; 0 / 0 is 0, for there was nothing to share out."""
+  return jnp.where(denominator == 0, 0.0, numerator / jnp.where(denominator == 0, 1, denominator))
+
+
+def decompose(
+  x: Float[Array, "*s"],
+  fmt: BlockFormat,
+  axis: int = -1,
+  *,
+  rounding: Rounding = "nearest",
+  key: jax.Array | None = None,
+  dtype: DTypeLike = jnp.float32,
+) -> ErrorDecomposition:
+  """Splits the error of `fake_quantize(x, fmt, axis, ...)`.
+
+  Stochastic rounding draws the same uniforms for Q and Q*, so that scale bias stays the effect of
+  the scale alone; on D, Q* is then zero only on average.
+
+  Args:
+    x: float32, bfloat16 or float16, as for `quantize`.
+    fmt: the format.
+    axis: the quantized axis.
+    rounding: as for `quantize`.
+    key: as for `quantize`.
+    dtype: dtype of the differences: float32, in which the parts sum to the total within one ulp of
+      x, or float64 (under jax_enable_x64), in which they sum exactly.
+  """
+  axis = qz.check_arguments(x, fmt, axis, rounding, key)
+  if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
+    raise ValueError("dtype=float64 needs jax.config.update('jax_enable_x64', True)")
+  r = qz.round_blocks(x, fmt, axis, rounding, key)
+  ideal_scale = fb.multiply(r.amax, jnp.full_like(r.amax, 1 / fmt.q_max, jnp.float32))
+  ideal_scale = jnp.maximum(ideal_scale, 2.0**-126)
+  ideal_scaled = fb.multiply(r.magnitude, 1.0 / ideal_scale)
+  ideal = fb.round_to_grid(ideal_scaled, fmt.element_dtype, r.random_bits) * ideal_scale
+  ideal = jnp.copysign(ideal, r.elements)
+  in_deadzone = (ideal_scaled < fmt.q_min / 2).reshape(x.shape)
+  quantized = qz.values(r.elements, r.scales, r.tensor_scale, fmt)
+
+  x, quantized, ideal = (a.reshape(x.shape).astype(dtype) for a in (x, quantized, ideal))
+  ideal_error = ideal - x
+  return ErrorDecomposition(
+    x=x,
+    total=quantized - x,
+    scale_bias=quantized - ideal,
+    deadzone=jnp.where(in_deadzone, ideal_error, 0),
+    grid_noise=jnp.where(in_deadzone, 0, ideal_error),
+    clipped=(r.scaled > fmt.q_max).reshape(x.shape),
+  )

@@ -1,0 +1,111 @@
+"""`lax.dot_general` whose three GEMMs run a recipe.
+
+    dot = fp4jax.dot_general(recipes.MXFP4)
+    y = dot(x, w, (((1,), (0,)), ((), ())))         # plain JAX
+    nn.Dense(features, dot_general=dot)             # Flax Linen
+
+Any dimension numbers are brought to batch x m x k times batch x k x n; what a recipe calls tokens
+is m, the free axes of lhs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from fp4jax import operands as ops
+from fp4jax.linear import linear
+from fp4jax.recipe import Recipe
+
+
+def dot_general(
+  recipe: Recipe, *, key: jax.Array | None = None, tap: ops.Tap | None = None
+) -> Callable[..., Array]:
+  """A drop-in for `lax.dot_general` that computes forward and backward as `recipe` says.
+
+  Args:
+    recipe: the numerics.
+    key: seeds stochastic rounding; give each call of each step its own. Operands and GEMMs of one
+      call draw apart from each other.
+    tap: see `operands.new_tap`.
+  Returns:
+    A function of (lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None). Its
+    result has the dtype that `lax.dot_general` would give it; `precision` must be left None.
+  Raises:
+    ValueError: a stochastic recipe without a key.
+    TypeError: operands that are not float32, bfloat16 or float16.
+  """
+
+  def apply(
+    lhs: Array,
+    rhs: Array,
+    dimension_numbers: lax.DotDimensionNumbers,
+    precision: None = None,
+    preferred_element_type: DTypeLike | None = None,
+    **unsupported,
+  ) -> Array:
+    ops.check_call(recipe, key, lhs, rhs)
+    if precision is not None:
+      raise ValueError(f"{precision=}: recipe {recipe.name!r} sets the precision of each GEMM")
+    for name, value in unsupported.items():
+      if value is not None:
+        raise ValueError(f"dot_general with a recipe does not support {name}={value!r}")
+    lhs3, rhs3, out_shape = _canonical(lhs, rhs, dimension_numbers)
+    dtype = preferred_element_type or jnp.result_type(lhs, rhs)
+    return linear(recipe, jnp.dtype(dtype), _OneMatrix(), lhs3, rhs3, key, tap).reshape(out_shape)
+
+  return apply
+
+
+def _canonical(lhs, rhs, dimension_numbers):
+  """lhs as (*b, m, k), rhs as (*b, k, n) with *b one axis or none, and the shape of the result."""
+  (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+  lhs_free = [d for d in range(lhs.ndim) if d not in (*lhs_contract, *lhs_batch)]
+  rhs_free = [d for d in range(rhs.ndim) if d not in (*rhs_contract, *rhs_batch)]
+
+  def size(x, dims):
+    return math.prod(x.shape[d] for d in dims)
+
+  batch = [size(lhs, lhs_batch)] if lhs_batch else []
+  k = size(lhs, lhs_contract)
+  if k != size(rhs, rhs_contract):
+    raise ValueError(
+      f"contracted axes differ: lhs {lhs.shape} over {tuple(lhs_contract)}, "
+      f"rhs {rhs.shape} over {tuple(rhs_contract)}"
+    )
+  out_shape = [lhs.shape[d] for d in (*lhs_batch, *lhs_free)] + [rhs.shape[d] for d in rhs_free]
+  lhs3 = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract).reshape(*batch, size(lhs, lhs_free), k)
+  rhs3 = rhs.transpose(*rhs_batch, *rhs_contract, *rhs_free).reshape(*batch, k, size(rhs, rhs_free))
+  return lhs3, rhs3, out_shape
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _OneMatrix:
+  """The layout of a plain matmul: every row meets the same weights."""
+
+  def rows(self, x):
+    return x
+
+  def groups(self, x):
+    return x
+
+  def fprop(self, x, w):
+    return _product(x, w, -1, -2)
+
+  def dgrad(self, dy, w):
+    return _product(dy, w, -1, -1)
+
+  def wgrad(self, x, dy):
+    return _product(x, dy, -2, -2)
+
+
+def _product(lhs, rhs, lhs_axis, rhs_axis):
+  ndim = lhs.values.ndim
+  batch = tuple(range(ndim - 2))
+  return ops.gemm(lhs, rhs, (((lhs_axis % ndim,), (rhs_axis % ndim,)), (batch, batch)))

@@ -1,0 +1,7 @@
+"""Flax NNX language models whose every GEMM runs the recipe that a policy gives it."""
+
+from fp4jax.models.language_model import LanguageModel, ModelConfig
+from fp4jax.models.moe import MoE, Routing, route
+from fp4jax.models.policy import Numerics, Policy
+
+__all__ = ["LanguageModel", "MoE", "ModelConfig", "Numerics", "Policy", "Routing", "route"]

@@ -1,0 +1,72 @@
+"""Causal grouped-query attention with rotary positions."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fp4jax.models.policy import Numerics
+
+
+class Attention(nnx.Module):
+  """Every key and value head serves num_heads / num_kv_heads query heads."""
+
+  gemms = ("attention.qkv", "scores.qk", "scores.av", "attention.out")
+
+  def __init__(
+    self,
+    d_model: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rope_theta: float,
+    out_scale: float,
+    rngs: nnx.Rngs,
+  ):
+    if num_heads % num_kv_heads:
+      raise ValueError(f"{num_heads=} is no multiple of {num_kv_heads=}")
+    if head_dim % 2:
+      raise ValueError(f"{head_dim=} is odd; rotary positions turn pairs")
+    self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+    self.rope_theta = rope_theta
+    fan_in = nnx.initializers.lecun_normal()
+    qkv = (num_heads + 2 * num_kv_heads) * head_dim
+    self.w_qkv = nnx.Param(fan_in(rngs.params(), (d_model, qkv), jnp.float32))
+    self.w_out = nnx.Param(
+      out_scale * fan_in(rngs.params(), (num_heads * head_dim, d_model), jnp.float32)
+    )
+
+  def __call__(self, x: Float[Array, "b t d"], numerics: Numerics) -> Float[Array, "b t d"]:
+    b, t, _ = x.shape
+    groups = self.num_heads // self.num_kv_heads
+    qkv = numerics.matmul("attention.qkv", x, self.w_qkv[...])
+    q, k, v = jnp.split(
+      qkv.reshape(b, t, -1, self.head_dim),
+      [self.num_heads, self.num_heads + self.num_kv_heads],
+      axis=2,
+    )
+    q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
+    q = q.reshape(b, t, self.num_kv_heads, groups, self.head_dim)
+    scores = jnp.einsum(
+      "bqhgd,bkhd->bhgqk",
+      q,
+      k,
+      preferred_element_type=jnp.float32,
+      _dot_general=numerics.dot_general("scores.qk"),
+    )
+    causal = jnp.tril(jnp.ones((t, t), bool))
+    scores = jnp.where(causal, scores * self.head_dim**-0.5, -jnp.inf)
+    weights = nnx.softmax(scores, axis=-1).astype(x.dtype)
+    values = jnp.einsum(
+      "bhgqk,bkhd->bqhgd", weights, v, _dot_general=numerics.dot_general("scores.av")
+    )
+    return numerics.matmul("attention.out", values.reshape(b, t, -1), self.w_out[...])
+
+
+def rotate(x: Float[Array, "b t h d"], theta: float) -> Float[Array, "b t h d"]:
+  """Rotary position embedding: pair (i, i + d/2) of position t turns by t * theta^(-2i/d)."""
+  half = x.shape[-1] // 2
+  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequency
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,124 @@
+"""SwiGLU feed-forward blocks: dense, and a dropless mixture of experts."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from fp4jax.models.policy import Numerics
+
+
+class Routing(NamedTuple):
+  """Which experts each token goes to, with what weight, and what that costs."""
+
+  experts: Int[Array, "token k"]
+  weights: Float32[Array, "token k"]  # of one token sum to 1
+  load_balance_loss: Float32[Array, ""]
+  z_loss: Float32[Array, ""]
+
+
+def route(logits: Float32[Array, "token e"], top_k: int) -> Routing:
+  """Top-k softmax routing.
+
+  The load-balancing loss is that of arXiv 2101.03961, e * sum_i (share of the choices that fall on
+  expert i) * (mean probability of i), 1 when balanced; the z loss that of arXiv 2202.08906.
+  """
+  num_experts = logits.shape[-1]
+  probabilities = jax.nn.softmax(logits, axis=-1)
+  weights, experts = jax.lax.top_k(probabilities, top_k)
+  share = jnp.bincount(experts.ravel(), length=num_experts) / experts.size
+  return Routing(
+    experts,
+    weights / jnp.sum(weights, axis=-1, keepdims=True),
+    num_experts * jnp.sum(share * jnp.mean(probabilities, axis=0)),
+    jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2),
+  )
+
+
+def swiglu(gate_and_up: Float[Array, "*t f2"]) -> Float[Array, "*t f"]:
+  """silu(gate) * up in float32; gate and up are the two halves of the last axis."""
+  gate, up = jnp.split(gate_and_up.astype(jnp.float32), 2, axis=-1)
+  return (jax.nn.silu(gate) * up).astype(gate_and_up.dtype)
+
+
+class FeedForward(nnx.Module):
+  """A dense SwiGLU block."""
+
+  def __init__(
+    self, d_model: int, d_ff: int, out_scale: float, rngs: nnx.Rngs, prefix: str = "experts."
+  ):
+    fan_in = nnx.initializers.lecun_normal()
+    self.gemms = (prefix + "w13", prefix + "w2")
+    self.w13 = nnx.Param(fan_in(rngs.params(), (d_model, 2 * d_ff), jnp.float32))
+    self.w2 = nnx.Param(out_scale * fan_in(rngs.params(), (d_ff, d_model), jnp.float32))
+
+  def __call__(self, x: Float[Array, "*t d"], numerics: Numerics) -> Float[Array, "*t d"]:
+    w13, w2 = self.gemms
+    return numerics.matmul(w2, swiglu(numerics.matmul(w13, x, self.w13[...])), self.w2[...])
+
+
+class MoE(nnx.Module):
+  """Each token goes to its top-k experts, none is dropped: rows are sorted by expert."""
+
+  def __init__(
+    self,
+    d_model: int,
+    d_ff: int,
+    num_experts: int,
+    top_k: int,
+    d_ff_shared: int,
+    out_scale: float,
+    rngs: nnx.Rngs,
+  ):
+    if not 1 <= top_k <= num_experts:
+      raise ValueError(f"{top_k=} is not in 1..{num_experts=}")
+    self.top_k = top_k
+    fan_in = nnx.initializers.lecun_normal(batch_axis=0)
+    self.w_router = nnx.Param(
+      nnx.initializers.lecun_normal()(rngs.params(), (d_model, num_experts), jnp.float32)
+    )
+    self.w13 = nnx.Param(fan_in(rngs.params(), (num_experts, d_model, 2 * d_ff), jnp.float32))
+    self.w2 = nnx.Param(
+      out_scale * fan_in(rngs.params(), (num_experts, d_ff, d_model), jnp.float32)
+    )
+    self.shared = None
+    self.gemms = ("router.logits", "experts.w13", "experts.w2")
+    if d_ff_shared:
+      self.shared = FeedForward(d_model, d_ff_shared, out_scale, rngs, "experts.shared_")
+      self.gemms += self.shared.gemms
+
+  def __call__(
+    self, x: Float[Array, "b t d"], numerics: Numerics
+  ) -> tuple[Float[Array, "b t d"], Routing]:
+    tokens = x.reshape(-1, x.shape[-1])
+    logits = numerics.matmul("router.logits", tokens.astype(jnp.float32), self.w_router[...])
+    routing = route(logits, self.top_k)
+    order = jnp.argsort(routing.experts.ravel(), stable=True)  # of (token, choice) pairs
+    inverse = jnp.argsort(order)
+    sizes = jnp.bincount(routing.experts.ravel(), length=self.w_router.shape[-1])
+
+    rows = permute(jnp.repeat(tokens, self.top_k, axis=0), order, inverse)
+    hidden = swiglu(numerics.grouped_dot("experts.w13", rows, self.w13[...].astype(x.dtype), sizes))
+    rows = numerics.grouped_dot("experts.w2", hidden, self.w2[...].astype(x.dtype), sizes)
+    rows = permute(rows, inverse, order).reshape(-1, self.top_k, x.shape[-1])
+    out = jnp.einsum("tkd,tk->td", rows.astype(jnp.float32), routing.weights).astype(x.dtype)
+    out = out.reshape(x.shape)
+    if self.shared is not None:
+      out = out + self.shared(x, numerics)
+    return out, routing
+
+
+@jax.custom_vjp
+def permute(
+  x: Float[Array, "m d"], order: Int[Array, " m"], inverse: Int[Array, " m"]
+) -> Float[Array, "m d"]:
+  """x[order], differentiated as a gather by `inverse` and not as a scatter."""
+  return x[order]
+
+
+permute.defvjp(
+  lambda x, order, inverse: (x[order], inverse),
+  lambda inverse, dy: (dy[inverse], None, None),
+)

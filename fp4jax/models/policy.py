@@ -1,0 +1,60 @@
+"""Which module runs which recipe, and how keys and taps reach its GEMMs."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from fp4jax import operands, recipes
+from fp4jax.dot_general import dot_general
+from fp4jax.grouped_dot import grouped_dot
+from fp4jax.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """A recipe for each kind of module. Embeddings and norms have no GEMM and stay as they are."""
+
+  experts: Recipe = recipes.BF16  # feed-forward blocks: experts, shared expert, dense
+  attention: Recipe = recipes.BF16  # q, k, v and output projections
+  scores: Recipe = recipes.BF16  # q k^T, and probabilities times v
+  router: Recipe = recipes.FP32
+  head: Recipe = recipes.BF16
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+  """A policy with the key and the taps of one pass; modules ask it for their GEMMs by name.
+
+  `"experts.w13"` is GEMM w13 of the kind `experts`. Each name draws its own random numbers.
+  """
+
+  policy: Policy
+  key: jax.Array | None = None
+  taps: dict[str, operands.Tap] | None = None
+
+  def dot_general(self, name: str) -> Callable[..., Array]:
+    return dot_general(self._recipe(name), key=self._key(name), tap=self._tap(name))
+
+  def grouped_dot(
+    self, name: str, lhs: Float[Array, "m k"], rhs: Float[Array, "e k n"], sizes: Int[Array, " e"]
+  ) -> Float[Array, "m n"]:
+    return grouped_dot(
+      lhs, rhs, sizes, self._recipe(name), key=self._key(name), tap=self._tap(name)
+    )
+
+  def matmul(self, name: str, x: Float[Array, "*t k"], w: Float[Array, "k n"]) -> Array:
+    """x @ w, with w cast to x's dtype."""
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    return self.dot_general(name)(x, w.astype(x.dtype), dims)
+
+  def _recipe(self, name):
+    return getattr(self.policy, name.split(".")[0])
+
+  def _key(self, name):
+    return None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(name.encode()))
+
+  def _tap(self, name):
+    return None if self.taps is None else self.taps.get(name)

@@ -1,0 +1,22 @@
+"""Recipes for Flax NNX layers."""
+
+from flax import nnx
+from jaxtyping import Array
+
+from fp4jax.dot_general import dot_general
+from fp4jax.recipe import Recipe
+
+
+class DotGeneral(nnx.Module):
+  """`nnx.Linear(..., dot_general=DotGeneral(recipe, rngs))`: a recipe with its own random stream.
+
+  Each call draws a new key from the stream `rounding` of `rngs`, state of the layer as dropout's
+  is. Recipes that round to nearest need none: `dot_general=fp4jax.dot_general(recipe)`.
+  """
+
+  def __init__(self, recipe: Recipe, rngs: nnx.Rngs):
+    self.recipe = recipe
+    self.stream = rngs.rounding.fork()
+
+  def __call__(self, *args, **kwargs) -> Array:
+    return dot_general(self.recipe, key=self.stream())(*args, **kwargs)

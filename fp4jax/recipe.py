@@ -1,0 +1,136 @@
+"""A recipe: which numbers the three GEMMs of a linear layer multiply.
+
+    fprop   y  = x  @ w     contracts k
+    dgrad   dx = dy @ w.T   contracts n
+    wgrad   dw = x.T @ dy   contracts m, the tokens
+
+`recipe.dgrad.lhs.rounding` is how dy is rounded for dgrad. Every operand is quantized along the
+axis that its GEMM contracts.
+"""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from fp4jax.formats import BlockFormat, Rounding
+
+Source = Literal["original", "residual"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hadamard:
+  """Randomized block Hadamard transform along the contracted axis; see `fp4jax.hadamard`."""
+
+  block: int = 32
+  seed: int | None = 0  # of one sign vector, shared by all layers and steps; None: no signs
+
+  def signs(self) -> np.ndarray | None:
+    if self.seed is None:
+      return None
+    return np.random.default_rng(self.seed).choice(np.float32([-1, 1]), self.block)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+  """One operand of one GEMM: first transformed, then rounded to `format`.
+
+  `format` is a block format, or a float dtype to which the operand is cast. `source="residual"`
+  reads the tensor as the recipe keeps it between forward and backward pass, dequantized.
+  """
+
+  format: BlockFormat | DTypeLike
+  rounding: Rounding = "nearest"
+  transform: Hadamard | None = None
+  source: Source = "original"
+
+  def __post_init__(self):
+    if not isinstance(self.format, BlockFormat) and not jnp.issubdtype(self.format, jnp.floating):
+      raise ValueError(f"format={self.format!r} is neither a BlockFormat nor a float dtype")
+    if self.rounding not in get_args(Rounding):
+      raise ValueError(f"rounding={self.rounding!r} is not one of {get_args(Rounding)}")
+    if self.source not in get_args(Source):
+      raise ValueError(f"source={self.source!r} is not one of {get_args(Source)}")
+    if self.rounding == "stochastic" and not self.is_quantized:
+      raise ValueError(f"stochastic rounding needs a block format, not {self.format}")
+
+  @property
+  def is_quantized(self) -> bool:
+    return isinstance(self.format, BlockFormat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm:
+  """The two operands of a GEMM."""
+
+  lhs: Operand
+  rhs: Operand
+
+  def __post_init__(self):
+    if self.lhs.transform != self.rhs.transform:
+      raise ValueError(
+        f"the transforms {self.lhs.transform} and {self.rhs.transform} do not cancel in the GEMM"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+  """How x (lhs) and w (rhs) are kept for the backward pass: packed, or None for as they are."""
+
+  lhs: BlockFormat | None = None
+  rhs: BlockFormat | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+  """The numerics of a linear layer, with the source that they are taken from."""
+
+  name: str
+  fprop: Gemm
+  dgrad: Gemm
+  wgrad: Gemm
+  residual: Residual = Residual()
+  citation: str
+
+  def __post_init__(self):
+    for gemm, operand in (("dgrad", "lhs"), ("wgrad", "rhs")):
+      if getattr(getattr(self, gemm), operand).source != "original":
+        raise ValueError(f'{self.name}: {gemm}.{operand} is a gradient; its source is "original"')
+    for kept, forward, backward in (
+      ("lhs", self.fprop.lhs, self.wgrad.lhs),
+      ("rhs", self.fprop.rhs, self.dgrad.rhs),
+    ):
+      fmt = getattr(self.residual, kept)
+      if fmt is None and "residual" in (forward.source, backward.source):
+        raise ValueError(f'{self.name}: source="residual" needs a format in residual.{kept}')
+      if fmt is not None and backward.source == "original":
+        raise ValueError(f"{self.name}: residual.{kept}={fmt.name} is kept but never read")
+
+  def operand(self, role: str) -> Operand:
+    """`"dgrad.lhs"`."""
+    gemm, operand = role.split(".")
+    return getattr(getattr(self, gemm), operand)
+
+  @property
+  def is_stochastic(self) -> bool:
+    gemms = (self.fprop, self.dgrad, self.wgrad)
+    return any("stochastic" in (g.lhs.rounding, g.rhs.rounding) for g in gemms)
+
+  def replace(self, changes: dict[str, Any]) -> "Recipe":
+    """The recipe with single fields changed: `{"wgrad.lhs.rounding": "stochastic"}`."""
+    recipe = self
+    for path, value in changes.items():
+      recipe = _replace(recipe, path.split("."), value)
+    return recipe
+
+
+def _replace(node, path, value):
+  name, *rest = path
+  names = [f.name for f in dataclasses.fields(node)]
+  if name not in names:
+    raise ValueError(f"{type(node).__name__} has no field {name!r}; it has {names}")
+  return dataclasses.replace(
+    node, **{name: _replace(getattr(node, name), rest, value) if rest else value}
+  )
