@@ -19,8 +19,9 @@ from experiments.environment import describe_environment
 from experiments.loop import Interrupted, train_run
 from experiments.report import write_report
 from experiments.summary import write_summary
-from experiments.train import make_trainer, saved_activation_bytes
+from experiments.train import make_trainer, policy_of, saved_activation_bytes
 from experiments.workdir import WorkDir
+from fp4jax import recipes
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this experiment.", required=True)
@@ -44,7 +45,10 @@ def run(config, workdir: str) -> None:
   validate(config)
   folder = WorkDir(workdir, config)
   corpus = data.load_corpus(config.data)
-  trainers = {name: make_trainer(config, corpus.vocab_size, name) for name in config.recipes}
+  policies = {name: policy_of(recipes.by_name(name), config.quantize) for name in config.recipes}
+  trainers = {
+    name: make_trainer(config, corpus.vocab_size, policy) for name, policy in policies.items()
+  }
   batch, length = config.data.batch_size, config.data.sequence_length
   costs = {name: saved_activation_bytes(t, batch, length) for name, t in trainers.items()}
   folder.begin(

@@ -1,4 +1,4 @@
-"""Training of one model under one recipe: pure, compiled functions of arrays, no files."""
+"""Training of one model under one policy: pure, compiled functions of arrays, no files."""
 
 import dataclasses
 import functools
@@ -12,8 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from experiments.config import Experiment, Optimizer, Quantize
-from fp4jax import operands, recipes
+from fp4jax import operands
 from fp4jax.models import LanguageModel, Policy
+from fp4jax.recipe import Recipe
 
 Scalars = dict[str, Float32[Array, ""]]
 Tokens = Int32[Array, "batch length_and_one"]
@@ -31,7 +32,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-  """The compiled functions of one recipe. Randomness comes from (seed, step) alone."""
+  """The compiled functions of one policy. Randomness comes from (seed, step) alone."""
 
   policy: Policy
   init: Callable[[Int32[Array, ""]], TrainState]
@@ -41,16 +42,14 @@ class Trainer:
   saved_bytes: Callable[[Tokens], int]
 
 
-def policy_of(recipe: str, quantize: Quantize) -> Policy:
+def policy_of(recipe: Recipe, quantize: Quantize) -> Policy:
   """The recipe where `quantize` says so, high precision elsewhere."""
-  chosen = recipes.by_name(recipe)
   kinds = [f.name for f in dataclasses.fields(Quantize) if getattr(quantize, f.name)]
-  return Policy(**dict.fromkeys(kinds, chosen))
+  return Policy(**dict.fromkeys(kinds, recipe))
 
 
-def make_trainer(config: Experiment, vocab_size: int, recipe: str) -> Trainer:
-  """Functions that train `config.model` under `recipe`; nothing is compiled before first use."""
-  policy = policy_of(recipe, config.quantize)
+def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer:
+  """Functions that train `config.model` under `policy`; nothing is compiled before first use."""
   optimizer = make_optimizer(config.optimizer, config.steps)
   make_model = functools.partial(LanguageModel, config.model, vocab_size)
   model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))

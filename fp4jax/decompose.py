@@ -20,6 +20,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -68,22 +69,55 @@ class ErrorDecomposition:
     x, total, scale, dead, grid = (
       t / unit for t in (self.x, self.total, self.scale_bias, self.deadzone, self.grid_noise)
     )
-    energy, error = jnp.sum(x * x), jnp.sum(total * total)
-    scale_grid = jnp.sum(scale * grid)
-    norms = jnp.sqrt(jnp.sum(scale * scale)) * jnp.sqrt(jnp.sum(grid * grid))
-    nonzero = jnp.sum(x != 0)
-    return ErrorSummary(
-      scale_bias=_ratio(jnp.sum(scale * scale), error),
-      deadzone=_ratio(jnp.sum(dead * dead), error),
-      grid_noise=_ratio(jnp.sum(grid * grid), error),
-      cross_scale_grid=_ratio(2 * scale_grid, error),
-      cross_scale_deadzone=_ratio(2 * jnp.sum(scale * dead), error),
-      cosine=_ratio(scale_grid, norms),
-      sqnr_db=10 * (jnp.log10(energy) - jnp.log10(error)),
-      gain=1 + _ratio(jnp.sum(x * total), energy),
-      flushed=_ratio(jnp.sum((x != 0) & (x + total == 0)), nonzero),
-      clipped=_ratio(jnp.sum(self.clipped), nonzero),
+    nonzero = x != 0
+    (
+      energy,
+      error,
+      x_error,
+      scale_2,
+      dead_2,
+      grid_2,
+      scale_grid,
+      scale_dead,
+      flushed,
+      clipped,
+      count,
+    ) = _sums(
+      x * x,
+      total * total,
+      x * total,
+      scale * scale,
+      dead * dead,
+      grid * grid,
+      scale * grid,
+      scale * dead,
+      nonzero & (x + total == 0),
+      self.clipped,
+      nonzero,
     )
+    return ErrorSummary(
+      scale_bias=_ratio(scale_2, error),
+      deadzone=_ratio(dead_2, error),
+      grid_noise=_ratio(grid_2, error),
+      cross_scale_grid=_ratio(2 * scale_grid, error),
+      cross_scale_deadzone=_ratio(2 * scale_dead, error),
+      cosine=_ratio(scale_grid, jnp.sqrt(scale_2) * jnp.sqrt(grid_2)),
+      sqnr_db=10 * (jnp.log10(energy) - jnp.log10(error)),
+      gain=1 + _ratio(x_error, energy),
+      flushed=_ratio(flushed, count),
+      clipped=_ratio(clipped, count),
+    )
+
+
+def _sums(*terms: Array) -> tuple[Float[Array, ""], ...]:
+  """The sum of each term, all in one pass over memory and one loop to compile.
+
+  Along the last axis first, so that no accumulator outgrows its addends by much.
+  """
+  terms = tuple(t.astype(terms[0].dtype).reshape(-1, t.shape[-1]) for t in terms)
+  zeros = tuple(jnp.zeros((), t.dtype) for t in terms)
+  rows = lax.reduce(terms, zeros, lambda a, b: tuple(map(lax.add, a, b)), (1,))
+  return tuple(jnp.sum(jnp.stack(rows), axis=1))
 
 
 def _ratio(numerator, denominator):

@@ -48,6 +48,7 @@ def grouped_dot(
   _check_recipe(recipe)
   if not isinstance(group_sizes, jax.core.Tracer):
     _check_sizes(np.asarray(group_sizes), lhs.shape[0])
+  group_sizes = jnp.asarray(group_sizes, jnp.int32)  # narrow or unsigned ones would wrap around
   valid = jnp.all(group_sizes >= 0) & (jnp.sum(group_sizes) <= lhs.shape[0])
   dtype = jnp.result_type(lhs, rhs)
   out = linear(recipe, dtype, Tiles.of(group_sizes, lhs.shape[0]), lhs, rhs, key, tap)

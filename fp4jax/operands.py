@@ -174,7 +174,7 @@ def gemm(
   In bf16 where both operands are exact in it (their products are exact in float32), else in
   float32.
   """
-  dtype = jnp.result_type(lhs.values, rhs.values)
+  dtype = lhs.values.dtype if lhs.values.dtype == rhs.values.dtype else jnp.dtype(jnp.float32)
   return lax.dot_general(
     lhs.values.astype(dtype),
     rhs.values.astype(dtype),

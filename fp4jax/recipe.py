@@ -47,7 +47,7 @@ class Operand:
   source: Source = "original"
 
   def __post_init__(self):
-    if not isinstance(self.format, BlockFormat) and not jnp.issubdtype(self.format, jnp.floating):
+    if not self.is_quantized and not _is_float_dtype(self.format):
       raise ValueError(f"format={self.format!r} is neither a BlockFormat nor a float dtype")
     if self.rounding not in get_args(Rounding):
       raise ValueError(f"rounding={self.rounding!r} is not one of {get_args(Rounding)}")
@@ -59,6 +59,13 @@ class Operand:
   @property
   def is_quantized(self) -> bool:
     return isinstance(self.format, BlockFormat)
+
+
+def _is_float_dtype(dtype) -> bool:
+  try:
+    return dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+  except TypeError:  # no dtype at all, such as the name of a format
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,18 +126,22 @@ class Recipe:
     return any("stochastic" in (g.lhs.rounding, g.rhs.rounding) for g in gemms)
 
   def replace(self, changes: dict[str, Any]) -> "Recipe":
-    """The recipe with single fields changed: `{"wgrad.lhs.rounding": "stochastic"}`."""
-    recipe = self
-    for path, value in changes.items():
-      recipe = _replace(recipe, path.split("."), value)
-    return recipe
+    """The recipe with single fields changed: `{"wgrad.lhs.rounding": "stochastic"}`.
+
+    Only the result has to be a valid recipe: the transforms of both operands change in one call.
+    """
+    return _replace(self, {tuple(path.split(".")): value for path, value in changes.items()})
 
 
-def _replace(node, path, value):
-  name, *rest = path
-  names = [f.name for f in dataclasses.fields(node)]
-  if name not in names:
-    raise ValueError(f"{type(node).__name__} has no field {name!r}; it has {names}")
-  return dataclasses.replace(
-    node, **{name: _replace(getattr(node, name), rest, value) if rest else value}
-  )
+def _replace(node, changes):
+  names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+  below = {}
+  for (name, *rest), value in changes.items():
+    if name not in names:
+      raise ValueError(f"{type(node).__name__} has no field {name!r}; it has {names}")
+    below.setdefault(name, {})[tuple(rest)] = value
+  fields = {}
+  for name, deeper in below.items():
+    value = deeper.pop((), getattr(node, name))
+    fields[name] = _replace(value, deeper) if deeper else value
+  return dataclasses.replace(node, **fields)

@@ -74,7 +74,7 @@ class LanguageModel(nnx.Module):
     self.num_layers = config.num_layers
     self.embedding = nnx.Embed(vocab_size, config.d_model, rngs=rngs)
     make_blocks = nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
-    self.blocks = make_blocks(rngs.fork(split=config.num_layers))
+    self.blocks = make_blocks(rngs.split(config.num_layers))
     self.norm = nnx.RMSNorm(config.d_model, rngs=rngs)
     self.w_head = nnx.Param(
       nnx.initializers.lecun_normal()(rngs.params(), (config.d_model, vocab_size), jnp.float32)

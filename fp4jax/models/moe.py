@@ -83,10 +83,11 @@ class MoE(nnx.Module):
     self.w2 = nnx.Param(
       out_scale * fan_in(rngs.params(), (num_experts, d_ff, d_model), jnp.float32)
     )
-    self.shared = None
+    self.shared = (
+      FeedForward(d_model, d_ff_shared, out_scale, rngs, "experts.shared_") if d_ff_shared else None
+    )
     self.gemms = ("router.logits", "experts.w13", "experts.w2")
-    if d_ff_shared:
-      self.shared = FeedForward(d_model, d_ff_shared, out_scale, rngs, "experts.shared_")
+    if self.shared is not None:
       self.gemms += self.shared.gemms
 
   def __call__(

@@ -1,0 +1,90 @@
+"""Step time of every recipe relative to BF16, all in one run, and which GEMM it goes to.
+
+    python -m experiments.step_time --config=configs/demo.py --out=results/step_time.jsonl
+
+Recipes take turns, a step each, so that a busy machine slows them alike. `mxfp4:fprop` is MXFP4 in
+that GEMM and BF16 in the other two. `make tables` puts the rows into the README.
+"""
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import data, logs
+from experiments.config import Experiment, validate
+from experiments.environment import describe_environment
+from experiments.train import make_trainer, policy_of
+from fp4jax import recipes
+from fp4jax.recipe import Recipe
+
+_CONFIG = config_flags.DEFINE_config_file("config")
+_OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
+_ROUNDS = flags.DEFINE_integer("rounds", 20, "Timed steps of each recipe.", lower_bound=3)
+_SPLIT = flags.DEFINE_list("split", ["mxfp4"], "Recipes to time GEMM by GEMM too.")
+
+
+def single_gemm(recipe: Recipe, gemm: str) -> Recipe:
+  """BF16 but for one GEMM, which runs `recipe`."""
+  alone = recipes.BF16.replace({gemm: getattr(recipe, gemm), "name": f"{recipe.name}:{gemm}"})
+  return dataclasses.replace(alone, citation=recipe.citation)
+
+
+def time_steps(config: Experiment, policies: dict, rounds: int) -> dict[str, list[float]]:
+  """Milliseconds of each timed step; the first step of each policy, which compiles, is not kept."""
+  corpus = data.load_corpus(config.data)
+  batches = data.batches(corpus, config.data, 0, "train")
+  seed = jnp.int32(0)
+  steps, states = {}, {}
+  for name, policy in policies.items():
+    trainer = make_trainer(config, corpus.vocab_size, policy)
+    steps[name] = trainer.step
+    states[name] = jax.block_until_ready(trainer.step(trainer.init(seed), batches[0], seed)[0])
+  times = {name: [] for name in policies}
+  for i in range(rounds):
+    for name, step in steps.items():
+      began = time.perf_counter()
+      states[name], _ = jax.block_until_ready(step(states[name], batches[i + 1], seed))
+      times[name].append((time.perf_counter() - began) * 1e3)
+  return times
+
+
+def main(_) -> None:
+  config = _CONFIG.value
+  validate(config)
+  chosen = {name: recipes.by_name(name) for name in config.recipes}
+  for name in _SPLIT.value:
+    for gemm in ("fprop", "dgrad", "wgrad"):
+      recipe = single_gemm(recipes.by_name(name), gemm)
+      chosen[recipe.name] = recipe
+  policies = {name: policy_of(recipe, config.quantize) for name, recipe in chosen.items()}
+  times = time_steps(config, policies, _ROUNDS.value)
+  environment = describe_environment()
+  Path(_OUT.value).parent.mkdir(parents=True, exist_ok=True)
+  log = logs.JsonLines(_OUT.value, 0)
+  base = times["bf16"]
+  for name, steps in times.items():
+    ratios = [a / b for a, b in zip(steps, base, strict=True)]
+    row = {
+      "recipe": name,
+      "ratio_to_bf16": statistics.median(ratios),
+      "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+      "step_time_ms": statistics.median(steps),
+      "rounds": len(steps),
+      "tokens_per_step": config.data.batch_size * config.data.sequence_length,
+    }
+    low, high = row["ratio_quartiles"]
+    print(f"{name:20s} {row['ratio_to_bf16']:5.2f} times bf16  ({low:.2f} to {high:.2f})")
+    log.write(
+      row | {key: environment[key] for key in ("device", "git_commit", "git_dirty", "versions")}
+    )
+  log.close()
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,291 @@
+"""The real runner, in its own process where it has to be killed."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import config as configs
+from experiments import data, logs, probes
+from experiments.run import run
+from experiments.train import make_trainer, policy_of, saved_activation_bytes
+from fp4jax import operands, recipes
+from fp4jax.models import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+  "steps": 8,
+  "eval_every": 4,
+  "eval_batches": 1,
+  "probe_every": 3,
+  "checkpoint_every": 2,
+  "data.sequence_length": 16,
+  "data.batch_size": 2,
+  "model.num_layers": 1,
+  "model.d_model": 32,
+  "model.num_heads": 2,
+  "model.num_kv_heads": 1,
+  "model.head_dim": 16,
+  "model.num_experts": 2,
+  "model.top_k": 1,
+  "model.d_ff": 32,
+  "optimizer.warmup_steps": 2,
+}
+LOGS = ("metrics.jsonl", "probes.jsonl")
+
+
+def small(**changes) -> configs.Experiment:
+  config = configs.Experiment()
+  for path, value in (SMALL | changes).items():
+    *parents, name = path.split(".")
+    node = config
+    for parent in parents:
+      node = getattr(node, parent)
+    setattr(node, name, value)
+  return config
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory):
+  path = tmp_path_factory.mktemp("corpus") / "text.txt"
+  path.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(3000)))
+  return str(path)
+
+
+@pytest.fixture(scope="session")
+def command(corpus_file, tmp_path_factory):
+  """Starts the runner as a user does; compiled programs are kept between the processes."""
+  cache = str(tmp_path_factory.mktemp("compiled"))
+  environment = os.environ | {
+    "JAX_COMPILATION_CACHE_DIR": cache,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+
+  def start(workdir, *arguments, small_config=True):
+    values = SMALL | {"data.path": corpus_file, "recipes": "bf16,mxfp4_rht_sr"}
+    overrides = [f"--config.{k}={v}" for k, v in values.items()] if small_config else []
+    line = [sys.executable, "-m", "experiments.run", "--config=configs/demo.py"]
+    return subprocess.Popen(
+      [*line, f"--workdir={workdir}", *overrides, *arguments],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+
+  return start
+
+
+def finish(process, code=0):
+  out, _ = process.communicate(timeout=300)
+  assert process.returncode == code, out
+  return out
+
+
+def wait_for_lines(path, count, process):
+  while not path.exists() or path.read_bytes().count(b"\n") < count:
+    assert process.poll() is None, process.communicate()[0]
+    time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def straight(command, tmp_path_factory):
+  """A run that was never stopped."""
+  workdir = tmp_path_factory.mktemp("straight")
+  finish(command(workdir))
+  return workdir
+
+
+def test_a_run_leaves_everything_that_it_promises(straight):
+  names = {p.name for p in straight.iterdir()}
+  assert names >= {"config.json", "environment.json", "report.html", "summary.json", *LOGS}
+  rows = logs.read_rows(straight / "metrics.jsonl")
+  for recipe in ("bf16", "mxfp4_rht_sr"):
+    mine = [r for r in rows if r["recipe"] == recipe]
+    assert [r["step"] for r in mine if r["split"] == "train"] == list(range(1, 9))
+    assert [r["step"] for r in mine if r["split"] == "validation"] == [0, 4, 8]
+    assert list((straight / "runs" / f"{recipe}-0" / "checkpoints").iterdir())
+    assert list((straight / "runs" / f"{recipe}-0" / "tensorboard").iterdir())
+  environment = json.loads((straight / "environment.json").read_text())
+  assert environment["corpus"]["sha256"] and environment["versions"]["jax"]
+  assert environment["saved_activation_bytes_per_token"]["bf16"] > 0
+  found = {(r["module"], r["gemm"], r["operand"]) for r in logs.read_rows(straight / LOGS[1])}
+  gemms = ("attention.qkv", "attention.out", "experts.w13", "experts.w2")
+  assert found == {
+    (m, g, o) for m in gemms for g in ("fprop", "dgrad", "wgrad") for o in ("lhs", "rhs")
+  }
+
+
+def test_recipes_begin_with_the_same_weights_and_see_the_same_batches(corpus_file):
+  config = small(**{"data.path": corpus_file})
+  corpus = data.load_corpus(config.data)
+  states, losses = [], []
+  for name in ("bf16", "mxfp4"):
+    policy = policy_of(recipes.by_name(name), config.quantize)
+    trainer = make_trainer(config, corpus.vocab_size, policy)
+    state = trainer.init(jnp.int32(0))
+    states.append(state.params)
+    batch = data.batches(corpus, config.data, 0, "train")[0]
+    losses.append(float(trainer.evaluate(state, batch, jnp.int32(0))))
+  leaves = [list(map(np.asarray, _leaves(s))) for s in states]
+  assert all((a == b).all() for a, b in zip(*leaves, strict=True))
+  assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.1
+
+
+def _leaves(tree):
+  return [leaf for v in tree.values() for leaf in _leaves(v)] if isinstance(tree, dict) else [tree]
+
+
+def test_kill_9_and_resume_equal_a_run_that_never_stopped_bit_for_bit(command, straight, tmp_path):
+  # Killed once before the first checkpoint, once after one, once in the second recipe.
+  for lines in (2, 7, 15):
+    process = command(tmp_path)
+    wait_for_lines(tmp_path / "metrics.jsonl", lines, process)
+    process.kill()
+    process.communicate()
+  finish(command(tmp_path))
+  for name in LOGS:
+    assert (tmp_path / name).read_bytes() == (straight / name).read_bytes(), name
+  timing = [logs.read_rows(w / "timing.jsonl") for w in (tmp_path, straight)]
+  assert len(timing[0]) == len(timing[1])
+
+
+def test_sigterm_saves_first(command, straight, tmp_path):
+  process = command(tmp_path, "--config.checkpoint_every=1000")
+  wait_for_lines(tmp_path / "metrics.jsonl", 3, process)
+  process.send_signal(signal.SIGTERM)
+  out = finish(process, code=128 + signal.SIGTERM)
+  assert "saved its state after step" in out
+  steps = [int(p.name) for p in (tmp_path / "runs/bf16-0/checkpoints").iterdir()]
+  assert len(steps) == 1 and 2 <= steps[0] < 8
+  finish(command(tmp_path, "--config.checkpoint_every=1000"))
+  for name in LOGS:
+    assert (tmp_path / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(command, straight, tmp_path):
+  process = command(tmp_path, "--config.recipes=bf16")
+  wait_for_lines(tmp_path / "metrics.jsonl", 8, process)
+  process.kill()
+  process.communicate()
+  newest = max((tmp_path / "runs/bf16-0/checkpoints").glob("*[0-9]"))
+  victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  victim.write_bytes(victim.read_bytes()[:-1])
+  out = finish(command(tmp_path, "--config.recipes=bf16"))
+  assert "damaged" in out and str(int(newest.name)) in out
+  expected = (straight / LOGS[0]).read_text().splitlines()
+  assert (tmp_path / LOGS[0]).read_text().splitlines() == [r for r in expected if '"bf16"' in r]
+
+
+def test_a_workdir_with_another_config_is_refused_and_kept(straight, corpus_file):
+  before = {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
+  config = small(**{"data.path": corpus_file, "recipes": configs.Names(["bf16", "mxfp4_rht_sr"])})
+  config.model.num_layers = 6
+  with pytest.raises(ValueError, match=r"config\.model\.num_layers: 1 there, 6 here"):
+    run(config, straight)
+  assert before == {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
+
+
+def test_another_corpus_is_refused(tmp_path, command, corpus_file):
+  text = tmp_path / "text.txt"
+  text.write_bytes(Path(corpus_file).read_bytes())
+  workdir = tmp_path / "run"
+  arguments = (f"--config.data.path={text}", "--config.recipes=bf16", "--config.steps=3")
+  finish(command(workdir, *arguments))
+  text.write_bytes(text.read_bytes() + b"one more line\n")
+  assert "began with the corpus" in finish(command(workdir, *arguments), code=1)
+
+
+def test_a_diverged_recipe_ends_alone_and_names_the_first_probe(tmp_path, corpus_file):
+  # Weights of 1e30 after one step: their squares leave float32.
+  changes = {"data.path": corpus_file, "optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0}
+  config = small(**changes, recipes=configs.Names(["bf16", "mxfp4"]))
+  run(config, tmp_path)
+  rows = logs.read_rows(tmp_path / "metrics.jsonl")
+  events = [r for r in rows if r["split"] == "event"]
+  assert [e["recipe"] for e in events] == ["bf16", "mxfp4"]  # the second went on
+  assert events[0]["probe"] is None and events[1]["probe"]["module"].startswith("attention")
+  assert all(np.isfinite(r["loss"]) for r in rows if r["split"] == "train")
+  for recipe in ("bf16", "mxfp4"):
+    assert list((tmp_path / "runs" / f"{recipe}-0" / "checkpoints").glob("*[0-9]"))
+  summary = json.loads((tmp_path / "summary.json").read_text())
+  assert "diverged" in json.dumps(summary)
+  assert "diverged" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("--config.model.num_layer=6", "config.model.num_layers"),
+    ("--config.recipes=bf16,mxfp44", "unknown recipe 'mxfp44'"),
+    ("--config.seeds=0", "seeds=0 is not at least 1"),
+    ("--config.data.path=no/such/file", "no/such/file"),
+    ("--config.steps=x", "steps"),
+    ("--config.optimizer.warmup_steps=8", "warmup_steps=8 is not below steps=8"),
+  ],
+)
+def test_bad_settings_are_one_clear_error_and_touch_nothing(command, tmp_path, argument, message):
+  out = finish(command(tmp_path / "run", argument), code=1)
+  assert message in out and "Traceback" not in out
+  assert len([line for line in out.splitlines() if "error" in line]) == 1
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_takes_one_step(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  configs.validate(config)
+  assert all(word in module.__doc__ for word in ("Claim:", "Command:", "Cost:", "Expected:"))
+  corpus = data.load_corpus(config.data)
+  recipe = recipes.by_name(config.recipes[-1])
+  trainer = make_trainer(config, corpus.vocab_size, policy_of(recipe, config.quantize))
+  batch = data.batches(corpus, config.data, 0, "train")[0]
+  state, scalars = trainer.step(trainer.init(jnp.int32(0)), batch, jnp.int32(0))
+  assert int(state.step) == 1 and np.isfinite(float(scalars["loss"]))
+
+
+def test_probe_reads_the_tensors_of_training_and_changes_nothing(corpus_file):
+  config = small(**{"data.path": corpus_file})
+  corpus = data.load_corpus(config.data)
+  policy = policy_of(recipes.HOPPER_FP4, config.quantize)
+  trainer = make_trainer(config, corpus.vocab_size, policy)
+  batch = data.batches(corpus, config.data, 0, "train")[0]
+  state = trainer.init(jnp.int32(0))
+  rows = probes.probe_rows(trainer.probe(state, batch, jnp.int32(0)), policy, 1)
+  roles = list(operands.quantized_roles(recipes.HOPPER_FP4))
+  assert {f"{r['gemm']}.{r['operand']}" for r in rows} == set(roles)
+  kept = [r for r in rows if r["gemm"] == "residual"]
+  assert {r["format"] for r in kept} == {"MXFP4"}
+  assert all(r["sqnr_db"] > 10 for r in kept)
+  order = [r["gemm"] for r in rows]
+  assert order.index("dgrad") > max(i for i, g in enumerate(order) if g == "fprop")
+
+
+def test_saved_bytes_of_activations_count_no_weights(corpus_file):
+  config = small(**{"data.path": corpus_file, "model.dtype": "bfloat16"})
+
+  def cost(name, **model):
+    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+    policy = policy_of(recipes.by_name(name), config.quantize)
+    return saved_activation_bytes(make_trainer(changed, 256, policy), 8, 128)
+
+  bf16 = cost("bf16", num_experts=0)
+  assert cost("mxfp4", num_experts=0) == bf16  # it quantizes for each GEMM from the original
+  # HOPPER_FP4 keeps the inputs of qkv, out, w13 and w2 in MXFP4: 32 values each, 2 bytes become
+  # 4.25 bits.
+  saved = 4 * 32 * (2 - 4.25 / 8)
+  assert bf16 - cost("hopper_fp4", num_experts=0) == pytest.approx(saved, abs=0.01)
+  assert isinstance(config.model, ModelConfig)
