@@ -1,13 +1,18 @@
-"""BF16, FP8 and three kinds of FP4 on a small MoE language model.
+"""BF16, FP8 and three kinds of FP4 on a small mixture-of-experts language model.
 
-Claim: on the same text, weights and batches, naive MXFP4 in all GEMMs trains visibly worse than
-BF16, FP8 does not, and scale bias is the largest part of the FP4 error.
+Claim: from the same weights over the same batches, FP8 stays within BF16's seed noise, MXFP4 in all
+three GEMMs does not, and scale bias is the largest part of its error in every operand.
 Command: make demo
+Cost: 10 runs of 80 steps, 164 thousand tokens each; under 5 minutes and 4 GiB on 2 CPU cores, half
+of it compiling.
+Expected: BF16 ends at least 0.8 nats below the unigram entropy of the validation bytes; the README
+has the table of one run.
 """
 
 from experiments.config import Experiment
 
 
 def get_config() -> Experiment:
-  config = Experiment()
+  config = Experiment(seeds=2, steps=80, checkpoint_every=40)
+  config.optimizer.learning_rate = 4e-3
   return config

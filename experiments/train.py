@@ -80,7 +80,7 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     (_, (loss, routing)), grads = jax.value_and_grad(total_loss, has_aux=True)(
       state.params, tokens, key
     )
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
     # A step that diverged changes nothing, so that its cause can still be looked at.

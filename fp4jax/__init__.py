@@ -4,7 +4,7 @@
 operand of which GEMM has which format, `dot_general(recipe)` runs it in any model.
 """
 
-from fp4jax import recipes
+from fp4jax import nnx, recipes
 from fp4jax.decompose import ErrorDecomposition, ErrorSummary, decompose
 from fp4jax.dot_general import dot_general
 from fp4jax.formats import (
@@ -49,6 +49,7 @@ __all__ = [
   "fake_quantize",
   "grouped_dot",
   "hadamard",
+  "nnx",
   "quantize",
   "recipes",
 ]

@@ -23,6 +23,8 @@ from fp4jax.models import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
+  "seeds": 1,
+  "optimizer.learning_rate": 3e-3,
   "steps": 8,
   "eval_every": 4,
   "eval_batches": 1,

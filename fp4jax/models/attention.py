@@ -1,5 +1,6 @@
 """Causal grouped-query attention with rotary positions."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -46,20 +47,30 @@ class Attention(nnx.Module):
     )
     q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
     q = q.reshape(b, t, self.num_kv_heads, groups, self.head_dim)
-    scores = jnp.einsum(
-      "bqhgd,bkhd->bhgqk",
-      q,
-      k,
-      preferred_element_type=jnp.float32,
-      _dot_general=numerics.dot_general("scores.qk"),
-    )
-    causal = jnp.tril(jnp.ones((t, t), bool))
-    scores = jnp.where(causal, scores * self.head_dim**-0.5, -jnp.inf)
-    weights = nnx.softmax(scores, axis=-1).astype(x.dtype)
-    values = jnp.einsum(
-      "bhgqk,bkhd->bqhgd", weights, v, _dot_general=numerics.dot_general("scores.av")
-    )
+    values = attend(q, k, v, numerics)
     return numerics.matmul("attention.out", values.reshape(b, t, -1), self.w_out[...])
+
+
+@jax.checkpoint  # keeps q, k and v for the backward pass, not the t x t probabilities
+def attend(
+  q: Float[Array, "b t h g d"],
+  k: Float[Array, "b t h d"],
+  v: Float[Array, "b t h d"],
+  numerics: Numerics,
+) -> Float[Array, "b t h g d"]:
+  """Causal softmax attention of g query heads to each of h key heads; the softmax in float32."""
+  t, d = q.shape[1], q.shape[-1]
+  scores = jnp.einsum(
+    "bqhgd,bkhd->bhgqk",
+    q,
+    k,
+    preferred_element_type=jnp.float32,
+    _dot_general=numerics.dot_general("scores.qk"),
+  )
+  causal = jnp.tril(jnp.ones((t, t), bool))
+  scores = jnp.where(causal, scores * d**-0.5, -jnp.inf)
+  weights = nnx.softmax(scores, axis=-1).astype(q.dtype)
+  return jnp.einsum("bhgqk,bkhd->bqhgd", weights, v, _dot_general=numerics.dot_general("scores.av"))
 
 
 def rotate(x: Float[Array, "b t h d"], theta: float) -> Float[Array, "b t h d"]:

@@ -51,8 +51,8 @@ class Block(nnx.Module):
   def __call__(
     self, x: Float[Array, "b t d"], numerics: Numerics
   ) -> tuple[Float[Array, "b t d"], dict[str, Float32[Array, ""]]]:
-    x = x + self.attention(self.attention_norm(x).astype(x.dtype), numerics)
-    normed = self.feed_forward_norm(x).astype(x.dtype)
+    x = x + self.attention(_norm(self.attention_norm, x), numerics)
+    normed = _norm(self.feed_forward_norm, x)
     if not isinstance(self.feed_forward, moe.MoE):
       return x + self.feed_forward(normed, numerics), {}
     out, routing = self.feed_forward(normed, numerics)
@@ -60,6 +60,12 @@ class Block(nnx.Module):
       "load_balance_loss": routing.load_balance_loss,
       "router_z_loss": routing.z_loss,
     }
+
+
+def _norm(norm: nnx.RMSNorm, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+  """norm(x) in x's dtype; keeps x for the backward pass, not its float32 copies."""
+  graph, params = nnx.split(norm)
+  return jax.checkpoint(lambda p, x: nnx.merge(graph, p)(x).astype(x.dtype))(params, x)
 
 
 class LanguageModel(nnx.Module):
@@ -106,7 +112,7 @@ class LanguageModel(nnx.Module):
       return nnx.merge(graph, params)(x, Numerics(policy, key, taps))
 
     x, losses = lax.scan(layer, x, (blocks, None if keys is None else keys[:-1], block_taps))
-    x = self.norm(x).astype(self.dtype)
+    x = _norm(self.norm, x)
     head = Numerics(policy, None if keys is None else keys[-1], taps)
     logits = head.matmul("head.logits", x, self.w_head[...]).astype(jnp.float32)
     return logits, {name: jnp.mean(loss) for name, loss in losses.items()}

@@ -37,6 +37,7 @@ def route(logits: Float32[Array, "token e"], top_k: int) -> Routing:
   )
 
 
+@jax.checkpoint  # keeps its bf16 input for the backward pass, not five float32 intermediates
 def swiglu(gate_and_up: Float[Array, "*t f2"]) -> Float[Array, "*t f"]:
   """silu(gate) * up in float32; gate and up are the two halves of the last axis."""
   gate, up = jnp.split(gate_and_up.astype(jnp.float32), 2, axis=-1)
@@ -94,7 +95,9 @@ class MoE(nnx.Module):
     self, x: Float[Array, "b t d"], numerics: Numerics
   ) -> tuple[Float[Array, "b t d"], Routing]:
     tokens = x.reshape(-1, x.shape[-1])
-    logits = numerics.matmul("router.logits", tokens.astype(jnp.float32), self.w_router[...])
+    logits = numerics.dot_general("router.logits")(
+      tokens, self.w_router[...], (((1,), (0,)), ((), ()))
+    )  # float32, for the weights are
     routing = route(logits, self.top_k)
     order = jnp.argsort(routing.experts.ravel(), stable=True)  # of (token, choice) pairs
     inverse = jnp.argsort(order)
@@ -104,11 +107,18 @@ class MoE(nnx.Module):
     hidden = swiglu(numerics.grouped_dot("experts.w13", rows, self.w13[...].astype(x.dtype), sizes))
     rows = numerics.grouped_dot("experts.w2", hidden, self.w2[...].astype(x.dtype), sizes)
     rows = permute(rows, inverse, order).reshape(-1, self.top_k, x.shape[-1])
-    out = jnp.einsum("tkd,tk->td", rows.astype(jnp.float32), routing.weights).astype(x.dtype)
-    out = out.reshape(x.shape)
+    out = combine(rows, routing.weights).reshape(x.shape)
     if self.shared is not None:
       out = out + self.shared(x, numerics)
     return out, routing
+
+
+@jax.checkpoint  # keeps the rows in their own dtype
+def combine(
+  rows: Float[Array, "token k d"], weights: Float32[Array, "token k"]
+) -> Float[Array, "token d"]:
+  """Sum of each token's expert outputs by weight, in float32, returned in the rows' dtype."""
+  return jnp.einsum("tkd,tk->td", rows.astype(jnp.float32), weights).astype(rows.dtype)
 
 
 @jax.custom_vjp

@@ -24,6 +24,7 @@ class Policy:
   head: Recipe = recipes.BF16
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Numerics:
   """A policy with the key and the taps of one pass; modules ask it for their GEMMs by name.
@@ -31,7 +32,7 @@ class Numerics:
   `"experts.w13"` is GEMM w13 of the kind `experts`. Each name draws its own random numbers.
   """
 
-  policy: Policy
+  policy: Policy = dataclasses.field(metadata={"static": True})
   key: jax.Array | None = None
   taps: dict[str, operands.Tap] | None = None
 

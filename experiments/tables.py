@@ -1,0 +1,144 @@
+"""The README's numbers, from committed rows: `make tables` rebuilds its tables and its picture.
+
+python -m experiments.tables --collect=runs/demo    # a finished run becomes results/demo.jsonl
+python -m experiments.tables                        # results/*.jsonl become README and docs/
+"""
+
+import re
+from pathlib import Path
+
+import matplotlib
+from absl import app, flags
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+
+from experiments import logs
+from experiments.summary import read_records, summarize_records
+
+_COLLECT = flags.DEFINE_string("collect", None, "Workdir of a finished run of configs/demo.py.")
+_ROOT = Path(__file__).parent.parent
+_GREY, _ORANGE, _SKY = "#808080", "#e69f00", "#56b4e9"
+_COLOURS = dict(
+  bf16=_GREY, fp8="#0072b2", mxfp4="#d55e00", mxfp4_rht_sr="#009e73", hopper_fp4="#cc79a7"
+)
+_PARTS = dict(scale_bias=_ORANGE, deadzone=_SKY, grid_noise="#b0b0b0")
+Row = dict
+
+
+def collect(workdir: Path, out: Path) -> None:
+  """Writes what the README shows of a run: its environment, validation losses and summary."""
+  records = read_records(workdir)
+  summary = summarize_records(records)
+  log = logs.JsonLines(out, 0)
+  log.write({"kind": "environment"} | records.environment)
+  log.write({"kind": "entropy", "unigram_entropy_nats": summary["unigram_entropy_nats"]})
+  for row in records.metrics:
+    if row["split"] == "validation":
+      log.write({"kind": "validation"} | {k: row[k] for k in ("recipe", "seed", "step", "loss")})
+  for name, recipe in summary["recipes"].items():
+    log.write({"kind": "recipe", "recipe": name} | recipe)
+  log.close()
+
+
+def demo_table(rows: list[Row]) -> str:
+  lines = [
+    "| recipe | validation loss, nats/token | gap to BF16 | BF16 seed spread | reads as |"
+    " saved activations, bytes/token |",
+    "|---|---|---|---|---|---|",
+  ]
+  for row in rows:
+    if row["kind"] != "recipe":
+      continue
+    gap = row["gap"]
+    if row["recipe"] == "bf16":
+      difference, noise, verdict = "reference", "", ""
+    else:
+      difference, verdict = f"{gap['percent']:+.2f} %", gap["verdict"]
+      noise = "" if gap["noise_percent"] is None else f"{gap['noise_percent']:.2f} %"
+    lines.append(
+      f"| `{row['recipe']}` | {row['validation_loss']['mean']:.4f} | {difference} | {noise} |"
+      f" {verdict} | {row['saved_activation_bytes_per_token']:,.0f} |"
+    )
+  entropy = next(r for r in rows if r["kind"] == "entropy")["unigram_entropy_nats"]
+  lines.append(f"\nUnigram entropy of the validation bytes: {entropy:.3f} nats. {_source(rows[0])}")
+  return "\n".join(lines)
+
+
+def step_time_table(rows: list[Row]) -> str:
+  lines = ["| recipe | step time, BF16 = 1 | quartiles |", "|---|---|---|"]
+  for row in rows:
+    low, high = row["ratio_quartiles"]
+    lines.append(f"| `{row['recipe']}` | {row['ratio_to_bf16']:.2f} | {low:.2f} to {high:.2f} |")
+  return "\n".join(lines) + f"\n\n{rows[0]['rounds']} rounds. {_source(rows[0])}"
+
+
+def _source(row: Row) -> str:
+  dirty = ", with uncommitted changes" if row["git_dirty"] else ""
+  return f"Device: {row['device']}. Commit {row['git_commit'][:9]}{dirty}."
+
+
+def demo_picture(rows: list[Row], path: Path) -> None:
+  """Gaps to BF16 over the run, and the parts of the error of each operand of MXFP4."""
+  plt.rcParams |= {"svg.hashsalt": "fp4jax", "font.size": 9, "axes.spines.right": False}
+  plt.rcParams |= {"axes.spines.top": False, "svg.fonttype": "none"}
+  figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+  loss = {}
+  for row in rows:
+    if row["kind"] == "validation":
+      loss.setdefault(row["recipe"], {}).setdefault(row["step"], {})[row["seed"]] = row["loss"]
+  for name, by_step in loss.items():
+    steps = [step for step in by_step if step > 0]
+    gaps = {
+      s: [100 * (by_step[s][seed] / loss["bf16"][s][seed] - 1) for seed in by_step[s]]
+      for s in steps
+    }
+    means = [sum(gaps[s]) / len(gaps[s]) for s in steps]
+    colour = _COLOURS[name]
+    left.plot(steps, means, color=colour, label=name, linewidth=1.8)
+    left.fill_between(
+      steps, [min(gaps[s]) for s in steps], [max(gaps[s]) for s in steps], color=colour, alpha=0.15
+    )
+  left.set(xlabel="step", ylabel="validation loss above BF16, %", xlim=(min(steps), max(steps)))
+  left.legend(frameon=False, fontsize=8)
+  operands = next(r for r in rows if r.get("recipe") == "mxfp4" and r["kind"] == "recipe")
+  operands = operands["decomposition"]["operands"]
+  names = [f"{o['gemm']} {o['operand']}" for o in operands]
+  base = [0.0] * len(operands)
+  for part, colour in _PARTS.items():
+    shares = [o[part] for o in operands]
+    right.barh(names, shares, left=base, color=colour, label=part.replace("_", " "))
+    base = [b + s for b, s in zip(base, shares, strict=True)]
+  cross = [o["cross_scale_grid"] + o["cross_scale_deadzone"] for o in operands]
+  right.barh(names, cross, color="white", edgecolor="#b0b0b0", hatch="////", label="cross terms")
+  right.axvline(0, color="black", linewidth=0.8)
+  right.invert_yaxis()
+  right.set(xlabel="MXFP4: share of the squared error, by operand")
+  right.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.45, 1))
+  figure.savefig(path, metadata={"Date": None})
+  plt.close(figure)
+
+
+def fill(text: str, name: str, content: str) -> str:
+  """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
+  pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+  filled, count = re.subn(pattern, lambda m: m[1] + content + "\n" + m[2], text, flags=re.DOTALL)
+  if count != 1:
+    raise ValueError(f"README.md has {count} places marked {name!r}, not one")
+  return filled
+
+
+def main(_) -> None:
+  results = _ROOT / "results"
+  if _COLLECT.value:
+    collect(Path(_COLLECT.value), results / "demo.jsonl")
+  demo = logs.read_rows(results / "demo.jsonl")
+  readme = _ROOT / "README.md"
+  text = fill(readme.read_text(), "demo", demo_table(demo))
+  text = fill(text, "step_time", step_time_table(logs.read_rows(results / "step_time.jsonl")))
+  readme.write_text(text)
+  demo_picture(demo, _ROOT / "docs" / "demo.svg")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,131 @@
+"""Recipes are the published ones, change one field at a time, and refuse what makes no sense."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+import fp4jax
+from fp4jax import Gemm, Hadamard, Operand, Recipe, Residual, recipes
+
+OPERANDS = [f"{gemm}.{side}" for gemm in ("fprop", "dgrad", "wgrad") for side in ("lhs", "rhs")]
+
+
+def described(recipe):
+  """One line an operand: format, scale rule, rounding, transform, source."""
+  lines = []
+  for role in OPERANDS:
+    o = recipe.operand(role)
+    fmt = f"{o.format.name} {o.format.scale_rule}" if o.is_quantized else jnp.dtype(o.format).name
+    transform = f" H{o.transform.block}" if o.transform else ""
+    lines.append(f"{fmt} {o.rounding}{transform} {o.source}")
+  return lines
+
+
+def test_recipes_are_those_of_their_sources():
+  plain = "MXFP4 floor nearest original"
+  rceil, rceil_sr = "MXFP4 rceil nearest original", "MXFP4 rceil stochastic original"
+  row, tile = "FP8_BLOCK nearest nearest original", "FP8_BLOCK_2D nearest nearest original"
+  row2, tile2 = "FP8_BLOCK_POW2 rceil nearest", "FP8_BLOCK_POW2_2D rceil nearest original"
+  expected = {
+    "fp32": ["float32 nearest original"] * 6,
+    "bf16": ["bfloat16 nearest original"] * 6,
+    "fp8": [row, tile, row, tile, row, row],
+    "mxfp4": [plain] * 6,
+    "mxfp4_rht_sr": [
+      *(rceil, rceil),
+      *(rceil_sr, rceil),
+      *("MXFP4 rceil nearest H32 original", "MXFP4 rceil stochastic H32 original"),
+    ],
+    "hopper_fp4": [
+      *(f"{row2} residual", tile2),
+      *(f"{row2} original", tile2),
+      *(f"{row2} residual", f"{row2} original"),
+    ],
+  }
+  assert {name: described(r) for name, r in recipes.RECIPES.items()} == expected
+  for name, recipe in recipes.RECIPES.items():
+    assert recipe.name == name and recipe.citation
+    assert recipes.by_name(name) is recipe and getattr(recipes, name.upper()) is recipe
+    assert recipe.is_stochastic == (name == "mxfp4_rht_sr")
+    kept = fp4jax.MXFP4 if name == "hopper_fp4" else None
+    assert recipe.residual == Residual(kept, None)
+    assert hash(recipe) == hash(dataclasses.replace(recipe))
+
+
+def test_replace_changes_one_field():
+  changed = recipes.MXFP4.replace(
+    {"wgrad.lhs.rounding": "stochastic", "dgrad.rhs.format": jnp.float16}
+  )
+  before, after = described(recipes.MXFP4), described(changed)
+  assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 3 + [False] * 2 + [True]
+  assert after[3:5] == ["float16 nearest original", "MXFP4 floor stochastic original"]
+  deep = recipes.MXFP4.replace({"fprop.lhs.format.scale_rule": "even"})
+  assert deep.fprop.lhs.format == dataclasses.replace(fp4jax.MXFP4, scale_rule="even")
+  assert recipes.MXFP4.replace({}) == recipes.MXFP4
+  # A whole GEMM and a field of it: first the GEMM.
+  both = recipes.MXFP4.replace({"wgrad.rhs.format": fp4jax.MXFP8, "wgrad": recipes.BF16.fprop})
+  assert both.wgrad == Gemm(Operand(jnp.bfloat16), Operand(fp4jax.MXFP8))
+
+
+def test_changes_that_need_each_other():
+  without = recipes.MXFP4_RHT_SR.replace({"wgrad.lhs.transform": None, "wgrad.rhs.transform": None})
+  assert without.wgrad == Gemm(recipes.MXFP4_RHT_SR.fprop.lhs, recipes.MXFP4_RHT_SR.dgrad.lhs)
+  kept = {"residual.lhs": fp4jax.MXFP8, "wgrad.lhs.source": "residual"}
+  for changes in (kept, dict(reversed(kept.items()))):
+    recipe = recipes.MXFP4.replace(changes)
+    assert recipe.residual.lhs is fp4jax.MXFP8 and recipe.wgrad.lhs.source == "residual"
+  unkept = {"residual.lhs": None, "wgrad.lhs.source": "original", "fprop.lhs.source": "original"}
+  assert recipes.HOPPER_FP4.replace(unkept).residual == Residual()
+
+
+@pytest.mark.parametrize("name, near", [("mxpf4", "mxfp4"), ("MXFP4", "mxfp4"), ("bf_16", "bf16")])
+def test_unknown_recipe_names_the_near_ones(name, near):
+  with pytest.raises(ValueError, match=f"unknown recipe '{name}'; did you mean one of .*'{near}'"):
+    recipes.by_name(name)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"wgrd.lhs.rounding": "nearest"}, "Recipe has no field 'wgrd'; it has .*'wgrad'"),
+    ({"wgrad.left": 1}, "Gemm has no field 'left'; it has .*'lhs'"),
+    ({"wgrad.lhs.roundin": 1}, "Operand has no field 'roundin'; it has .*'rounding'"),
+    ({"wgrad.lhs.transform.block": 16}, "NoneType has no field 'block'"),
+    ({"wgrad.lhs.rounding.mode": 16}, "str has no field 'mode'"),
+    ({"wgrad.lhs.rounding": "even"}, r"rounding='even' is not one of \('nearest', 'stochastic'\)"),
+    ({"wgrad.lhs.source": "kept"}, r"source='kept' is not one of \('original', 'residual'\)"),
+    ({"wgrad.lhs.format": jnp.int8}, "format=.*int8.* is neither a BlockFormat nor a float dtype"),
+    ({"wgrad.lhs.format": "MXFP4"}, "format='MXFP4' is neither a BlockFormat nor a float dtype"),
+    ({"wgrad.lhs.format": None}, "format=None is neither a BlockFormat nor a float dtype"),
+    ({"wgrad.lhs.format.scale_rule": "flor"}, "scale_rule='flor' is not one of .*'floor'"),
+    (
+      {"wgrad.lhs.transform": Hadamard()},
+      r"transforms Hadamard\(block=32, seed=0\) and None do not cancel",
+    ),
+    (
+      {"wgrad.lhs.transform": Hadamard(seed=0), "wgrad.rhs.transform": Hadamard(seed=1)},
+      r"transforms .*seed=0\) and .*seed=1\) do not cancel",
+    ),
+    ({"wgrad.lhs.source": "residual"}, r'source="residual" needs a format in residual.lhs'),
+    ({"fprop.rhs.source": "residual"}, r'source="residual" needs a format in residual.rhs'),
+    ({"dgrad.lhs.source": "residual"}, r'dgrad.lhs is a gradient; its source is "original"'),
+    ({"wgrad.rhs.source": "residual"}, r'wgrad.rhs is a gradient; its source is "original"'),
+    ({"residual.lhs": fp4jax.MXFP8}, r"residual.lhs=MXFP8 is kept but never read"),
+    ({"residual.rhs": fp4jax.NVFP4}, r"residual.rhs=NVFP4 is kept but never read"),
+  ],
+)
+def test_bad_changes_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    recipes.MXFP4.replace(changes)
+
+
+def test_stochastic_rounding_needs_a_block_format():
+  with pytest.raises(ValueError, match=r"stochastic rounding needs a block format, not .*bfloat16"):
+    Operand(jnp.bfloat16, rounding="stochastic")
+
+
+def test_a_recipe_needs_all_its_parts():
+  gemm = recipes.BF16.fprop
+  with pytest.raises(TypeError, match="citation"):
+    Recipe(name="mine", fprop=gemm, dgrad=gemm, wgrad=gemm)
