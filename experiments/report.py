@@ -19,9 +19,9 @@ from experiments.report_charts import (
   PARTS,
   curve_charts,
   probe_charts,
-  recipe_styles,
   smoothing_window,
 )
+from experiments.report_lines import recipe_styles
 from experiments.summary import BASELINE, Records, read_records, summarize_records
 
 MISSING = "\N{EN DASH}"

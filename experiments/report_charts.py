@@ -7,9 +7,21 @@ its CSS variables, `--recipe-1` or with an alpha byte `--recipe-1/33`.
 
 import html
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
+from experiments.report_lines import (
+  Curve,
+  Figure,
+  by_seed,
+  last_point,
+  line,
+  line_figure,
+  over_seeds,
+  recipe_styles,
+  rule,
+  short,
+)
 from experiments.summary import (
   BASELINE,
   Records,
@@ -20,8 +32,6 @@ from experiments.summary import (
 )
 
 Chart = dict[str, Any]
-Figure = dict[str, Any]
-Curve = list[tuple[int, float, float, float]]  # step; mean, lowest and highest over seeds
 Parts = dict[Any, dict[str, float]]  # shares of the squared error, by operand, layer, step, ...
 
 PARTS = {
@@ -32,20 +42,7 @@ PARTS = {
 }
 GEMMS = ("fprop", "dgrad", "wgrad", "residual")
 ALL = "all operands"
-RECIPE_COLOURS = 4
-DASHES = ("solid", "dash", "dot", "dashdot")
-MAX_POINTS = 300
-LINE_HEIGHT = 15  # pixels of a name at the end of a line
 SHARE = "share of squared error"
-
-
-def recipe_styles(recipes: Iterable[str]) -> dict[str, dict[str, str]]:
-  """Colour and dash by recipe, the same in every chart."""
-  styles = {BASELINE: {"color": "--baseline", "dash": "solid"}}
-  for i, recipe in enumerate(recipe for recipe in recipes if recipe != BASELINE):
-    dash = DASHES[i // RECIPE_COLOURS % len(DASHES)]
-    styles[recipe] = {"color": f"--recipe-{i % RECIPE_COLOURS}", "dash": dash}
-  return styles
 
 
 def smoothing_window(records: Records) -> int:
@@ -66,23 +63,23 @@ def curve_charts(records: Records, unigram_entropy: float | None) -> dict[str, C
     rows.get(row["split"], {}).setdefault(row["recipe"], []).append(row)
 
   def curves(split: str, name: str, window: int = 1) -> dict[str, Curve]:
-    return {r: _over_seeds(_by_seed(own, name), window) for r, own in rows[split].items()}
+    return {r: over_seeds(by_seed(own, name), window) for r, own in rows[split].items()}
 
   diverged = {(r["recipe"], r["seed"]) for r in records.metrics if r.get("event") == "diverged"}
   loss = "loss (nats/token)"
   validation = curves("validation", "loss")
   figures = {
-    "validation": _line_figure(validation, styles, loss, height=400, level=unigram_entropy),
-    "gap": _line_figure(_gap_curves(rows["validation"]), styles, "gap to BF16 (%)"),
-    "train": _line_figure(curves("train", "loss", window), styles, loss),
-    "gradients": _line_figure(
+    "validation": line_figure(validation, styles, loss, height=400, level=unigram_entropy),
+    "gap": line_figure(_gap_curves(rows["validation"]), styles, "gap to BF16 (%)"),
+    "train": line_figure(curves("train", "loss", window), styles, loss),
+    "gradients": line_figure(
       curves("train", "grad_norm", window), styles, "gradient norm", log=True
     ),
   }
   for split in ("validation", "train"):
     for recipe, seed in sorted(diverged):
-      own = _by_seed(rows[split].get(recipe, []), "loss").get(seed, {})
-      figures[split]["data"] += _last_point(own, styles[recipe], recipe)
+      own = by_seed(rows[split].get(recipe, []), "loss").get(seed, {})
+      figures[split]["data"] += last_point(own, styles[recipe], recipe)
   titles = {
     "validation": "Validation loss",
     "gap": "Validation gap to BF16",
@@ -122,8 +119,8 @@ def probe_charts(records: Records) -> dict[str, list[Chart]]:
 
   sqnr = {}
   for name in [ALL, *names]:
-    curves = {r: _over_seeds(_by_seed(own.get(name, []), "sqnr_db")) for r, own in rows.items()}
-    sqnr[name] = _line_figure(curves, styles, "SQNR (dB)", height=360)
+    curves = {r: over_seeds(by_seed(own.get(name, []), "sqnr_db")) for r, own in rows.items()}
+    sqnr[name] = line_figure(curves, styles, "SQNR (dB)", height=360)
   by_operand = {recipe: {ALL: _grouped(last[recipe], _operand)} for recipe in steps}
   return {
     "operands": _panels(by_operand, _bar_figure),
@@ -153,42 +150,15 @@ def _grouped(rows: list[Row], key: Callable[[Row], Any]) -> Parts:
     shares = mean_shares(own)
     if shares["scale_bias"] is not None:
       shares["cross"] = shares["cross_scale_grid"] + shares["cross_scale_deadzone"]
-      parts[name] = {part: _short(shares[part]) for part in PARTS}
+      parts[name] = {part: short(shares[part]) for part in PARTS}
     elif all(is_lossless(row) for row in own):
       parts[name] = dict.fromkeys(PARTS, 0.0)
   return parts
 
 
-def _by_seed(rows: list[Row], name: str) -> dict[int, dict[int, float | None]]:
-  """Value by seed and step; several rows of one step (layers, operands) are averaged."""
-  values: dict[int, dict[int, list[float]]] = {}
-  for row in rows:
-    own = values.setdefault(row["seed"], {}).setdefault(row["step"], [])
-    own += [row[name]] if row.get(name) is not None else []
-  return {
-    seed: {step: sum(v) / len(v) if v else None for step, v in sorted(own.items())}
-    for seed, own in values.items()
-  }
-
-
-def _over_seeds(curves: dict[int, dict[int, float | None]], window: int = 1) -> Curve:
-  """Running mean of every seed, then mean and range over the seeds that have the step."""
-  smooth: dict[int, list[float]] = {}
-  for curve in curves.values():
-    values = list(curve.values())
-    for i, step in enumerate(curve):
-      near = values[max(0, i - window // 2) : i + (window + 1) // 2]
-      if None not in near:
-        smooth.setdefault(step, []).append(sum(near) / len(near))
-  steps = sorted(smooth)
-  stride = max(1, math.ceil(len(steps) / MAX_POINTS))
-  steps = steps[::-1][::stride][::-1]  # the last step is always kept
-  return [(s, sum(smooth[s]) / len(smooth[s]), min(smooth[s]), max(smooth[s])) for s in steps]
-
-
 def _gap_curves(rows: dict[str, list[Row]]) -> dict[str, Curve]:
   """Gap to the baseline in percent, paired by seed and step; the baseline: 0 ± its seed spread."""
-  runs = {recipe: _by_seed(own, "loss") for recipe, own in rows.items()}
+  runs = {recipe: by_seed(own, "loss") for recipe, own in rows.items()}
   reference = runs.pop(BASELINE, {})
   curves = {}
   for recipe, seeds in runs.items():
@@ -196,133 +166,11 @@ def _gap_curves(rows: dict[str, list[Row]]) -> dict[str, Curve]:
     for seed in seeds.keys() & reference:
       paired = [(step, reference[seed].get(step), loss) for step, loss in seeds[seed].items()]
       gaps[seed] = {s: (loss / base - 1) * 100 for s, base, loss in paired if base and loss}
-    curves[recipe] = _over_seeds(gaps)
+    curves[recipe] = over_seeds(gaps)
   if any(curves.values()):
-    noise = [(s, (high - low) / mean * 100) for s, mean, low, high in _over_seeds(reference)]
+    noise = [(s, (high - low) / mean * 100) for s, mean, low, high in over_seeds(reference)]
     curves[BASELINE] = [(step, 0.0, -spread, spread) for step, spread in noise]
   return curves
-
-
-def _line_figure(
-  curves: dict[str, Curve],
-  styles: dict,
-  unit: str,
-  *,
-  height: int = 320,
-  log: bool = False,
-  level: float | None = None,
-) -> Figure:
-  """Mean lines with bands over seeds and names at their ends; `level`: the unigram entropy."""
-  scale = math.log10 if log else float
-  curves = {recipe: curve for recipe, curve in curves.items() if curve}
-  values = [v for curve in curves.values() for point in curve for v in point[1:]]
-  if not values or (log and min(values) <= 0):
-    return {"data": [], "layout": {}}
-  values += [] if level is None else [level]
-  low, high = scale(min(values)), scale(max(values))
-  ends = sorted(curves, key=lambda recipe: curves[recipe][-1][1])
-  at = [scale(curves[recipe][-1][1]) for recipe in ends]
-  at = _spread_out(at, apart=LINE_HEIGHT * 1.12 * (high - low) / (height - 60))
-  low, high = min(low, at[0]), max(high, at[-1])
-  margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-
-  bands = [_band(curve, styles[r]["color"], r) for r, curve in curves.items() if _is_spread(curve)]
-  lines = [_line(curve, styles[recipe], recipe) for recipe, curve in curves.items()]
-  names = [
-    {
-      "type": "scatter",
-      "mode": "text",
-      "meta": "label",
-      "legendgroup": recipe,
-      "x": [curves[recipe][-1][0]],
-      "y": [10**y if log else y],
-      "text": [f"  {html.escape(recipe)}"],
-      "textposition": "middle right",
-      "textfont": {"color": styles[recipe]["color"], "size": 12},
-      "cliponaxis": False,
-      "hoverinfo": "skip",
-    }
-    for recipe, y in zip(ends, at, strict=True)
-  ]
-  yaxis = {"title": {"text": unit}, "range": [low - margin, high + margin]}
-  layout = {
-    "height": height,
-    "margin": {"r": 24 + 7 * max(map(len, curves))},
-    "xaxis": {"title": {"text": "step"}, "showgrid": False},
-    "yaxis": yaxis | ({"type": "log", "dtick": "D2"} if log else {}),
-  }
-  if level is not None:
-    layout["shapes"] = [_rule("y", level)]
-    text = {"text": f"unigram entropy {level:.2f}", "font": {"color": "--muted"}}
-    place = {"xref": "paper", "x": 1, "y": level, "xanchor": "right", "yanchor": "bottom"}
-    layout["annotations"] = [text | place | {"showarrow": False}]
-  return {"data": bands + lines + names, "layout": layout}
-
-
-def _is_spread(curve: Curve) -> bool:
-  return any(lowest < highest for _, _, lowest, highest in curve)
-
-
-def _line(curve: Curve, style: dict, recipe: str) -> dict:
-  return {
-    "type": "scatter",
-    "mode": "lines+markers" if len(curve) < 30 else "lines",
-    "name": html.escape(recipe),
-    "legendgroup": recipe,
-    "x": [point[0] for point in curve],
-    "y": [_short(point[1]) for point in curve],
-    "line": {**style, "width": 2},
-    "marker": {"color": style["color"], "size": 5},
-    "hovertemplate": "%{y:.5~g}",
-  }
-
-
-def _last_point(curve: dict[int, float | None], style: dict, recipe: str) -> list[dict]:
-  """A cross at the last finite value of a run that diverged."""
-  finite = {step: value for step, value in curve.items() if value is not None}
-  if not finite:
-    return []
-  return [
-    {
-      "type": "scatter",
-      "mode": "markers",
-      "legendgroup": recipe,
-      "x": [max(finite)],
-      "y": [finite[max(finite)]],
-      "marker": {"color": style["color"], "symbol": "x", "size": 9},
-      "hoverinfo": "skip",
-    }
-  ]
-
-
-def _band(curve: Curve, color: str, recipe: str) -> dict:
-  steps = [point[0] for point in curve]
-  return {
-    "type": "scatter",
-    "mode": "lines",
-    "legendgroup": recipe,
-    "x": steps + steps[::-1],
-    "y": [_short(point[3]) for point in curve] + [_short(point[2]) for point in curve[::-1]],
-    "line": {"width": 0},
-    "fill": "toself",
-    "fillcolor": f"{color}/2e",
-    "hoverinfo": "skip",
-  }
-
-
-def _spread_out(values: list[float], apart: float) -> list[float]:
-  """Ascending positions at least `apart`, each group of neighbours centred on its values."""
-  groups: list[tuple[list[float], float]] = []  # values and the position of the first
-  for value in values:
-    groups.append(([value], value))
-    while len(groups) > 1:
-      (below, start), (own, first) = groups[-2:]
-      if first - (start + apart * (len(below) - 1)) >= apart:
-        break
-      joined = below + own
-      first = sum(joined) / len(joined) - apart * (len(joined) - 1) / 2
-      groups[-2:] = [(joined, first)]
-  return [start + apart * i for own, start in groups for i in range(len(own))]
 
 
 def _panels(parts: dict[str, dict[str, Parts]], figure: Callable) -> list[Chart]:
@@ -355,7 +203,7 @@ def _bar_figure(parts: Parts, bounds: list[float]) -> Figure:
     "height": 76 + 26 * max(3, len(keys)),
     "xaxis": {"title": {"text": SHARE}, "range": bounds},
     "yaxis": {"autorange": "reversed", "type": "category", "showgrid": False},
-    "shapes": [_rule("x", 1.0)],
+    "shapes": [rule("x", 1.0)],
     "annotations": [
       {"text": " no error", "x": 0, "y": name, "xanchor": "left", "bgcolor": "--page"}
       | {"showarrow": False, "font": {"color": "--muted"}}
@@ -380,7 +228,7 @@ def _column_figure(parts: Parts, bounds: list[float]) -> Figure:
       "showgrid": False,
     },
     "yaxis": {"title": {"text": SHARE}, "range": bounds},
-    "shapes": [_rule("y", 1.0)],
+    "shapes": [rule("y", 1.0)],
   }
   return (
     _stacked(traces, layout)
@@ -411,7 +259,7 @@ def _time_figure(parts: Parts, bounds: list[float]) -> Figure:
   for part, label in PARTS.items():
     curve = [(step, parts[step][part], 0.0, 0.0) for step in steps]
     style = {"color": f"--part-{part}", "dash": "dash" if part == "cross" else "solid"}
-    traces.append(_line(curve, style, label))
+    traces.append(line(curve, style, label))
   layout = {
     "height": 250,
     "xaxis": {"title": {"text": "step"}, "showgrid": False},
@@ -426,15 +274,3 @@ def _blank(height: int, parts: Parts) -> Figure:
   hidden = {"visible": False}
   layout = {"height": height, "annotations": [note], "xaxis": hidden, "yaxis": hidden}
   return {"data": [], "layout": layout}
-
-
-def _rule(axis: str, at: float) -> dict:
-  """Dashed line across the plot at y or x = `at`."""
-  other = {"x": "y", "y": "x"}[axis]
-  place = {f"{axis}0": at, f"{axis}1": at, f"{other}ref": "paper", f"{other}0": 0, f"{other}1": 1}
-  return {"type": "line", "line": {"color": "--muted", "width": 1, "dash": "dash"}} | place
-
-
-def _short(value: float) -> float:
-  """Six significant digits: what a chart can show."""
-  return float(f"{value:.6g}")

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import pytest
 
 from experiments import config as config_lib
-from experiments import report, report_charts, summary
+from experiments import report, report_charts, report_lines, summary
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("bf16", "fp8", "mxfp4", "mxfp4_rht_sr", "hopper_fp4")
@@ -528,9 +528,9 @@ def test_recipes_keep_their_colour_in_every_line_chart(tmp_path):
         seen.setdefault(trace["name"], set()).add(trace["line"]["color"])
   assert {name: len(found) for name, found in seen.items()} == dict.fromkeys(RECIPES, 1)
   assert len(set.union(*seen.values())) == len(RECIPES)
-  many = report_charts.recipe_styles(["bf16", *"abcdefgh"])
+  many = report_lines.recipe_styles(["bf16", *"abcdefgh"])
   assert len({tuple(style.values()) for style in many.values()}) == 9
-  palette = {f"--recipe-{i}" for i in range(report_charts.RECIPE_COLOURS)} | {"--baseline"}
+  palette = {f"--recipe-{i}" for i in range(report_lines.RECIPE_COLOURS)} | {"--baseline"}
   assert {style["color"] for style in many.values()} == palette
 
 
@@ -585,7 +585,7 @@ def test_long_runs_are_thinned_but_keep_their_last_step(tmp_path):
   workdir = small_workdir(tmp_path, {"bf16": [2.0]}, steps=1000)
   charts = report_charts.curve_charts(summary.read_records(workdir), None)
   line = next(t for t in charts["train"]["figures"][report_charts.ALL]["data"] if t.get("name"))
-  assert len(line["x"]) <= report_charts.MAX_POINTS
+  assert len(line["x"]) <= report_lines.MAX_POINTS
   assert line["x"][-1] == 1000
 
 
