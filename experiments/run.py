@@ -57,8 +57,10 @@ def run(config, workdir: str) -> None:
   )
   runs, offsets = folder.unfinished()
   stop_signals = []
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, _: stop_signals.append(number))
+  handlers = {
+    number: signal.signal(number, lambda number, _: stop_signals.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT)
+  }
   progress = logs.Progress(len(runs) * config.steps, batch * length)
   try:
     for this in runs:
@@ -73,6 +75,8 @@ def run(config, workdir: str) -> None:
         lambda: bool(stop_signals),
       )
   finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
     write_summary(folder.path)
     report = write_report(folder.path)
   print(f"report: {report}")

@@ -32,6 +32,7 @@
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -52,7 +53,7 @@ from plotly.subplots import make_subplots
 import experiments.run
 from experiments.checkpoints import Checkpoints
 from experiments.config import Data, Experiment, Names, Optimizer, Quantize
-from experiments.summary import last_probe_rows, read_records
+from experiments.summary import BASELINE, last_probe_rows, read_records
 from experiments.train import make_trainer, policy_of
 from fp4jax import (
   FP8_BLOCK,
@@ -92,6 +93,7 @@ INK, FAINT = "#1c1f24", "#a3a6ab"
 
 pio.templates["notebook"] = go.layout.Template(
   layout={
+    "autosize": False,
     "width": 720,
     "height": 300,
     "margin": {"l": 60, "r": 20, "t": 40, "b": 45},
@@ -218,9 +220,7 @@ go.Figure([*bars, dots]).update_layout(
 #
 #     1 = scale_bias + deadzone + grid_noise + cross terms
 #
-# The ideal scale of a block can lie anywhere between two powers of two. We let it: Gaussian blocks
-# are multiplied by a factor spread evenly over one binade, in logarithm. We compare them with
-# Laplace values, whose tails are heavier, and with what the paper reports for LLM weights.
+# `ErrorDecomposition.summary()` has these shares, and a few more numbers.
 
 
 # %%
@@ -237,6 +237,12 @@ def numbers(x, fmt, **options):
   return found | {"cross": found["cross_scale_grid"] + found["cross_scale_deadzone"]}
 
 
+# %% [markdown]
+# The ideal scale of a block can lie anywhere between two powers of two. We let it: Gaussian blocks
+# are multiplied by a factor spread evenly over one binade, in logarithm. We compare them with
+# Laplace values, whose tails are heavier, and with what the paper reports for LLM weights.
+
+# %%
 BLOCKS = 2**15
 keys = jax.random.split(jax.random.key(1), 6)
 spread = 2 ** jax.random.uniform(keys[0], (BLOCKS, 1))
@@ -252,24 +258,26 @@ published = {  # arXiv 2605.20402
   "Qwen3-30B-A3B, published": (1.726, 0.022, 0.712, -0.658),
 }
 columns = ("scale_bias", "deadzone", "grid_noise", "cosine")
-for reported in published.values():
-  ours = [measured["Gaussian"][c] for c in columns]
-  np.testing.assert_allclose(ours, reported, atol=0.05)
-assert measured["Laplace"]["deadzone"] > 1.5 * measured["Gaussian"]["deadzone"]
-for own in measured.values():
-  assert abs(sum(own[part] for part in PARTS) - 1) < 1e-4
-
 rows = [[name, *(own[c] for c in columns)] for name, own in measured.items()]
 table(["", *columns], rows + [[name, *reported] for name, reported in published.items()])
 
 # %% [markdown]
 # Gaussian values have the published shares within a few hundredths: these say more about the
 # format than about language models. Heavier tails move the shares towards the dead zone.
-#
+
+# %%
+for own in measured.values():
+  assert abs(sum(own[part] for part in PARTS) - 1) < 1e-4
+for reported in published.values():
+  ours = [measured["Gaussian"][c] for c in columns]
+  np.testing.assert_allclose(ours, reported, atol=0.05)
+assert measured["Laplace"]["deadzone"] > 1.5 * measured["Gaussian"]["deadzone"]
+
+# %% [markdown]
 # How can scale bias alone be more than the whole error? Let `e = Q(x) - x` be the error with the
 # stored scale and `e* = Q*(x) - x` the one with the ideal scale. Scale bias is `e - e*`, so it
 # contains the ideal grid's error a second time, with the opposite sign. If `e` and `e*` are
-# uncorrelated, and the square of `e*` is a share `r` of that of `e`, then scale bias has the share
+# uncorrelated, and the squared norm of `e*` is `r` times that of `e`, then scale bias has the share
 # `1 + r` and the cross term is `-2 r`. That is the case here, so only `1 - r`, what they leave
 # together, is lost to the scale.
 
@@ -312,11 +320,13 @@ def by_delta(x, fmt, bins_per_octave=24):
   return delta, (bins[full] + 0.5) / bins_per_octave, relative
 
 
+# %%
 delta, centres, curves = by_delta(gaussian, MXFP4_RCEIL)
 assert delta.min() > -1e-5 and delta.max() < 1 + 1e-5
 assert abs(np.mean(2**delta) - 1 / np.log(2)) < 0.01
 print(f"the stored scale is on average {np.mean(2**delta) - 1:.0%} larger than the ideal one")
 
+# %%
 figure = go.Figure([line(centres, curves[p], *PARTS[p]) for p in list(PARTS)[:3]])
 figure.add_trace(line(centres, curves["total"], "total", INK))
 figure.add_trace(line(centres, curves["max"], "total, largest value of a block only", INK, "dot"))
@@ -351,7 +361,7 @@ total, largest = curves["total"], curves["max"]
 assert curves["scale_bias"][near[6]] < 0.2 * curves["scale_bias"].max()
 assert curves["scale_bias"][np.abs(centres - 0.5) < 0.03].max() < 0.5 * curves["scale_bias"].max()
 half_octave_on = GRID[2:7] * 2**0.5
-assert np.max(np.abs(half_octave_on / GRID[3:8] - 1)) < 0.06
+assert np.max(np.abs(half_octave_on / GRID[3:8] - 1)) < 0.07
 assert total.argmax() == near[5] and total[near[4]] < 1.2 * total[near[6]]
 assert largest[near[5]] - largest[near[4]] > 0.6 * (total[near[5]] - total[near[4]])
 assert total[near[3]] > 1.3 * total[near[6]]
@@ -419,14 +429,11 @@ is_outlier = jax.random.bernoulli(keys[4], 1e-3, plain.shape)
 data = {"Gaussian": plain, "with outliers": jnp.where(is_outlier, 20 * plain, plain)}
 
 x = data["with outliers"]
-turned = hadamard(x, axis=-1, block=32)
-rounded = fake_quantize(turned, NVFP4)
-np.testing.assert_allclose(
-  jnp.linalg.norm(hadamard(rounded, axis=-1, block=32) - x),
-  jnp.linalg.norm(rounded - turned),
-  rtol=1e-3,
-)
+parts, _ = split(hadamard(x, axis=-1, block=32), NVFP4)
+back = hadamard(parts.x + parts.total, axis=-1, block=32)
+np.testing.assert_allclose(jnp.linalg.norm(back - x), jnp.linalg.norm(parts.total), rtol=1e-3)
 
+# %%
 sqnr = {
   (name, fmt.name): [
     numbers(values, fmt)["sqnr_db"] for values in (x, hadamard(x, axis=-1, block=32))
@@ -434,6 +441,8 @@ sqnr = {
   for name, x in data.items()
   for fmt in FORMATS
 }
+
+# %%
 figure = make_subplots(cols=2, shared_yaxes=True, subplot_titles=list(data))
 names = [fmt.name for fmt in FORMATS]
 for column, name in enumerate(data, 1):
@@ -456,9 +465,10 @@ figure.update_layout(yaxis_title="SQNR (dB)", barmode="group", legend_y=1.12, ma
 # - E4M3 has two more bits of mantissa than E2M1, at 6 dB each.
 # - A Gaussian stays Gaussian under an orthogonal matrix, so nothing changes there.
 # - With outliers, the transform helps the formats with power-of-two scales and costs the others
-#   some SQNR. An outlier holds much of its block's squared norm. `amax / 6`, stored with a few bits
-#   of mantissa, puts it almost exactly on the grid's last point; a power of two puts it anywhere.
-#   Once it is spread over its block, nothing is special about it any more, for better or worse.
+#   some SQNR. An outlier holds much of its block's squared norm. `amax / q_max`, stored with some
+#   bits of mantissa, puts it almost exactly on the grid's last point; a power of two puts it
+#   anywhere. Once it is spread over its block, nothing is special about it any more, for better or
+#   worse.
 #
 # SQNR weighs values by their squares, so it is kind to formats that keep outliers and lose the
 # small values beside them. Look at `flushed`, or at the loss of a training run, before you choose.
@@ -485,9 +495,9 @@ table(["with outliers", "bits a value", "relative error of the outliers", "flush
 # %% [markdown]
 # ## 5. Stochastic rounding
 #
-# Stochastic rounding goes up with the probability of the distance to the point below, so that its
-# mean is the value itself. We round the same values up to 256 times and look at the error of the
-# mean over the draws.
+# Stochastic rounding goes up with a probability that is the distance from the point below, in
+# steps, so that its mean is the value itself. We round the same values up to 256 times and look at
+# the error of the mean over the draws.
 
 # %%
 x = gaussian[:1024]
@@ -652,12 +662,14 @@ print(f"{len(probed)} rows of the probe agree with the weights")
 # The SQNR of all operands at the last probe, one dot for each GEMM of each layer; the dashed line
 # is that of Gaussian values in the format of the weights above. `fprop rhs` and `dgrad rhs` are
 # weights, in blocks along one axis and the other; `fprop lhs` and `wgrad lhs` are activations,
-# `dgrad lhs` and `wgrad rhs` gradients. An operand left of the line has heavier tails than a
-# Gaussian, or lies unluckily under the scale rule; `flushed` and `clipped` in its row tell which.
+# `dgrad lhs` and `wgrad rhs` gradients. An operand left of the line loses more than Gaussian values
+# do: its tails are heavier, its maxima come to lie where the curve of section 3 is high, or its
+# recipe rounds it stochastically.
 
 # %%
 dots = []
-for name, colour in zip(records.recipes, (BLUE, RED, GREEN, PINK, INK) * 9, strict=False):
+quantized = [name for name in records.recipes if name != BASELINE]
+for name, colour in zip(quantized, itertools.cycle((BLUE, RED, GREEN, PINK)), strict=False):
   rows = last_probe_rows(records.probes, name)
   dot = go.Scatter(
     x=[r["sqnr_db"] for r in rows],
