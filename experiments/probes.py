@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fp4jax import operands
-from fp4jax.decompose import SUMMARY_FIELDS
+from fp4jax.decomposition import SUMMARY_FIELDS
 from fp4jax.models import Policy
 
 _FORWARD = ("fprop", "residual")

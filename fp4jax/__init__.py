@@ -5,8 +5,8 @@ operand of which GEMM has which format, `dot_general(recipe)` runs it in any mod
 """
 
 from fp4jax import nnx, recipes
-from fp4jax.decompose import ErrorDecomposition, ErrorSummary, decompose
-from fp4jax.dot_general import dot_general
+from fp4jax.decomposition import ErrorDecomposition, ErrorSummary, decompose
+from fp4jax.dot import dot_general
 from fp4jax.formats import (
   FORMATS,
   FP8_BLOCK,
@@ -19,10 +19,10 @@ from fp4jax.formats import (
   NVFP4,
   BlockFormat,
 )
-from fp4jax.grouped_dot import grouped_dot
-from fp4jax.hadamard import hadamard
-from fp4jax.quantize import QuantizedArray, dequantize, fake_quantize, quantize
+from fp4jax.grouped import grouped_dot
+from fp4jax.quantization import QuantizedArray, dequantize, fake_quantize, quantize
 from fp4jax.recipe import Gemm, Hadamard, Operand, Recipe, Residual
+from fp4jax.transforms import hadamard
 
 __all__ = [
   "FORMATS",

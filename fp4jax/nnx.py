@@ -3,7 +3,7 @@
 from flax import nnx
 from jaxtyping import Array
 
-from fp4jax.dot_general import dot_general
+from fp4jax.dot import dot_general
 from fp4jax.recipe import Recipe
 
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from fp4jax import quantize as qz
-from fp4jax.decompose import SUMMARY_FIELDS, decompose
+from fp4jax import quantization as qz
+from fp4jax.decomposition import SUMMARY_FIELDS, decompose
 from fp4jax.formats import BlockFormat
-from fp4jax.hadamard import hadamard
 from fp4jax.recipe import Gemm, Recipe, Source
+from fp4jax.transforms import hadamard
 
 # Rows of a tap; an operand's place here also seeds its stochastic rounding.
 ROLES = (

@@ -22,7 +22,7 @@ Source = Literal["original", "residual"]
 
 @dataclasses.dataclass(frozen=True)
 class Hadamard:
-  """Randomized block Hadamard transform along the contracted axis; see `fp4jax.hadamard`."""
+  """Randomized block Hadamard transform along the contracted axis; see `fp4jax.transforms`."""
 
   block: int = 32
   seed: int | None = 0  # of one sign vector, shared by all layers and steps; None: no signs

@@ -106,6 +106,15 @@ def test_parts_sum_to_the_total(fmt, rounding):
   assert ((parts[1] == 0) | (parts[2] == 0)).all()  # disjoint, so orthogonal
 
 
+def test_stochastic_scale_bias_is_of_the_scale_alone():
+  """Q and Q* share their draws: where the stored scale is the ideal one they are the same."""
+  x = np.clip(gaussian(64), -6, 6)
+  x[:, 0] = 6
+  d = jit_decompose(x, RCEIL, rounding="stochastic", key=jax.random.key(0))
+  assert (np.asarray(d.total) != 0).mean() > 0.9
+  assert (np.asarray(d.scale_bias) == 0).all()
+
+
 def test_lemma_under_rceil():
   """Scale bias is zero wherever the deadzone is not, even one ulp around every edge."""
   blocks = [gaussian(2000, seed=2)]

@@ -8,8 +8,8 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from fp4jax import operands, recipes
-from fp4jax.dot_general import dot_general
-from fp4jax.grouped_dot import grouped_dot
+from fp4jax.dot import dot_general
+from fp4jax.grouped import grouped_dot
 from fp4jax.recipe import Recipe
 
 

@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from fp4jax import float_bits as fb
-from fp4jax import quantize as qz
+from fp4jax import quantization as qz
 from fp4jax.formats import BlockFormat, Rounding
 
 
