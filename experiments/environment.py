@@ -18,7 +18,7 @@ def describe_environment() -> dict[str, Any]:
   device = jax.devices()[0]
   kind = platform.machine() if device.platform == "cpu" else device.device_kind
   return {
-    "argv": sys.argv,
+    "argv": ["python", *sys.orig_argv[1:]],
     "versions": {"python": platform.python_version()}
     | {name: importlib.metadata.version(name) for name in _PACKAGES},
     "device": f"{device.platform} {kind} x{jax.device_count()}, {os.cpu_count()} CPU cores",

@@ -23,6 +23,7 @@ _COLOURS = dict(
   bf16=_GREY, fp8="#0072b2", mxfp4="#d55e00", mxfp4_rht_sr="#009e73", hopper_fp4="#cc79a7"
 )
 _PARTS = dict(scale_bias=_ORANGE, deadzone=_SKY, grid_noise="#b0b0b0")
+_ENVIRONMENT = ("versions", "device", "git_commit", "git_dirty", "corpus")
 Row = dict
 
 
@@ -31,7 +32,8 @@ def collect(workdir: Path, out: Path) -> None:
   records = read_records(workdir)
   summary = summarize_records(records)
   log = logs.JsonLines(out, 0)
-  log.write({"kind": "environment"} | records.environment)
+  environment = {k: records.environment[k] for k in _ENVIRONMENT}
+  log.write({"kind": "environment"} | environment)
   log.write({"kind": "entropy", "unigram_entropy_nats": summary["unigram_entropy_nats"]})
   for row in records.metrics:
     if row["split"] == "validation":
@@ -100,7 +102,8 @@ def demo_picture(rows: list[Row], path: Path) -> None:
       steps, [min(gaps[s]) for s in steps], [max(gaps[s]) for s in steps], color=colour, alpha=0.15
     )
   left.set(xlabel="step", ylabel="validation loss above BF16, %", xlim=(min(steps), max(steps)))
-  left.legend(frameon=False, fontsize=8)
+  above = dict(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.45, 1))
+  left.legend(ncols=5, columnspacing=1, **above)
   operands = next(r for r in rows if r.get("recipe") == "mxfp4" and r["kind"] == "recipe")
   operands = operands["decomposition"]["operands"]
   names = [f"{o['gemm']} {o['operand']}" for o in operands]
@@ -114,7 +117,7 @@ def demo_picture(rows: list[Row], path: Path) -> None:
   right.axvline(0, color="black", linewidth=0.8)
   right.invert_yaxis()
   right.set(xlabel="MXFP4: share of the squared error, by operand")
-  right.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.45, 1))
+  right.legend(ncols=4, columnspacing=1, **above)
   figure.savefig(path, metadata={"Date": None})
   plt.close(figure)
 
