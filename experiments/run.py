@@ -6,9 +6,11 @@
 The same command goes on where a stopped one left off. SIGTERM and Ctrl-C save first.
 """
 
+import contextlib
 import logging as python_logging
 import signal
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -74,19 +76,26 @@ def run(config, workdir: str) -> None:
         progress,
         lambda: bool(stop_signals),
       )
+  except BaseException:
+    with contextlib.suppress(OSError):  # a full disk, say: what went wrong first is what counts
+      _report(folder)
+    raise
   finally:
     for number, handler in handlers.items():
       signal.signal(number, handler)
-    write_summary(folder.path)
-    report = write_report(folder.path)
-  print(f"report: {report}")
+  print(f"report: {_report(folder)}")
+
+
+def _report(folder: WorkDir) -> Path:
+  write_summary(folder.path)
+  return write_report(folder.path)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
   """absl's parsing, with an error that names the near settings for a misspelt one."""
   try:
     return flags.FLAGS(argv)
-  except flags.Error as error:
+  except (flags.Error, OSError) as error:
     sys.exit(f"error: {error}")
   except (KeyError, AttributeError) as error:
     for argument in argv:

@@ -9,6 +9,7 @@ from flax import nnx
 from fp4jax import recipes
 from fp4jax.models import LanguageModel, ModelConfig, MoE, Numerics, Policy, route
 from fp4jax.models.attention import Attention, rotate
+from fp4jax.models.language_model import Block
 
 FP32 = Policy(*([recipes.FP32] * 5))
 CONFIG = ModelConfig(
@@ -111,6 +112,19 @@ def test_grouped_query_attention_is_attention_with_repeated_keys():
   np.testing.assert_allclose(attention(x, Numerics(FP32)), expected, atol=1e-5)
 
 
+def test_a_block_adds_attention_and_feed_forward_of_the_normed_stream():
+  block = Block(dataclasses.replace(CONFIG, num_experts=0), nnx.Rngs(0))
+  numerics = Numerics(FP32)
+
+  def rms_normed(x):
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+
+  x = 3 * normal(0, 2, 5, 32)
+  hidden = x + block.attention(rms_normed(x), numerics)
+  expected = hidden + block.feed_forward(rms_normed(hidden), numerics)
+  np.testing.assert_allclose(block(x, numerics)[0], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_experts", [0, 4])
 def test_model_is_causal_and_its_scan_is_its_blocks_in_a_row(num_experts):
   config = dataclasses.replace(CONFIG, num_experts=num_experts)
@@ -136,7 +150,9 @@ def test_model_is_causal_and_its_scan_is_its_blocks_in_a_row(num_experts):
 
 
 def test_weights_are_float32_and_blocks_keep_the_dtype_of_the_config():
-  model = LanguageModel(dataclasses.replace(CONFIG, dtype="bfloat16"), 50, nnx.Rngs(0))
+  model = LanguageModel(
+    dataclasses.replace(CONFIG, dtype="bfloat16", d_ff_shared=8), 50, nnx.Rngs(0)
+  )
   graph, params = nnx.split(model.blocks)
   assert {p.dtype for p in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
   block = nnx.merge(graph, jax.tree.map(lambda p: p[0], params))
