@@ -272,6 +272,8 @@ def test_bad_arguments_are_refused():
     grouped_dot(x, w[0], sizes, recipes.MXFP4)
   with pytest.raises(ValueError, match=r"lhs \(40, 16\) and rhs \(3, 32, 32\) are not"):
     grouped_dot(x[:, :16], w, sizes, recipes.MXFP4)
+  with pytest.raises(ValueError, match=r"lhs \(40, 32, 1\) and rhs \(3, 32, 32\) are not"):
+    grouped_dot(x[..., None], w, sizes, recipes.MXFP4)
   with pytest.raises(TypeError, match="lhs is float64; a recipe takes float32, bfloat16 or"):
     grouped_dot(x.astype(np.float64), w, sizes, recipes.MXFP4)
   with pytest.raises(TypeError, match="rhs is int32; a recipe takes"):

@@ -79,10 +79,20 @@ def test_changes_that_need_each_other():
   assert recipes.HOPPER_FP4.replace(unkept).residual == Residual()
 
 
-@pytest.mark.parametrize("name, near", [("mxpf4", "mxfp4"), ("MXFP4", "mxfp4"), ("bf_16", "bf16")])
-def test_unknown_recipe_names_the_near_ones(name, near):
-  with pytest.raises(ValueError, match=f"unknown recipe '{name}'; did you mean one of .*'{near}'"):
+@pytest.mark.parametrize(
+  "name, near, far", [("mxpf4", "mxfp4", "bf16"), ("bf_16", "bf16", "hopper_fp4")]
+)
+def test_unknown_recipe_names_the_near_ones(name, near, far):
+  with pytest.raises(ValueError, match=f"unknown recipe '{name}'; did you mean one of") as raised:
     recipes.by_name(name)
+  assert repr(near) in str(raised.value) and repr(far) not in str(raised.value)
+
+
+def test_unknown_recipe_like_none_names_all():
+  with pytest.raises(
+    ValueError, match="'fp32', 'bf16', 'fp8', 'mxfp4', 'mxfp4_rht_sr', 'hopper_fp4'"
+  ):
+    recipes.by_name("zzz")
 
 
 @pytest.mark.parametrize(
