@@ -1,12 +1,14 @@
 # make demo   the main job at its smallest: a report of how BF16, FP8 and FP4 diverge
 # make test   lint and tests
 # make tables rebuild the README's tables and picture from results/
+# make gpu-test   the tests marked gpu, on a Hopper GPU with the [cuda] extra installed
+# make gpu-bench  the kernels against their peers there: results/kernel_bench.jsonl
 # make setup  only the environment
 PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint tables
+.PHONY: setup demo test lint tables gpu-test gpu-bench
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt constraints.txt pyproject.toml
@@ -26,3 +28,11 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# PYTHON_GPU is a Python that sees the GPU; torch there adds its matmuls to the benchmark.
+PYTHON_GPU ?= $(BIN)/python
+gpu-test:
+	$(PYTHON_GPU) -m pytest -m gpu
+
+gpu-bench:
+	$(PYTHON_GPU) -m experiments.kernel_bench --out=results/kernel_bench.jsonl

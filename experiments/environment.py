@@ -20,11 +20,19 @@ def describe_environment() -> dict[str, Any]:
   return {
     "argv": ["python", *sys.orig_argv[1:]],
     "versions": {"python": platform.python_version()}
-    | {name: importlib.metadata.version(name) for name in _PACKAGES},
+    | {name: _version(name) for name in _PACKAGES},
     "device": f"{device.platform} {kind} x{jax.device_count()}, {os.cpu_count()} CPU cores",
     "git_commit": _git("rev-parse", "HEAD"),
     "git_dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
   }
+
+
+def _version(name: str) -> str | None:
+  """None for a package that is not installed: the kernels need fewer than a run."""
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return None
 
 
 def _git(*arguments: str) -> str | None:

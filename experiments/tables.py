@@ -13,7 +13,7 @@ from absl import app, flags
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from experiments import logs
+from experiments import kernel_tables, logs
 from experiments.summary import read_records, summarize_records
 
 _COLLECT = flags.DEFINE_string("collect", None, "Workdir of a finished run of configs/demo.py.")
@@ -127,7 +127,7 @@ def fill(text: str, name: str, content: str) -> str:
   pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
   filled, count = re.subn(pattern, lambda m: m[1] + content + "\n" + m[2], text, flags=re.DOTALL)
   if count != 1:
-    raise ValueError(f"README.md has {count} places marked {name!r}, not one")
+    raise ValueError(f"the README has {count} places marked {name!r}, not one")
   return filled
 
 
@@ -141,6 +141,18 @@ def main(_) -> None:
   text = fill(text, "step_time", step_time_table(logs.read_rows(results / "step_time.jsonl")))
   readme.write_text(text)
   demo_picture(demo, _ROOT / "docs" / "demo.svg")
+
+  bench = logs.read_rows(results / "kernel_bench.jsonl")
+  readme = _ROOT / "pallas_kernels" / "README.md"
+  text = readme.read_text()
+  for name, content in (
+    ("elementwise", kernel_tables.elementwise_table(bench)),
+    ("matmul", kernel_tables.matmul_table(bench)),
+    ("moe_ffn", kernel_tables.moe_ffn_table(bench)),
+    ("source", _source(bench[0])),
+  ):
+    text = fill(text, name, content)
+  readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from fp4jax.formats import (
   BlockFormat,
 )
 from fp4jax.grouped import grouped_dot
+from fp4jax.moe_ffn import moe_ffn
 from fp4jax.quantization import QuantizedArray, dequantize, fake_quantize, quantize
 from fp4jax.recipe import Gemm, Hadamard, Operand, Recipe, Residual
 from fp4jax.transforms import hadamard
@@ -49,6 +50,7 @@ __all__ = [
   "fake_quantize",
   "grouped_dot",
   "hadamard",
+  "moe_ffn",
   "nnx",
   "quantize",
   "recipes",

@@ -45,7 +45,7 @@ def grouped_dot(
       f"group_sizes are {group_sizes.dtype} {group_sizes.shape}; rhs {rhs.shape} needs "
       f"{rhs.shape[0]} integers"
     )
-  _check_recipe(recipe)
+  check_recipe(recipe)
   if not isinstance(group_sizes, jax.core.Tracer):
     _check_sizes(np.asarray(group_sizes), lhs.shape[0])
   group_sizes = jnp.asarray(group_sizes, jnp.int32)  # narrow or unsigned ones would wrap around
@@ -63,7 +63,8 @@ def _check_sizes(sizes, rows):
     raise ValueError(f"group_sizes sum to {sizes.sum()}, more than the {rows} rows of lhs")
 
 
-def _check_recipe(recipe):
+def check_recipe(recipe: Recipe) -> None:
+  """Refuses a recipe whose blocks or transforms along the tokens would reach across experts."""
   tokens = {
     "fprop.lhs": recipe.fprop.lhs,
     "dgrad.lhs": recipe.dgrad.lhs,

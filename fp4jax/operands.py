@@ -1,4 +1,4 @@
-"""The operands of a recipe's GEMMs, shared by `dot_general` and `grouped_dot`.
+"""The operands of a recipe's GEMMs, shared by `dot_general`, `grouped_dot` and `moe_ffn`.
 
 Everything that a recipe says of one operand happens in `prepare`: where it is read from, padding,
 transform, rounding, and the probe of its error.
@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from fp4jax import quantization as qz
@@ -65,6 +66,11 @@ class Tensor:
       return self.original
     values = qz.dequantize(self.packed, self.packed.fmt.dequantized_dtype)
     return values[tuple(slice(n) for n in self.shape)]
+
+  def cast(self, dtype: DTypeLike) -> "Tensor":
+    """The original in another dtype."""
+    original = None if self.original is None else self.original.astype(dtype)
+    return Tensor(original, self.packed, self.shape)
 
   def kept_for(self, source: Source) -> "Tensor":
     """Only what a backward operand with that `source` reads: this is what is saved."""
@@ -132,6 +138,11 @@ def residual_summary(x: Tensor, tapped: bool) -> Float32[Array, " field"] | None
     return _nan_summary()
   fmt, axis = x.packed.fmt, x.packed.axis
   return error_summary(pad_to_blocks(x.original, fmt, axis), fmt, axis)
+
+
+def tap_of(summaries: dict[str, Float32[Array, " field"]]) -> Tap:
+  """The "gradient" of a tap from the summaries by role."""
+  return jnp.stack([summaries[role] for role in ROLES])
 
 
 def error_summary(x, fmt, axis, **rounding) -> Float32[Array, " field"]:

@@ -84,10 +84,15 @@ class Gemm:
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-  """How x (lhs) and w (rhs) are kept for the backward pass: packed, or None for as they are."""
+  """How x (lhs) and w (rhs) are kept for the backward pass: packed, or None for as they are.
+
+  `hidden` is for `moe_ffn` alone: how it keeps h, the output of its first GEMM. With a format
+  there, the second GEMM's lhs of `source="residual"` is SwiGLU of the kept h; `lhs` is for x.
+  """
 
   lhs: BlockFormat | None = None
   rhs: BlockFormat | None = None
+  hidden: BlockFormat | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +119,11 @@ class Recipe:
         raise ValueError(f'{self.name}: source="residual" needs a format in residual.{kept}')
       if fmt is not None and backward.source == "original":
         raise ValueError(f"{self.name}: residual.{kept}={fmt.name} is kept but never read")
+    if self.residual.hidden is not None and self.wgrad.lhs.source == "original":
+      raise ValueError(
+        f"{self.name}: residual.hidden={self.residual.hidden.name} leaves no original for"
+        ' wgrad.lhs; its source is "residual"'
+      )
 
   def operand(self, role: str) -> Operand:
     """`"dgrad.lhs"`."""

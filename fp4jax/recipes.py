@@ -65,7 +65,7 @@ HOPPER_FP4 = Recipe(
   fprop=Gemm(_FP8_OF_KEPT, _FP8_POW2_WEIGHT),
   dgrad=Gemm(_FP8_POW2, _FP8_POW2_WEIGHT),
   wgrad=Gemm(_FP8_OF_KEPT, _FP8_POW2),
-  residual=Residual(lhs=formats.MXFP4),
+  residual=Residual(lhs=formats.MXFP4, hidden=formats.MXFP4),
   citation="arXiv 2603.02731: compute in FP8, keep and ship activations in MXFP4;"
   ' fprop.lhs.source="original" makes fprop read FP8 of the unrounded activation instead',
 )

@@ -49,7 +49,7 @@ def test_recipes_are_those_of_their_sources():
     assert recipes.by_name(name) is recipe and getattr(recipes, name.upper()) is recipe
     assert recipe.is_stochastic == (name == "mxfp4_rht_sr")
     kept = fp4jax.MXFP4 if name == "hopper_fp4" else None
-    assert recipe.residual == Residual(kept, None)
+    assert recipe.residual == Residual(kept, None, kept)
     assert hash(recipe) == hash(dataclasses.replace(recipe))
 
 
@@ -75,7 +75,8 @@ def test_changes_that_need_each_other():
   for changes in (kept, dict(reversed(kept.items()))):
     recipe = recipes.MXFP4.replace(changes)
     assert recipe.residual.lhs is fp4jax.MXFP8 and recipe.wgrad.lhs.source == "residual"
-  unkept = {"residual.lhs": None, "wgrad.lhs.source": "original", "fprop.lhs.source": "original"}
+  unkept = {f"{gemm}.lhs.source": "original" for gemm in ("fprop", "wgrad")}
+  unkept |= {"residual.lhs": None, "residual.hidden": None}
   assert recipes.HOPPER_FP4.replace(unkept).residual == Residual()
 
 
@@ -123,6 +124,7 @@ def test_unknown_recipe_like_none_names_all():
     ({"wgrad.rhs.source": "residual"}, r'wgrad.rhs is a gradient; its source is "original"'),
     ({"residual.lhs": fp4jax.MXFP8}, r"residual.lhs=MXFP8 is kept but never read"),
     ({"residual.rhs": fp4jax.NVFP4}, r"residual.rhs=NVFP4 is kept but never read"),
+    ({"residual.hidden": fp4jax.MXFP8}, r"residual.hidden=MXFP8 leaves no original for wgrad.lhs"),
   ],
 )
 def test_bad_changes_are_refused(changes, message):

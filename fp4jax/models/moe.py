@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax.models.policy import Numerics
+from fp4jax.moe_ffn import swiglu
 
 
 class Routing(NamedTuple):
@@ -37,13 +38,6 @@ def route(logits: Float32[Array, "token e"], top_k: int) -> Routing:
   )
 
 
-@jax.checkpoint  # keeps its bf16 input for the backward pass, not five float32 intermediates
-def swiglu(gate_and_up: Float[Array, "*t f2"]) -> Float[Array, "*t f"]:
-  """silu(gate) * up in float32; gate and up are the two halves of the last axis."""
-  gate, up = jnp.split(gate_and_up.astype(jnp.float32), 2, axis=-1)
-  return (jax.nn.silu(gate) * up).astype(gate_and_up.dtype)
-
-
 class FeedForward(nnx.Module):
   """A dense SwiGLU block."""
 
@@ -61,7 +55,7 @@ class FeedForward(nnx.Module):
 
 
 class MoE(nnx.Module):
-  """Each token goes to its top-k experts, none is dropped: rows are sorted by expert."""
+  """Each token goes to its top-k experts, none is dropped."""
 
   def __init__(
     self,
@@ -99,37 +93,14 @@ class MoE(nnx.Module):
       tokens, self.w_router[...], (((1,), (0,)), ((), ()))
     )  # float32, for the weights are
     routing = route(logits, self.top_k)
-    order = jnp.argsort(routing.experts.ravel(), stable=True)  # of (token, choice) pairs
-    inverse = jnp.argsort(order)
-    sizes = jnp.bincount(routing.experts.ravel(), length=self.w_router.shape[-1])
-
-    rows = permute(jnp.repeat(tokens, self.top_k, axis=0), order, inverse)
-    hidden = swiglu(numerics.grouped_dot("experts.w13", rows, self.w13[...].astype(x.dtype), sizes))
-    rows = numerics.grouped_dot("experts.w2", hidden, self.w2[...].astype(x.dtype), sizes)
-    rows = permute(rows, inverse, order).reshape(-1, self.top_k, x.shape[-1])
-    out = combine(rows, routing.weights).reshape(x.shape)
+    out = numerics.moe_ffn(
+      ("experts.w13", "experts.w2"),
+      tokens,
+      self.w13[...],
+      self.w2[...],
+      routing.experts,
+      routing.weights,
+    ).reshape(x.shape)
     if self.shared is not None:
       out = out + self.shared(x, numerics)
     return out, routing
-
-
-@jax.checkpoint  # keeps the rows in their own dtype
-def combine(
-  rows: Float[Array, "token k d"], weights: Float32[Array, "token k"]
-) -> Float[Array, "token d"]:
-  """Sum of each token's expert outputs by weight, in float32, returned in the rows' dtype."""
-  return jnp.einsum("tkd,tk->td", rows.astype(jnp.float32), weights).astype(rows.dtype)
-
-
-@jax.custom_vjp
-def permute(
-  x: Float[Array, "m d"], order: Int[Array, " m"], inverse: Int[Array, " m"]
-) -> Float[Array, "m d"]:
-  """x[order], differentiated as a gather by `inverse` and not as a scatter."""
-  return x[order]
-
-
-permute.defvjp(
-  lambda x, order, inverse: (x[order], inverse),
-  lambda inverse, dy: (dy[inverse], None, None),
-)

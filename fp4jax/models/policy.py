@@ -5,11 +5,11 @@ import zlib
 from collections.abc import Callable
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax import operands, recipes
 from fp4jax.dot import dot_general
-from fp4jax.grouped import grouped_dot
+from fp4jax.moe_ffn import moe_ffn
 from fp4jax.recipe import Recipe
 
 
@@ -39,12 +39,19 @@ class Numerics:
   def dot_general(self, name: str) -> Callable[..., Array]:
     return dot_general(self._recipe(name), key=self._key(name), tap=self._tap(name))
 
-  def grouped_dot(
-    self, name: str, lhs: Float[Array, "m k"], rhs: Float[Array, "e k n"], sizes: Int[Array, " e"]
-  ) -> Float[Array, "m n"]:
-    return grouped_dot(
-      lhs, rhs, sizes, self._recipe(name), key=self._key(name), tap=self._tap(name)
-    )
+  def moe_ffn(
+    self,
+    names: tuple[str, str],
+    x: Float[Array, "token d"],
+    w13: Float[Array, "e d f2"],
+    w2: Float[Array, "e f d"],
+    experts: Int[Array, "token k"],
+    weights: Float32[Array, "token k"],
+  ) -> Float[Array, "token d"]:
+    """`names` are those of its two GEMMs, which are of one kind."""
+    recipe = self._recipe(names[0])
+    keys, taps = tuple(map(self._key, names)), tuple(map(self._tap, names))
+    return moe_ffn(x, w13, w2, experts, weights, recipe, keys=keys, taps=taps)
 
   def matmul(self, name: str, x: Float[Array, "*t k"], w: Float[Array, "k n"]) -> Array:
     """x @ w, with w cast to x's dtype."""

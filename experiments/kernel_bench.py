@@ -1,0 +1,253 @@
+"""Times the kernels on a Hopper GPU, each after a check against its definition.
+
+python -m experiments.kernel_bench --out=results/kernel_bench.jsonl
+
+Device time from the profiler, two sets of random inputs in turns, each larger than L2; median and
+quartiles. Ratios to what a user would pick instead are of the same run: a device copy, XLA on the
+same definition, torch's matmuls where torch is installed.
+"""
+
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax import lax
+from jax.experimental.mosaic.gpu import profiler
+
+from experiments import kernel_cases as cases
+from experiments import logs
+from experiments.environment import describe_environment
+from fp4jax import recipes
+from fp4jax.moe_ffn import moe_ffn
+from pallas_kernels import bf16_matmul, grouped_matmul, mxfp4
+
+_OUT = flags.DEFINE_string("out", "results/kernel_bench.jsonl", "JSONL file to write.")
+_ONLY = flags.DEFINE_list("only", ["elementwise", "matmul", "moe_ffn"], "Which parts to run.")
+_COMMIT = flags.DEFINE_string("commit", None, "Commit of the code, where git can't say.")
+_LARGE = flags.DEFINE_boolean("large", True, "moe_ffn also at 64 experts, top-8.")
+_M, _K, _N = 32768, 7168, 2048
+_SKEW = np.array([9001, 1, 127, 6144, 0, 3333, 12034, 2128])
+Row = dict
+
+
+def time_us(f: Callable, *sets: tuple, repeats: int = 10) -> dict[str, float]:
+  """Device time of f, the sets of inputs in turns."""
+  f = jax.jit(f)
+  times = []
+  for arguments in sets:
+    jax.block_until_ready(f(*arguments))
+    _, ms = profiler.measure(f, iterations=repeats)(*arguments)
+    times += [1000 * t for t in ms]
+  low, median, high = statistics.quantiles(times, n=4)
+  return {"time_us": median, "time_us_quartiles": [low, high]}
+
+
+def bf16_tensor(seed: int, shape: tuple[int, ...]):
+  return jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))(jax.random.key(seed))
+
+
+def copy_bytes_per_second() -> float:
+  """Of a copy by the driver where torch offers one, counting bytes read and written."""
+  import torch
+
+  source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+  target = torch.empty_like(source)
+  times = _torch_times_us(lambda: target.copy_(source))
+  return 2 * source.numel() / statistics.median(times) * 1e6
+
+
+def _torch_times_us(f, repeats=20):
+  import torch
+
+  # All queued before the first one ends: no gaps between launches, clocks as under load.
+  events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+  for event in events[:-1]:
+    event.record()
+    f()
+  events[-1].record()
+  torch.cuda.synchronize()
+  times = [1000 * a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+  return times[repeats // 4 :]
+
+
+def elementwise() -> Iterator[Row]:
+  copy = copy_bytes_per_second()
+  yield {"kind": "copy", "tb_per_s": copy / 1e12}
+  tensors = [bf16_tensor(seed, (_M, _K)) for seed in (0, 1)]
+  seed = jnp.uint32([1, 2])
+  stochastic = [
+    cases.Case(
+      f"quantize_mxfp4 rceil, stochastic{suffix}",
+      functools.partial(mxfp4.quantize_mxfp4, scale_rule="rceil", seed=seed, signs=signs),
+      None,
+      2 + 17 / 32,
+    )
+    for suffix, signs in (("", None), (", Hadamard", cases.SIGNS))
+  ]
+  for case in (*cases.CASES, cases.SWIGLU, *stochastic):
+    small = jax.jit(case.prepare)(tensors[0][:512])
+    exact = case.definition and _same(jax.jit(case.kernel)(small), jax.jit(case.definition)(small))
+    sets = [(jax.jit(case.prepare)(x),) for x in tensors]
+    row = time_us(case.kernel, *sets)
+    rate = case.bytes_per_value * _M * _K / row["time_us"] * 1e6
+    row |= {"tb_per_s": rate / 1e12, "of_copy": rate / copy}
+    if case.definition:
+      xla = time_us(case.definition, sets[0], repeats=3)["time_us"]
+      row |= {"xla_time_us": xla, "times_xla": xla / row["time_us"]}
+    yield {"kind": "elementwise", "name": case.name, "shape": [_M, _K], "equal": exact} | row
+
+
+def _same(actual, expected):
+  def bits(x):
+    return np.asarray(x).view(np.uint8 if x.dtype.itemsize == 1 else np.uint16)
+
+  return all(bool((bits(a) == bits(e)).all()) for a, e in zip(actual, expected, strict=True))
+
+
+def matmuls() -> Iterator[Row]:
+  for n, k in ((_N, _K), (_K, _N)):
+    flops = 2 * _M * n * k
+    peers = {}
+    for name, f in _torch_matmuls(n, k).items():
+      peers[name] = flops / statistics.median(_torch_times_us(f)) * 1e-6
+      yield {"kind": "peer", "name": name, "n": n, "k": k, "tflops": peers[name]}
+    for load, sizes in (("even", np.full(8, _M // 8)), ("skewed", _SKEW)):
+      for name, f, sets in _grouped(n, k, jnp.asarray(sizes, jnp.int32)):
+        row = time_us(f, *sets)
+        row |= {"tflops": flops / row["time_us"] * 1e-6}
+        row |= {f"times_{peer}": row["tflops"] / rate for peer, rate in peers.items()}
+        yield {"kind": "matmul", "name": name, "groups": load, "m": _M, "n": n, "k": k} | row
+
+
+def _grouped(n, k, sizes):
+  e = len(sizes)
+  rows = 128 * (_M // 128 + e)
+  fp8 = lambda seed, *shape: bf16_tensor(seed, shape).astype(jnp.float8_e4m3fn)  # noqa: E731
+  scales = lambda *shape: jax.random.uniform(jax.random.key(9), shape, minval=0.5)  # noqa: E731
+  for name, i, o in (("fp8 fprop", k, n), ("fp8 dgrad", n, k)):
+    sets = [
+      (fp8(s, _M, i), scales(i // 128, _M), fp8(s + 2, e, o, i), scales(e, o // 128, i // 128))
+      for s in (0, 1)
+    ]
+    yield name, lambda *a: grouped_matmul.grouped_matmul(*a, sizes), sets
+  sets = [
+    (fp8(s, k, rows), scales(rows // 128, k), fp8(s + 2, n, rows), scales(rows // 128, n))
+    for s in (0, 1)
+  ]
+  yield "fp8 wgrad", lambda *a: grouped_matmul.grouped_wgrad(*a, sizes), sets
+  x, w, dy = bf16_tensor(0, (_M, k)), bf16_tensor(1, (e, k, n)), bf16_tensor(2, (_M, n))
+  yield "bf16 fprop", lambda x, w: bf16_matmul.grouped_matmul(x, w, sizes), [(x, w)]
+  dgrad = functools.partial(bf16_matmul.grouped_matmul, transpose_rhs=True)
+  yield "bf16 dgrad", lambda dy, w: dgrad(dy, w, sizes), [(dy, w)]
+  yield "bf16 wgrad", lambda x, dy: bf16_matmul.grouped_wgrad(x, dy, sizes), [(x, dy)]
+
+
+def _torch_matmuls(n, k):
+  """What torch offers for the same number of operations."""
+  import torch
+
+  def fp8(*shape):
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)
+
+  def scales(*shape):
+    return torch.rand(shape, device="cuda") + 0.5
+
+  a, b = fp8(_M, k), fp8(n, k)
+  block_a = scales(k // 128, _M).t()
+  block_b = scales(n // 128, k // 128).t()
+  grouped_b = fp8(8, n, k).transpose(1, 2)
+  ends = torch.arange(1, 9, device="cuda", dtype=torch.int32) * (_M // 8)
+  row_a, row_b = scales(_M), scales(8, n)
+  x = torch.randn((_M, k), device="cuda", dtype=torch.bfloat16)
+  w = torch.randn((8, n, k), device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+  bf16 = torch.bfloat16
+  return {
+    "torch_scaled_mm_dense": lambda: torch._scaled_mm(
+      a, b.t(), scale_a=block_a, scale_b=block_b, out_dtype=bf16
+    ),
+    "torch_scaled_grouped_mm": lambda: torch._scaled_grouped_mm(
+      a, grouped_b, row_a, row_b, offs=ends, out_dtype=bf16
+    ),
+    "torch_grouped_mm_bf16": lambda: torch._grouped_mm(x, w, offs=ends),
+  }
+
+
+def moe_ffns() -> Iterator[Row]:
+  sizes = ((8, 2), (64, 8)) if _LARGE.value else ((8, 2),)
+  for experts, top_k in sizes:
+    arguments = _moe_inputs(experts, top_k)
+    reference = None
+    for recipe in (recipes.BF16, recipes.FP8, recipes.HOPPER_FP4):
+      step = jax.jit(functools.partial(_step, recipe))
+      memory = step.lower(*arguments).compile().memory_analysis()
+      row = {
+        "kind": "moe_ffn",
+        "recipe": recipe.name,
+        "experts": experts,
+        "top_k": top_k,
+        "forward_us": time_us(functools.partial(_forward, recipe), arguments, repeats=5)["time_us"],
+        **time_us(functools.partial(_step, recipe), arguments, repeats=5),
+        "saved_bytes": _saved_bytes(recipe, arguments),
+        "temp_bytes": memory.temp_size_in_bytes,
+      }
+      reference = reference or row
+      row["speed_to_bf16"] = reference["time_us"] / row["time_us"]
+      row["saved_to_bf16"] = row["saved_bytes"] / reference["saved_bytes"]
+      yield row
+
+
+def _moe_inputs(e, top_k, tokens=_M, d=_K, f=_N):
+  x, w13, w2 = (bf16_tensor(i, s) for i, s in enumerate(((tokens, d), (e, d, 2 * f), (e, f, d))))
+  w13, w2 = jax.jit(lambda a, b: (a * d**-0.5, b * f**-0.5))(w13, w2)
+  logits = jax.random.normal(jax.random.key(3), (tokens, e))
+  weights, experts = lax.top_k(jax.nn.softmax(logits), top_k)
+  return x, w13, w2, experts, weights, bf16_tensor(4, (tokens, d))
+
+
+def _forward(recipe, x, w13, w2, experts, weights, dout):
+  return moe_ffn(x, w13, w2, experts, weights, recipe, implementation="mosaic")
+
+
+def _pull(recipe, x, w13, w2, experts, weights):
+  def f(x, w13, w2, weights):
+    return moe_ffn(x, w13, w2, experts, weights, recipe, implementation="mosaic")
+
+  return jax.vjp(f, x, w13, w2, weights)
+
+
+def _step(recipe, x, w13, w2, experts, weights, dout):
+  y, pull = _pull(recipe, x, w13, w2, experts, weights)
+  return y, *pull(dout)
+
+
+def _saved_bytes(recipe, arguments):
+  """Of what the backward pass reads beside the weights of the experts."""
+  leaves = jax.tree.leaves(jax.eval_shape(lambda *a: _pull(recipe, *a)[1], *arguments[:5]))
+  weights = {arguments[1].shape, arguments[2].shape}
+  return sum(x.size * x.dtype.itemsize for x in leaves if x.shape not in weights)
+
+
+_PARTS = {"elementwise": elementwise, "matmul": matmuls, "moe_ffn": moe_ffns}
+
+
+def main(argv):
+  del argv
+  log = logs.JsonLines(Path(_OUT.value), 0)
+  environment = describe_environment()
+  environment["git_commit"] = environment["git_commit"] or _COMMIT.value
+  log.write({"kind": "environment"} | environment)
+  for part in _ONLY.value:
+    for row in _PARTS[part]():
+      log.write(row)
+      print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+  log.close()
+
+
+if __name__ == "__main__":
+  app.run(main)

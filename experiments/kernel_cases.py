@@ -1,0 +1,213 @@
+"""What each element-wise kernel computes, in the words of fp4jax: its tests and its benchmark."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fp4jax import formats
+from fp4jax.moe_ffn import swiglu
+from fp4jax.quantization import QuantizedArray, dequantize, quantize
+from pallas_kernels import convert, fp8, mxfp4
+from pallas_kernels import dequantize as dequantizer
+from pallas_kernels import swiglu as swiglu_kernel
+
+SIGNS = np.random.default_rng(0).choice(np.float32([-1, 1]), 32)
+_MXFP4_BYTES = 17 / 32  # a value's codes and its share of a scale
+_FP8_BYTES = 1 + 4 / 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """`kernel(x)` equals `definition(x)` bit for bit; x is what `prepare` makes of a bf16 tensor."""
+
+  name: str
+  kernel: Callable
+  definition: Callable
+  bytes_per_value: float
+  prepare: Callable = lambda x: x
+
+
+def mxfp4_format(rule: str) -> formats.BlockFormat:
+  return dataclasses.replace(formats.MXFP4, scale_rule=rule)
+
+
+def _mxfp4(rule="floor"):
+  def definition(x):
+    q = quantize(x, mxfp4_format(rule))
+    return q.codes, q.scales
+
+  return Case(
+    f"quantize_mxfp4 {rule}",
+    lambda x: mxfp4.quantize_mxfp4(x, scale_rule=rule),
+    definition,
+    2 + _MXFP4_BYTES,
+  )
+
+
+def _mxfp4_hadamard():
+  def definition(x):
+    q = quantize(butterflies(x), mxfp4_format("rceil"))
+    return q.codes, q.scales
+
+  return Case(
+    "quantize_mxfp4 rceil, Hadamard",
+    lambda x: mxfp4.quantize_mxfp4(x, scale_rule="rceil", signs=SIGNS),
+    definition,
+    2 + _MXFP4_BYTES,
+  )
+
+
+def butterflies(x):
+  """`fp4jax.hadamard(x, -1, 32, SIGNS)` with its sums in the kernel's order."""
+  blocks = x.astype(jnp.float32).reshape(-1, 32) * SIGNS
+  for distance in (1, 2, 4, 8, 16):
+    pairs = blocks.reshape(-1, 16 // distance, 2, distance)
+    low, high = pairs[:, :, 0], pairs[:, :, 1]
+    blocks = jnp.stack([low + high, low - high], axis=2).reshape(-1, 32)
+  return (blocks * np.float32(32**-0.5)).reshape(x.shape)
+
+
+def _as_e4m3(codes):
+  return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
+
+
+def _rows(x, power_of_two):
+  q = quantize(x, formats.FP8_BLOCK_POW2 if power_of_two else formats.FP8_BLOCK)
+  return _as_e4m3(q.codes), q.scales.T
+
+
+def _weights(w, power_of_two):
+  q = quantize(w, formats.FP8_BLOCK_POW2_2D if power_of_two else formats.FP8_BLOCK_2D)
+  return _as_e4m3(q.codes), _as_e4m3(q.codes).swapaxes(-1, -2), q.scales
+
+
+def _fp8(power_of_two):
+  kind = "power of two" if power_of_two else "float32"
+  options = dict(power_of_two=power_of_two)
+  return (
+    Case(
+      f"quantize_fp8_rows {kind}",
+      lambda x: fp8.quantize_fp8_rows(x, **options),
+      lambda x: _rows(x, power_of_two),
+      2 + _FP8_BYTES,
+    ),
+    Case(
+      f"quantize_fp8_columns {kind}",
+      lambda x: fp8.quantize_fp8_columns(x, **options),
+      lambda x: _rows(x.T, power_of_two),
+      2 + _FP8_BYTES,
+    ),
+    Case(
+      f"quantize_fp8_both {kind}",
+      lambda x: fp8.quantize_fp8_both(x, **options),
+      lambda x: (*_rows(x, power_of_two), *_rows(x.T, power_of_two)),
+      2 + 2 * _FP8_BYTES,
+    ),
+    Case(
+      f"quantize_fp8_weights {kind}",
+      lambda x: fp8.quantize_fp8_weights(x[None], **options),
+      lambda x: _weights(x[None], power_of_two),
+      4,
+    ),
+  )
+
+
+def _pack_fp8(x):
+  q = quantize(x, formats.FP8_BLOCK_POW2)
+  return _as_e4m3(q.codes), q.scales.T
+
+
+def _pack_mxfp4(x):
+  q = quantize(x, formats.MXFP4)
+  return q.codes, q.scales
+
+
+def _narrow(rule):
+  def definition(packed):
+    codes, scales = packed
+    codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    values = dequantize(QuantizedArray(codes, scales.T, None, formats.FP8_BLOCK_POW2, -1))
+    q = quantize(values, mxfp4_format(rule))
+    return q.codes, q.scales
+
+  return Case(
+    f"fp8_to_mxfp4 {rule}",
+    lambda packed: convert.fp8_to_mxfp4(*packed, scale_rule=rule),
+    definition,
+    _FP8_BYTES + _MXFP4_BYTES,
+    _pack_fp8,
+  )
+
+
+def _values(packed):
+  return dequantize(QuantizedArray(*packed, None, formats.MXFP4, -1))
+
+
+def _widened_rows(packed):
+  """Every block of 128 with a scale of 2^-6 times the largest of its four."""
+  codes, scales = packed
+  top = jnp.max(scales.reshape(len(codes), -1, 4), axis=-1).astype(jnp.int32)
+  exponent = jnp.maximum(top - 6, 1)
+  scale = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+  scaled = _values(packed).reshape(*top.shape, 128) / scale[..., None]
+  return _finish(scaled, top, scale)
+
+
+def _widened_columns(packed):
+  codes, scales = packed
+  blocks, k = len(codes) // 128, 2 * codes.shape[1]
+  top = jnp.max(scales.reshape(blocks, 128, -1), axis=1).astype(jnp.int32)
+  top = jnp.repeat(top, 32, axis=1).T
+  scale = jax.lax.bitcast_convert_type(jnp.maximum(top - 6, 1) << 23, jnp.float32)
+  scaled = _values(packed).T.reshape(k, blocks, 128) / scale[..., None]
+  return _finish(scaled, top, scale)
+
+
+def _finish(scaled, top, scale):
+  whole = (top < 255)[..., None]
+  codes = jnp.where(whole, scaled, 0.0).astype(jnp.float8_e4m3fn)
+  return codes.reshape(len(codes), -1), jnp.where(top < 255, scale, jnp.nan).T
+
+
+def _swiglu(power_of_two):
+  return Case(
+    "swiglu_fp8_rows",
+    lambda h: swiglu_kernel.swiglu_fp8_rows(h, power_of_two=power_of_two),
+    # The rounding to bf16 between the two is one that XLA would leave out.
+    lambda h: _rows(jax.lax.reduce_precision(swiglu(h), 8, 7), power_of_two),
+    2 + _FP8_BYTES / 2,
+  )
+
+
+CASES = (
+  *(_mxfp4(rule) for rule in ("floor", "even", "rceil", "oas")),
+  _mxfp4_hadamard(),
+  *_fp8(False),
+  *_fp8(True),
+  *(_narrow(rule) for rule in ("floor", "oas", "rceil")),
+  Case(
+    "mxfp4_to_fp8_rows",
+    lambda packed: convert.mxfp4_to_fp8_rows(*packed),
+    _widened_rows,
+    _FP8_BYTES + _MXFP4_BYTES,
+    _pack_mxfp4,
+  ),
+  Case(
+    "mxfp4_to_fp8_columns",
+    lambda packed: convert.mxfp4_to_fp8_columns(*packed),
+    _widened_columns,
+    _FP8_BYTES + _MXFP4_BYTES,
+    _pack_mxfp4,
+  ),
+  Case(
+    "dequantize_mxfp4",
+    lambda packed: (dequantizer.dequantize_mxfp4(*packed),),
+    lambda packed: (_values(packed).astype(jnp.bfloat16),),
+    2 + _MXFP4_BYTES,
+    _pack_mxfp4,
+  ),
+)
+SWIGLU = _swiglu(False)  # equal but for the last bit of exp

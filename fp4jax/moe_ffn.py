@@ -1,0 +1,271 @@
+"""The feed-forward of a mixture of experts, under one custom_vjp.
+
+    h = x[token of row] @ w13          rows sorted by expert, each expert's rows times its weights
+    a = silu(gate) * up                gate and up are the halves of h
+    y = a @ w2
+    out = sum of weight * y over the choices of a token
+
+What is kept for the backward pass: x once a token, not once a row, and h, each as the recipe's
+`residual` says (`lhs` and `hidden`), or as it is. Beside them only the order of the rows, and w13,
+w2 and the routing weights as they were passed. Recomputed: the permuted x, a from the kept h, every
+quantized operand. Bytes a token at d=7168, f=2048, top-2:
+
+|       | x      | h      | both               |
+|-------|--------|--------|--------------------|
+| bf16  | 14,336 | 16,384 | 30,720             |
+| MXFP4 | 3,808  | 4,352  | 8,160, 0.266 of it |
+
+What is read. GEMM 1 reads x, or x as kept, as `source` of fprop.lhs and wgrad.lhs says. SwiGLU's
+backward pass reads h as kept. GEMM 2 reads a; where the recipe has `residual.hidden`, its lhs of
+`source="residual"` is SwiGLU of the kept h, so that HOPPER_FP4 rounds h once and its forward and
+backward pass see one a. y is not kept: with g = dout @ w2.T from dgrad, a weight's gradient is
+<dout, a @ w2> = <g, a>; it has the rounding of dgrad's operands in place of fprop's.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from fp4jax import moe_mosaic
+from fp4jax import operands as ops
+from fp4jax.formats import BlockFormat
+from fp4jax.grouped import Tiles, check_recipe
+from fp4jax.linear import Summaries, XlaGemms, take_rows
+from fp4jax.recipe import Recipe, Source
+
+Implementation = Literal["xla", "mosaic"]
+
+# A weight below this is multiplied in after dgrad: before it, dgrad's result is divided by it.
+SMALLEST_DIVISOR = 2.0**-64
+
+
+class Gemms(Protocol):
+  """The three GEMMs of one grouped linear layer, each with its rows of the tap; see `XlaGemms`."""
+
+  recipe: Recipe
+
+  def keep(self, x: Float[Array, "t k"], fmt: BlockFormat | None) -> ops.Tensor: ...
+
+  def read(self, x: ops.Tensor, source: Source) -> Float[Array, "t k"]: ...
+
+  def activation(self, h: Float[Array, "t 2*f"]) -> Any:
+    """SwiGLU of h in the form that `fprop` takes."""
+
+  def fprop(
+    self, x: Any, w: ops.Tensor, rows: Int[Array, " m"] | None = None
+  ) -> tuple[Float[Array, "m n"], Summaries]: ...
+
+  def gradient(self, dy: Float[Array, "m n"]) -> Any:
+    """dy in the implementation's own form, made in one read for both `dgrad` and `wgrad`."""
+
+  def dgrad(self, dy: Any, w: ops.Tensor) -> tuple[Float[Array, "m k"], Summaries]: ...
+
+  def wgrad(
+    self, x: ops.Tensor, dy: Any, rows: Int[Array, " m"] | None = None
+  ) -> tuple[Float[Array, "e k n"], Summaries]: ...
+
+
+class Order(NamedTuple):
+  """Choice `token * k + j` is the j-th of a token; rows are choices sorted by expert, stably.
+
+  The rows of each expert are filled up to a multiple of `tile`, and so are the rows after the last
+  expert's to a fixed number. An empty row holds choice `token * k`, one more than there are: it
+  gathers zeros.
+  """
+
+  choice_of_row: Int[Array, " row"]
+  row_of_choice: Int[Array, " choice"]
+  group_sizes: Int[Array, " e"]  # in rows, the filling included
+
+  @classmethod
+  def of(cls, experts: Int[Array, "token k"], num_experts: int, tile: int = 1) -> "Order":
+    expert = experts.ravel()
+    order = jnp.argsort(expert, stable=True)
+    place = jnp.argsort(order).astype(jnp.int32)  # of each choice among the sorted
+    sizes = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
+    if tile == 1:
+      return cls(order, place, sizes)
+    filled = -(-sizes // tile) * tile
+    moved = (jnp.cumsum(filled) - filled) - (jnp.cumsum(sizes) - sizes)
+    row = place + moved[expert]
+    rows = tile * (expert.size // tile + num_experts)
+    choice = jnp.full(rows, expert.size).at[row].set(jnp.arange(expert.size))
+    return cls(choice, row, filled)
+
+
+def moe_ffn(
+  x: Float[Array, "token d"],
+  w13: Float[Array, "e d f2"],
+  w2: Float[Array, "e f d"],
+  experts: Int[Array, "token k"],
+  weights: Float32[Array, "token k"],
+  recipe: Recipe,
+  *,
+  keys: tuple[jax.Array | None, jax.Array | None] = (None, None),
+  taps: tuple[ops.Tap | None, ops.Tap | None] = (None, None),
+  implementation: Implementation | None = None,
+) -> Float[Array, "token d"]:
+  """sum_j weights[t, j] * (swiglu(x[t] @ w13[experts[t, j]]) @ w2[experts[t, j]]), in x's dtype.
+
+  Gradients go to x, w13, w2 and weights. The weights of the experts may have another dtype than x,
+  to which they are cast before anything else; their gradients come in their own.
+
+  Args:
+    keys, taps: of GEMM 1 and GEMM 2, as in `dot_general`. The tap's row `residual.lhs` of GEMM 2 is
+      the error of h as it is kept, where the recipe has `residual.hidden`.
+    implementation: "mosaic" runs the Hopper kernels, "xla" everything anywhere; a named one runs or
+      raises. None: "mosaic" where it can run, and no tap is asked for.
+  Raises:
+    ValueError: shapes that do not fit, an expert that does not exist (under jit the result is NaN
+      instead), or what makes `implementation` impossible.
+  """
+  for key, w in zip(keys, (w13, w2), strict=True):
+    ops.check_call(recipe, key, x, w)
+  _check_shapes(x, w13, w2, experts, weights)
+  check_recipe(recipe)
+  num_experts = w13.shape[0]
+  if not isinstance(experts, jax.core.Tracer):
+    _check_experts(np.asarray(experts), num_experts)
+  match implementation:
+    case None:
+      implementation = "xla" if moe_mosaic.obstacle(recipe, x, w13, taps) else "mosaic"
+    case "mosaic":
+      if why := moe_mosaic.obstacle(recipe, x, w13, taps):
+        raise ValueError(f'implementation="mosaic": {why}')
+    case "xla":
+      pass
+    case _:
+      raise ValueError(f"{implementation=} is not one of {get_args(Implementation)} or None")
+  order = Order.of(experts, num_experts, 1 if implementation == "xla" else moe_mosaic.BLOCK)
+  valid = jnp.all((experts >= 0) & (experts < num_experts))
+  return _ffn(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ffn(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps):
+  return _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps)[0]
+
+
+def _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps):
+  tapped, dtype, residual = [tap is not None for tap in taps], x.dtype, recipe.residual
+  first, second = _gemms(recipe, implementation, order, keys, tapped)
+  token = order.choice_of_row // weights.shape[1]
+  w13_read, w2_read = (ops.Tensor.of(w.astype(dtype), residual.rhs, -2) for w in (w13, w2))
+
+  x = first.keep(x, residual.lhs)
+  h, of_first = first.fprop(x, w13_read, token)
+  h = first.keep(h.astype(dtype), residual.hidden)
+  a = second.activation(_read_hidden(first, h, recipe.fprop.lhs.source, dtype))
+  y, of_second = second.fprop(a, w2_read)
+  if residual.hidden is not None:
+    of_second |= {"residual.lhs": ops.residual_summary(h, tapped[1])}
+  choices = y.astype(dtype)[order.row_of_choice].reshape(*weights.shape, -1)
+  out = jnp.einsum("tkd,tk->td", choices.astype(jnp.float32), weights).astype(dtype)
+
+  def keep_weights(w, read):  # as they were passed, not their copy in x's dtype
+    return ops.Tensor(w, read.packed, w.shape).kept_for(recipe.dgrad.rhs.source)
+
+  saved = (
+    x.kept_for(recipe.wgrad.lhs.source),
+    h.kept_for("original" if residual.hidden is None else "residual"),
+    (keep_weights(w13, w13_read), keep_weights(w2, w2_read)),
+    (jnp.empty(0, w13.dtype), jnp.empty(0, w2.dtype)),
+    (weights, order, keys),
+    tuple(s if t else None for s, t in zip((of_first, of_second), tapped, strict=True)),
+  )
+  # Here and not after `_ffn`, where differentiating a select would save its zeros.
+  return jnp.where(valid, out, jnp.nan), saved
+
+
+def _bwd(recipe, implementation, saved, dout):
+  x, h, (w13, w2), (w13_like, w2_like), (weights, order, keys), summaries = saved
+  tapped, dtype = [s is not None for s in summaries], dout.dtype
+  first, second = _gemms(recipe, implementation, order, keys, tapped)
+  token = order.choice_of_row // weights.shape[1]
+
+  # g = dgrad(weight * dout) has the numbers of the composed layers, but a weight of zero would hide
+  # <dout, y> from its own gradient; so tiny ones go to the other side of the products.
+  weight = take_rows(weights.reshape(-1, 1), order.choice_of_row)
+  divisible = jnp.abs(weight) >= SMALLEST_DIVISOR
+  before, after = jnp.where(divisible, weight, 1), jnp.where(divisible, 1, weight)
+  dy = second.gradient((take_rows(dout, token).astype(jnp.float32) * before).astype(dtype))
+  g, dgrad_2 = second.dgrad(dy, w2.cast(dtype))
+  g = g.astype(dtype).astype(jnp.float32)
+
+  a, pull = jax.vjp(swiglu, _read_hidden(first, h, "residual", dtype))
+  a = a.astype(jnp.float32)
+  dweights = (jnp.sum(a * g, axis=-1) / before[:, 0])[order.row_of_choice].reshape(weights.shape)
+  a = second.keep((a * after).astype(dtype), second.recipe.residual.lhs)
+  dw2, wgrad_2 = second.wgrad(a, dy)
+
+  dh = first.gradient(pull((g * after).astype(dtype))[0])
+  dx, dgrad_1 = first.dgrad(dh, w13.cast(dtype))
+  dw13, wgrad_1 = first.wgrad(x, dh, token)
+  dx = dx.astype(dtype)[order.row_of_choice].reshape(*weights.shape, -1)
+  dx = jnp.sum(dx.astype(jnp.float32), axis=1).astype(dtype)
+
+  backward = (dgrad_1 | wgrad_1, dgrad_2 | wgrad_2)
+  taps = tuple(s and ops.tap_of(s | b) for s, b in zip(summaries, backward, strict=True))
+  gradients = dx, dw13.astype(w13_like.dtype), dw2.astype(w2_like.dtype), dweights
+  return *gradients, None, None, None, taps
+
+
+_ffn.defvjp(_fwd, _bwd)
+
+
+@jax.checkpoint  # keeps its bf16 input for the backward pass, not five float32 intermediates
+def swiglu(gate_and_up: Float[Array, "*t f2"]) -> Float[Array, "*t f"]:
+  """silu(gate) * up in float32; gate and up are the two halves of the last axis."""
+  gate, up = jnp.split(gate_and_up.astype(jnp.float32), 2, axis=-1)
+  return (jax.nn.silu(gate) * up).astype(gate_and_up.dtype)
+
+
+class XlaFfnGemms(XlaGemms):
+  def activation(self, h: Float[Array, "t f2"]) -> ops.Tensor:
+    return self.keep(swiglu(h), self.recipe.residual.lhs)
+
+
+def _read_hidden(gemms, h, source, dtype):
+  """h as the `source` of GEMM 2's lhs says; without `residual.hidden` the kept h is h."""
+  source = "original" if gemms.recipe.residual.hidden is None else source
+  return gemms.read(h, source).astype(dtype)
+
+
+def _gemms(recipe, implementation, order, keys, tapped) -> tuple[Gemms, Gemms]:
+  second = recipe
+  if recipe.residual.hidden is not None:  # a is made from the right h already
+    sources = {f"{gemm}.lhs.source": "original" for gemm in ("fprop", "wgrad")}
+    second = recipe.replace(sources | {"residual.lhs": None, "residual.hidden": None})
+  if implementation == "mosaic":
+    return tuple(moe_mosaic.gemms(r, order.group_sizes) for r in (recipe, second))
+  tiles = Tiles.of(order.group_sizes, order.choice_of_row.size)
+  return tuple(
+    XlaFfnGemms(*args) for args in zip((recipe, second), (tiles, tiles), keys, tapped, strict=True)
+  )
+
+
+def _check_shapes(x, w13, w2, experts, weights):
+  if x.ndim != 2 or w2.ndim != 3 or w13.shape != (w2.shape[0], x.shape[1], 2 * w2.shape[1]):
+    raise ValueError(
+      f"x {x.shape}, w13 {w13.shape} and w2 {w2.shape} are not (token, d), (e, d, 2 f), (e, f, d)"
+    )
+  if w2.shape[2] != x.shape[1]:
+    raise ValueError(f"w2 {w2.shape} does not return to the {x.shape[1]} features of x {x.shape}")
+  if experts.ndim != 2 or experts.shape != weights.shape or len(experts) != len(x):
+    raise ValueError(
+      f"experts {experts.shape} and weights {weights.shape} are not both ({len(x)} tokens, k)"
+    )
+  if not jnp.issubdtype(experts.dtype, jnp.integer) or weights.dtype != jnp.float32:
+    raise TypeError(
+      f"experts are {experts.dtype} and weights {weights.dtype}, not integers and float32"
+    )
+
+
+def _check_experts(experts, num_experts):
+  bad = experts[(experts < 0) | (experts >= num_experts)]
+  if bad.size:
+    raise ValueError(f"experts name {bad[0]}, which is not one of the {num_experts} experts")

@@ -1,0 +1,199 @@
+"""The grouped GEMMs of `moe_ffn` on Hopper: which kernel computes what.
+
+Two implementations of `moe_ffn.Gemms`: FP8 with block scales, and bf16. Their operands are plain
+arrays, codes with scales; the kernels are imported when they are called.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Float32, Int
+
+from fp4jax import operands as ops
+from fp4jax import recipes
+from fp4jax.formats import BlockFormat
+from fp4jax.linear import take_rows
+from fp4jax.quantization import QuantizedArray
+from fp4jax.recipe import Recipe, Source
+
+BLOCK = 128  # rows and columns that share a scale; d and f are multiples of it
+_SERVED = (
+  recipes.BF16,
+  recipes.FP8,
+  recipes.HOPPER_FP4,
+  recipes.HOPPER_FP4.replace({"fprop.lhs.source": "original"}),
+)
+
+
+def obstacle(recipe: Recipe, x: Array, w13: Array, taps: tuple) -> str | None:
+  """Why the kernels can't compute this call; None if they can."""
+  if (capability := compute_capability()) != "9.0":
+    return f"the kernels need compute capability 9.0 (Hopper); this device has {capability}"
+  if _numerics(recipe) not in [_numerics(r) for r in _SERVED]:
+    return f"the kernels serve {[r.name for r in _SERVED[:3]]}, not recipe {recipe.name!r}"
+  if x.dtype != jnp.bfloat16:
+    return f"the kernels take bfloat16; x is {x.dtype}"
+  d, f = x.shape[1], w13.shape[2] // 2
+  for name, size in (("d", d), ("f", f)):
+    if size % BLOCK:
+      return f"{name}={size} is not a multiple of {BLOCK}"
+  return None if all(tap is None for tap in taps) else 'taps are read by implementation="xla"'
+
+
+def compute_capability() -> str:
+  """Of the default device: "9.0" on Hopper, "none (cpu)" without a GPU."""
+  device = jax.devices()[0]
+  return getattr(device, "compute_capability", None) or f"none ({device.platform})"
+
+
+def _numerics(recipe):
+  return dataclasses.replace(recipe, name="", citation="")
+
+
+def gemms(recipe: Recipe, group_sizes: Int[Array, " e"]) -> "Fp8Gemms | Bf16Gemms":
+  """For a recipe, or the one of GEMM 2, that `obstacle` let pass."""
+  kind = Fp8Gemms if recipe.fprop.lhs.is_quantized else Bf16Gemms
+  return kind(recipe, group_sizes)
+
+
+class Scaled(NamedTuple):
+  """E4M3 codes with float32 scales: 1x128 along the contracted axis, or 128x128."""
+
+  codes: Float[Array, "*s"]
+  scales: Float32[Array, "*u"]
+
+
+class Gradient(NamedTuple):
+  """dy along n for dgrad, and along m, K-major, for wgrad."""
+
+  rows: Scaled
+  columns: Scaled
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8Gemms:
+  """E4M3 operands with float32 scales, FP32 promotion each 128 of the contracted axis."""
+
+  recipe: Recipe
+  group_sizes: Int[Array, " e"]
+
+  @property
+  def power_of_two(self) -> bool:
+    return self.recipe.fprop.lhs.format.has_power_of_two_scales
+
+  def keep(self, x: BFloat16[Array, "t k"], fmt: BlockFormat | None) -> ops.Tensor:
+    if fmt is None:
+      return ops.Tensor.of(x)
+    from pallas_kernels import mxfp4
+
+    codes, scales = mxfp4.quantize_mxfp4(x, scale_rule=fmt.scale_rule)
+    return ops.Tensor(x, QuantizedArray(codes, scales, None, fmt, -1), x.shape)
+
+  def read(self, x: ops.Tensor, source: Source) -> BFloat16[Array, "t k"]:
+    if source == "original":
+      return x.original
+    from pallas_kernels import dequantize
+
+    return dequantize.dequantize_mxfp4(x.packed.codes, x.packed.scales)
+
+  def activation(self, h: BFloat16[Array, "t f2"]) -> Scaled:
+    from pallas_kernels import swiglu
+
+    return Scaled(*swiglu.swiglu_fp8_rows(h, power_of_two=self.power_of_two))
+
+  def fprop(self, x: ops.Tensor | Scaled, w: ops.Tensor, rows: Int[Array, " m"] | None = None):
+    """Permutes codes, not values: a row is quantized once however often it is chosen."""
+    if isinstance(x, Scaled):
+      lhs = x
+    elif self.recipe.fprop.lhs.source == "residual":
+      from pallas_kernels import convert
+
+      lhs = Scaled(*convert.mxfp4_to_fp8_rows(*_packed_rows(x, rows)))
+    else:
+      from pallas_kernels import fp8
+
+      lhs = Scaled(*fp8.quantize_fp8_rows(x.original, power_of_two=self.power_of_two))
+      if rows is not None:
+        lhs = Scaled(take_rows(lhs.codes, rows), take_rows(lhs.scales.T, rows).T)
+    _, codes_t, scales = self._weights(w)
+    return self._product(lhs, Scaled(codes_t, scales.swapaxes(1, 2))), {}
+
+  def gradient(self, dy: BFloat16[Array, "m n"]) -> Gradient:
+    from pallas_kernels import fp8
+
+    rows_and_columns = fp8.quantize_fp8_both(dy, power_of_two=self.power_of_two)
+    return Gradient(Scaled(*rows_and_columns[:2]), Scaled(*rows_and_columns[2:]))
+
+  def dgrad(self, dy: Gradient, w: ops.Tensor):
+    codes, _, scales = self._weights(w)
+    return self._product(dy.rows, Scaled(codes, scales)), {}
+
+  def wgrad(self, x: ops.Tensor, dy: Gradient, rows: Int[Array, " m"] | None = None):
+    from pallas_kernels import grouped_matmul
+
+    lhs = self._columns(x, rows)
+    return grouped_matmul.grouped_wgrad(*lhs, *dy.columns, self.group_sizes), {}
+
+  def _columns(self, x, rows):
+    if self.recipe.wgrad.lhs.source == "residual":
+      from pallas_kernels import convert
+
+      return Scaled(*convert.mxfp4_to_fp8_columns(*_packed_rows(x, rows)))
+    from pallas_kernels import fp8
+
+    values = take_rows(x.original, rows)
+    return Scaled(*fp8.quantize_fp8_columns(values, power_of_two=self.power_of_two))
+
+  def _weights(self, w):
+    from pallas_kernels import fp8
+
+    return fp8.quantize_fp8_weights(w.original, power_of_two=self.power_of_two)
+
+  def _product(self, lhs, rhs):
+    from pallas_kernels import grouped_matmul
+
+    return grouped_matmul.grouped_matmul(*lhs, *rhs, self.group_sizes)
+
+
+def _packed_rows(x, rows):
+  parts = x.packed.codes, x.packed.scales
+  return tuple(take_rows(p, rows) for p in parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bf16Gemms:
+  """bf16 operands, float32 accumulation."""
+
+  recipe: Recipe
+  group_sizes: Int[Array, " e"]
+
+  def keep(self, x: BFloat16[Array, "t k"], fmt: None) -> ops.Tensor:
+    return ops.Tensor.of(x, fmt)
+
+  def read(self, x: ops.Tensor, source: Source) -> BFloat16[Array, "t k"]:
+    return x.read(source)
+
+  def activation(self, h: BFloat16[Array, "t f2"]) -> ops.Tensor:
+    gate, up = jnp.split(h.astype(jnp.float32), 2, axis=-1)
+    return ops.Tensor.of((jax.nn.silu(gate) * up).astype(h.dtype))
+
+  def fprop(self, x: ops.Tensor, w: ops.Tensor, rows: Int[Array, " m"] | None = None):
+    from pallas_kernels import bf16_matmul
+
+    return bf16_matmul.grouped_matmul(take_rows(x.original, rows), w.original, self.group_sizes), {}
+
+  def gradient(self, dy: BFloat16[Array, "m n"]) -> BFloat16[Array, "m n"]:
+    return dy
+
+  def dgrad(self, dy: BFloat16[Array, "m n"], w: ops.Tensor):
+    from pallas_kernels import bf16_matmul
+
+    product = bf16_matmul.grouped_matmul(dy, w.original, self.group_sizes, transpose_rhs=True)
+    return product, {}
+
+  def wgrad(self, x: ops.Tensor, dy: BFloat16[Array, "m n"], rows: Int[Array, " m"] | None = None):
+    from pallas_kernels import bf16_matmul
+
+    return bf16_matmul.grouped_wgrad(take_rows(x.original, rows), dy, self.group_sizes), {}

@@ -1,0 +1,67 @@
+"""How a warpgroup holds blocks, and what every kernel here has in common.
+
+A tensor (m, k) is seen as (block, lane, value): the lanes of a block hold `value` consecutive
+values each, so that a lane's values are one 16-byte load and the largest magnitude of a block is
+found within each lane first and then over a few neighbours.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+E4M3 = jnp.float8_e4m3fn
+INFINITY = 0x7F800000  # the bits of infinity; NaNs lie above
+WARPGROUP = plgpu.CompilerParams(
+  lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+  unsafe_no_auto_barriers=True,  # nothing here is shared between threads but what barriers guard
+)
+LANE = plgpu.CompilerParams(
+  lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+)
+
+
+def block_layout(lanes: int, values: int):
+  """Layout of a (block, lane, value) array: 32 / lanes blocks to a warp."""
+  blocks = 32 // lanes
+  tiles = ((4 * blocks, lanes, values), (blocks, lanes, values), (1, 1, values))
+  layout = fa.TiledLayout(
+    fa.Tiling(tiles), warp_dims=(-9,), lane_dims=(-6, -5), vector_dim=-1, _check_canonical=False
+  ).canonicalize()
+  return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+
+
+def swizzled(dtype):
+  """Transforms of a tile in SMEM that is read and written transposed without bank conflicts."""
+  return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
+
+
+def bits(x):
+  return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def floats(x):
+  return lax.bitcast_convert_type(x, jnp.float32)
+
+
+def e4m3_scale(amax, power_of_two: bool):
+  """(scale, what values are multiplied by): amax falls on 448 or, rounded up to 2^n, below it.
+
+  NaN and 0 where amax is not finite. A scale is at least 2^-126, which keeps its reciprocal normal.
+  """
+  finite = bits(amax) < INFINITY
+  if power_of_two:
+    # 448 has the mantissa 0x600000: what lies above carries into the exponent.
+    exponent = jnp.maximum(((bits(amax) + 0x1FFFFF) >> 23) - 8, 1)
+    scale, inverse = floats(exponent << 23), floats((254 - exponent) << 23)
+  else:
+    scale = jnp.maximum(amax * np.float32(1 / 448), 2.0**-126)
+    inverse = 1.0 / scale
+  return jnp.where(finite, scale, jnp.nan), jnp.where(finite, inverse, 0.0)
+
+
+def to_e4m3(x, inverse):
+  """x times its block's `inverse`, rounded to E4M3, saturating; 0 where the block has no scale."""
+  scaled = jnp.clip(x.astype(jnp.float32) * inverse, -448.0, 448.0)
+  return jnp.where(inverse > 0, scaled, 0.0).astype(E4M3)

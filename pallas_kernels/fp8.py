@@ -1,0 +1,157 @@
+"""FP8 (E4M3) quantizers for operands of `grouped_matmul`: 1x128 rows, 128x1 columns, 128x128 tiles.
+
+    scale = amax / 448, or the power of two at or above it; code = E4M3(x / scale)
+
+FP8 tensor cores want the contracted axis contiguous, so what wgrad contracts is written transposed.
+Scales lie with the blocks first, (k / 128, m), as the matmul reads them.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import blocks as bl
+
+ROW_RUNS = 4  # runs of 8 rows a CTA of the row quantizer takes
+TILE = 128
+
+
+def quantize_fp8_rows(x, *, power_of_two: bool = False):
+  """Quantizes x in blocks of 1 x 128.
+
+  Args:
+    x: (m, k) bfloat16 or float32; m >= 8, k a multiple of 128.
+    power_of_two: round scales up to a power of two instead of storing amax / 448.
+
+  Returns:
+    float8_e4m3fn codes (m, k) and float32 scales (k / 128, m). A block with a NaN or an infinity
+    has the scale NaN and codes 0.
+  """
+  _check_dtype("quantize_fp8_rows", x, (jnp.bfloat16, jnp.float32))
+  if x.ndim != 2 or x.shape[0] < 8 or x.shape[1] % TILE or not x.size:
+    raise ValueError(f"{x.shape=} is not (m, k) with m >= 8 and k % 128 == 0")
+  m, k = x.shape
+  rows = 8 * ROW_RUNS
+  while rows > m:
+    rows //= 2
+
+  def kernel(x_gmem, codes_gmem, scales_gmem):
+    start = jnp.minimum(lax.axis_index("rows") * rows, m - rows)  # the last may overlap
+    here, block = pl.ds(start, rows), lax.axis_index("block")
+    layout = bl.block_layout(16, 8)
+    values = plgpu.load(x_gmem.at[here, block], layout=layout, optimized=False)
+    amax = jnp.max(jnp.max(jnp.abs(values), axis=2), axis=1).astype(jnp.float32)
+    scale, inverse = bl.e4m3_scale(amax, power_of_two)
+    inverse = lax.broadcast_in_dim(inverse, values.shape, (0,))
+    codes_gmem[here, block] = bl.to_e4m3(values, inverse)
+    scales_gmem[block, here] = scale
+
+  codes, scales = plgpu.kernel(
+    kernel,
+    out_type=(
+      jax.ShapeDtypeStruct((m, k // TILE, 16, 8), bl.E4M3),
+      jax.ShapeDtypeStruct((k // TILE, m), jnp.float32),
+    ),
+    grid=(-(-m // rows), k // TILE),
+    grid_names=("rows", "block"),
+    compiler_params=bl.WARPGROUP,
+  )(x.reshape(m, k // TILE, 16, 8))
+  return codes.reshape(m, k), scales
+
+
+def quantize_fp8_columns(x, *, power_of_two: bool = False):
+  """Quantizes x in blocks of 128 x 1, transposed: codes (k, m), scales (m / 128, k).
+
+  x is (m, k) bfloat16, both multiples of 128. Otherwise as `quantize_fp8_rows`.
+  """
+  return _tiles(x[None], power_of_two, rows=False, columns=True, square=False)
+
+
+def quantize_fp8_both(x, *, power_of_two: bool = False):
+  """`quantize_fp8_rows` and `quantize_fp8_columns` in one read of x: four arrays."""
+  return _tiles(x[None], power_of_two, rows=True, columns=True, square=False)
+
+
+def quantize_fp8_weights(w, *, power_of_two: bool = False):
+  """Quantizes w in blocks of 128 x 128, in both orientations.
+
+  Args:
+    w: (e, k, n) bfloat16; k and n multiples of 128.
+
+  Returns:
+    codes (e, k, n), codes (e, n, k), scales (e, k / 128, n / 128).
+  """
+  return _tiles(w, power_of_two, rows=True, columns=True, square=True)
+
+
+def _tiles(x, power_of_two, *, rows, columns, square):
+  """One CTA a tile of 128 x 128, read once into SMEM and from there in either orientation."""
+  _check_dtype("the tile quantizer", x, (jnp.bfloat16,))
+  if x.ndim != 3 or x.shape[1] % TILE or x.shape[2] % TILE or not x.size:
+    raise ValueError(f"x of shape {x.shape[-2:]} is not (m, k) with m % 128 == k % 128 == 0")
+  e, m, k = x.shape
+  out_type, scratch = [], [plgpu.SMEM((TILE, TILE), x.dtype, transforms=bl.swizzled(x.dtype))]
+  tile = plgpu.SMEM((TILE, TILE), bl.E4M3, transforms=bl.swizzled(bl.E4M3))
+  if rows:
+    out_type += [((e, m, k), bl.E4M3)] + ([] if square else [((e, k // TILE, m), jnp.float32)])
+    scratch += [tile]
+  if columns:
+    out_type += [((e, k, m), bl.E4M3)] + ([] if square else [((e, m // TILE, k), jnp.float32)])
+    scratch += [tile]
+  if square:
+    out_type += [((e, m // TILE, k // TILE), jnp.float32)]
+
+  def kernel(x_gmem, *refs):
+    out, (x_smem, *tiles, barrier) = refs[: len(out_type)], refs[len(out_type) :]
+    g, i, j = (lax.axis_index(name) for name in ("group", "row", "column"))
+    here, there = pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)
+    plgpu.copy_gmem_to_smem(x_gmem.at[g, here, there], x_smem, barrier)
+    plgpu.barrier_wait(barrier)
+    out, tiles = list(out), list(tiles)
+    copies = []
+    if square:
+      amax = jnp.max(jnp.max(jnp.abs(_read(x_smem)), axis=1).astype(jnp.float32), axis=0)
+      scale, inverse = bl.e4m3_scale(amax, power_of_two)
+      out[-1][g, i, j] = scale
+    for wanted, view, target, block in (
+      (rows, x_smem, (here, there), j),
+      (columns, x_smem.transpose((1, 0)), (there, here), i),
+    ):
+      if not wanted:
+        continue
+      values = _read(view)
+      codes_smem, codes_gmem = tiles.pop(0), out.pop(0)
+      if not square:
+        amax = jnp.max(jnp.abs(values), axis=1).astype(jnp.float32)
+        scale, inverse = bl.e4m3_scale(amax, power_of_two)
+        out.pop(0)[g, block, target[0]] = scale
+        inverse = plgpu.layout_cast(
+          lax.broadcast_in_dim(inverse, values.shape, (0,)), plgpu.Layout.WGMMA
+        )
+      codes_smem[...] = bl.to_e4m3(values, inverse)
+      copies.append((codes_smem, codes_gmem.at[g, *target]))
+    plgpu.commit_smem()
+    for source, target in copies:
+      plgpu.copy_smem_to_gmem(source, target)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  outputs = plgpu.kernel(
+    kernel,
+    out_type=tuple(jax.ShapeDtypeStruct(*spec) for spec in out_type),
+    grid=(e, m // TILE, k // TILE),
+    grid_names=("group", "row", "column"),
+    scratch_types=(*scratch, plgpu.Barrier()),
+    compiler_params=bl.LANE,
+  )(x)
+  return outputs if square else tuple(o[0] for o in outputs)
+
+
+def _read(view):
+  return plgpu.load(view, layout=plgpu.Layout.WGMMA)
+
+
+def _check_dtype(name, x, allowed):
+  if x.dtype not in allowed:
+    raise TypeError(f"x is {x.dtype}; {name} takes {[jnp.dtype(d).name for d in allowed]}")

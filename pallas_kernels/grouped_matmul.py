@@ -1,0 +1,485 @@
+"""Block-scaled grouped FP8 matmuls: the GEMMs of a mixture of experts.
+
+`grouped_matmul`, for row i of group g (fprop; dgrad is the same kernel on a transposed weight):
+
+  out[i, j] = sum_b lhs_scales[b, i] * rhs_scales[g, j // 128, b] * <lhs[i, b], rhs[g, j, b]>
+
+`grouped_wgrad`, over the 128-token tiles b that belong to group g:
+
+  out[g, i, j] = sum_b lhs_scales[b, i] * rhs_scales[b, j] * <lhs[i, b], rhs[j, b]>
+
+where x[i, b] is block b of 128 elements of row i. Every block product is promoted to a float32 sum
+in registers. One CTA stays on each SM and takes every `num_sms`-th output tile. One warpgroup keeps
+a ring of SMEM slots full and the others multiply; the ring does not stop between output tiles, so
+the next tile's operands arrive while the last tile is stored.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+BLOCK = 128  # elements along the contraction that share a scale; also the k step and the n tile
+WAVE = 64  # rows of one wgmma
+ALIGNMENT = 8  # rows of one swizzle pattern, which TMA copies whole
+NUM_SMS = 132  # of an H100 or H200, for lowering where there is none
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+  """A schedule. Each compute warpgroup owns one wgmma tile of 64 x 128: 64 registers of products
+  in flight and 64 of sums, which is all that three of them leave room for.
+  """
+
+  compute_warpgroups: int = 3
+  stages: int = 3
+  out_columns: int = 128  # columns of a wave that go through SMEM to memory at a time
+  grid_tile_width: int = 8  # columns of output tiles that neighbouring CTAs sweep together
+
+  @property
+  def tile_m(self) -> int:
+    return WAVE * self.compute_warpgroups
+
+
+TUNING: dict[Literal["matmul", "wgrad"], TuningConfig] = {
+  "matmul": TuningConfig(),
+  "wgrad": TuningConfig(stages=4, out_columns=64),  # float32 results: fewer columns at a time
+}
+
+# What the sweep compares: two warpgroups hide a promotion behind one other product, three behind
+# two. Tiles of 128 x 128 a warpgroup, or two products in flight, spill registers: half the speed.
+VARIANTS = {
+  "3 warpgroups": TuningConfig(stages=4, out_columns=64),
+  "2 warpgroups": TuningConfig(compute_warpgroups=2, stages=5, out_columns=64),
+}
+
+OPERAND = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
+
+
+def _num_sms(interpret) -> int:
+  if interpret:
+    return 2  # enough for tiles to be shared out, few enough to be emulated
+  device = jax.devices()[0]
+  return device.core_count if device.platform == "gpu" else NUM_SMS
+
+
+def _schedule(tiles_per_group, n_tiles: int, max_tiles: int, width: int):
+  """Output tile w -> (group, row tile, column tile), groups one after another.
+
+  Inside a group, strips of `width` column tiles are swept along the rows, back and forth, so that
+  the tiles that run together share their operands in L2.
+  """
+  items = jnp.arange(max_tiles * n_tiles, dtype=jnp.int32)
+  ends = jnp.cumsum(tiles_per_group) * n_tiles
+  last = tiles_per_group.size - 1
+  group = jnp.minimum(jnp.sum(items[:, None] >= ends[None, :], axis=1, dtype=jnp.int32), last)
+  m_tiles = jnp.maximum(tiles_per_group[group], 1)
+  item = items - (ends[group] - tiles_per_group[group] * n_tiles)
+  strip = item // (width * m_tiles)
+  item = item - strip * width * m_tiles
+  strip_width = jnp.maximum(jnp.minimum(width, n_tiles - strip * width), 1)
+  row, column = item // strip_width, strip * width + item % strip_width
+  row = jnp.where(strip % 2 == 0, row, m_tiles - 1 - row)
+  return group, row, column, ends[-1:].astype(jnp.int32)
+
+
+def _starts(sizes):
+  return jnp.cumsum(sizes) - sizes
+
+
+def _issue(lhs_smem, rhs_smem):
+  """Starts a fresh 64 x 128 product. Its value holds once wgmma_wait says so."""
+
+  def scope(acc):
+    plgpu.wgmma(acc, lhs_smem, rhs_smem.transpose((1, 0)))
+    return plgpu.wgmma_accumulator_load(acc, wait_n=None)
+
+  return pl.run_scoped(scope, plgpu.ACC((WAVE, BLOCK), jnp.float32))
+
+
+def _rows(scale, block_scale=1.0):
+  """One scale per row, spread over a 64 x 128 product."""
+  return lax.broadcast_in_dim(scale * block_scale, (WAVE, BLOCK), (0,))
+
+
+def _zeros(columns=BLOCK):
+  return plgpu.layout_cast(jnp.zeros((WAVE, columns), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _load_rows(ref):
+  return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
+
+
+def _persistent(num_sms, num_items, schedule, body, init):
+  """carry = body(entry, carry) for the entries of the schedule that are this CTA's.
+
+  The next entry is read before a tile is begun: its latency passes behind the tile.
+  """
+  sm = lax.axis_index("sm")
+  count = lax.div(num_items - sm + (num_sms - 1), jnp.int32(num_sms))
+
+  def read(item):
+    item = jnp.minimum(item, schedule.shape[1] - 1)
+    return tuple(schedule[i, item] for i in range(schedule.shape[0]))
+
+  def step(i, carry):
+    entry, state = carry
+    following = read(sm + (i + 1) * num_sms)
+    return following, body(entry, state)
+
+  return lax.fori_loop(0, count, step, (read(sm), init))[1]
+
+
+def _fill(ring, config, step, copies):
+  """Memory warpgroup: wait for the slot of `step` to be free, then start its copies."""
+  slot = lax.rem(step, jnp.int32(config.stages))
+
+  @pl.when(step >= config.stages)
+  def _():
+    plgpu.barrier_wait(ring["empty"].at[slot])
+
+  for src, name in copies:
+    plgpu.copy_gmem_to_smem(src, ring[name].at[slot], ring["full"].at[slot])
+
+
+def _drain(ring, config, steps):
+  """Every barrier must be waited for as often as it completes."""
+
+  @pl.loop(jnp.maximum(steps - config.stages, 0), steps)
+  def _(step):
+    plgpu.barrier_wait(ring["empty"].at[lax.rem(step, jnp.int32(config.stages))])
+
+
+def _call(fill, multiply, out_type, config, interpret, copies, wgrad=False):
+  """A persistent kernel: `fill` in the last warpgroup, `multiply` in the others."""
+  wgs, slots = config.compute_warpgroups, config.stages
+  registers = min(232, (512 - 40) // wgs // 8 * 8)  # of 512 a thread of each SM quarter
+
+  def kernel(*refs, **ring):
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg < wgs)
+    def _():
+      plgpu.set_max_registers(registers, action="increase")
+      multiply(*refs, ring, wg)
+      plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(wg == wgs)
+    def _():
+      plgpu.set_max_registers(40, action="decrease")
+      _drain(ring, config, fill(*refs, ring))
+
+  scratch = dict(
+    lhs=plgpu.SMEM((slots, config.tile_m, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
+    rhs=plgpu.SMEM((slots, BLOCK, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
+    lhs_scales=plgpu.SMEM((slots, config.tile_m), jnp.float32),
+    out=plgpu.SMEM((wgs, WAVE, config.out_columns), out_type.dtype),
+    full=plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
+    empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=slots),
+  )
+  if wgrad:
+    scratch["rhs_scales"] = plgpu.SMEM((slots, BLOCK), jnp.float32)
+  return plgpu.kernel(
+    kernel,
+    out_type=out_type,
+    grid=(_num_sms(interpret),),
+    grid_names=("sm",),
+    num_threads=wgs + 1,
+    thread_name="wg",
+    scratch_types=scratch,
+    # No thread reads what it wrote to SMEM, so loads and stores need no barriers of their own.
+    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    interpret=interpret or None,
+  )
+
+
+def _store(ring, config, wg, total, out, row, rows, column):
+  """Stores rows[0]:rows[1] of a wave's 64 x 128 sums, which belong at out[row:, column:].
+
+  Copies have static shapes, so a wave cut by the ends of its group takes one for each bit of its
+  number of rows. A few columns at a time keep the buffer small.
+  """
+  out_smem, (begin, end) = ring["out"].at[wg], rows
+  for c in range(0, BLOCK, config.out_columns):
+    columns = pl.ds(column + c, config.out_columns)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    out_smem[...] = total[:, c : c + config.out_columns].astype(out.dtype)
+    plgpu.commit_smem()
+    start, count = begin, end - begin
+    for size in (64, 32, 16, 8, 4, 2, 1):
+      # The full wave is the common case: its static start lets it be one plain copy.
+      begins = 0 if size == WAVE else start
+
+      @pl.when(count & size != 0)
+      def _(start=begins, size=size, columns=columns):
+        target = out.at[pl.ds(row + start, size), columns]
+        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(start, size)], target, commit_group=False)
+
+      start = start + (count & size)
+    plgpu.commit_smem_to_gmem_group()
+
+
+def grouped_matmul(
+  lhs,
+  lhs_scales,
+  rhs,
+  rhs_scales,
+  group_sizes,
+  *,
+  out_dtype=jnp.bfloat16,
+  config=None,
+  interpret: Any = False,
+):
+  """(m, k), (k/128, m), (e, n, k), (e, n/128, k/128), (e,) -> (m, n).
+
+  Groups are packed one after another, of any size; rows past the last group are not written.
+  """
+  _check_operands(lhs, rhs, group_sizes)
+  (m, k), (e, n, rhs_k) = lhs.shape, rhs.shape
+  if k != rhs_k:
+    raise ValueError(f"lhs has {k=}, rhs has k={rhs_k}")
+  if k % BLOCK or n % BLOCK:
+    raise ValueError(f"{k=} or {n=} is not a multiple of {BLOCK}")
+  _check("lhs_scales", lhs_scales, (k // BLOCK, m), jnp.float32)
+  _check("rhs_scales", rhs_scales, (e, n // BLOCK, k // BLOCK), jnp.float32)
+  _check("group_sizes", group_sizes, (e,), jnp.int32)
+  _check_sizes(group_sizes, m)
+  config = config or TUNING["matmul"]
+  tile_m, k_steps = config.tile_m, k // BLOCK
+  num_sms = _num_sms(interpret)
+
+  # TMA reads the swizzled lhs in units of 8 rows, and strides of multiples of 16 bytes: a group's
+  # first tile starts up to 7 rows early, and those rows are not stored.
+  padding = -m % ALIGNMENT
+  lhs = jnp.pad(lhs, ((0, padding), (0, 0))) if padding else lhs
+  lhs_scales = jnp.pad(lhs_scales, ((0, 0), (0, padding))) if padding else lhs_scales
+  start = _starts(group_sizes)
+  skip = start % ALIGNMENT
+  tiles = jnp.where(group_sizes > 0, pl.cdiv(skip + group_sizes, tile_m), 0)
+  max_tiles = (m + (ALIGNMENT - 1) * e) // tile_m + e
+  group, row, column, num_items = _schedule(tiles, n // BLOCK, max_tiles, config.grid_tile_width)
+  first = (start - skip)[group] + row * tile_m
+  begin = jnp.maximum(start[group] - first, 0)
+  end = jnp.minimum((start + group_sizes)[group] - first, tile_m)
+  schedule = jnp.stack([group, first, column, begin, end]).astype(jnp.int32)
+
+  def fill(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring):
+    del rhs_scales, out
+
+    def tile(entry, first_step):
+      group, row, column, *_ = entry
+      row = pl.multiple_of(row, ALIGNMENT)
+
+      @pl.loop(0, k_steps)
+      def _(b):
+        contraction = pl.ds(b * BLOCK, BLOCK)
+        _fill(
+          ring,
+          config,
+          first_step + b,
+          [
+            (lhs.at[pl.ds(row, tile_m), contraction], "lhs"),
+            (rhs.at[group, pl.ds(column * BLOCK, BLOCK), contraction], "rhs"),
+            (lhs_scales.at[b, pl.ds(row, tile_m)], "lhs_scales"),
+          ],
+        )
+
+      return first_step + k_steps
+
+    return _persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
+
+  def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
+    del lhs, lhs_scales, rhs
+    own = pl.ds(wg * WAVE, WAVE)
+
+    def tile(entry, first_step):
+      group, row, column, begin, end = entry
+
+      def step(b, total):
+        slot = lax.rem(first_step + b, jnp.int32(config.stages))
+        block_scale = rhs_scales[group, column, b]  # read early: its latency hides in the wait
+        plgpu.barrier_wait(ring["full"].at[slot])
+        product = _issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
+        plgpu.wgmma_wait(0)
+        scale = _rows(_load_rows(ring["lhs_scales"].at[slot, own]), block_scale)
+        plgpu.barrier_arrive(ring["empty"].at[slot])
+        return total + product * scale
+
+      total = lax.fori_loop(0, k_steps, step, _zeros())
+      offset = wg * WAVE
+      rows = (jnp.clip(begin - offset, 0, WAVE), jnp.clip(end - offset, 0, WAVE))
+      _store(ring, config, wg, total, out, row + offset, rows, column * BLOCK)
+      return first_step + k_steps
+
+    _persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
+
+  out_type = jax.ShapeDtypeStruct((m, n), out_dtype)
+  kernel = _call(fill, multiply, out_type, config, interpret, copies=3)
+  return kernel(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items)
+
+
+def grouped_wgrad(
+  lhs,
+  lhs_scales,
+  rhs,
+  rhs_scales,
+  group_sizes,
+  *,
+  out_dtype=jnp.float32,
+  config=None,
+  interpret: Any = False,
+):
+  """(k, t), (t/128, k), (n, t), (t/128, n), (e,) -> (e, k, n).
+
+  Group g owns ceil(size/128) tiles of 128 tokens, right after those of group g-1; the fill at the
+  end of a group is zeros. Tiles past the last group are never read; an empty group gives zeros.
+  """
+  _check_operands(lhs, rhs, group_sizes)
+  (k, t), (n, rhs_t), (e,) = lhs.shape, rhs.shape, group_sizes.shape
+  if t != rhs_t:
+    raise ValueError(f"lhs has {t=}, rhs has t={rhs_t}")
+  if k % BLOCK or n % BLOCK or t % BLOCK:
+    raise ValueError(f"{k=}, {n=} or {t=} is not a multiple of {BLOCK}")
+  _check("lhs_scales", lhs_scales, (t // BLOCK, k), jnp.float32)
+  _check("rhs_scales", rhs_scales, (t // BLOCK, n), jnp.float32)
+  _check("group_sizes", group_sizes, (e,), jnp.int32)
+  _check_sizes(group_sizes, t, tile=BLOCK)
+  config = config or TUNING["wgrad"]
+  tile_m, num_sms = config.tile_m, _num_sms(interpret)
+  k_tiles = pl.cdiv(k, tile_m)
+
+  group, row, column, num_items = _schedule(
+    jnp.full((e,), k_tiles, jnp.int32), n // BLOCK, k_tiles * e, config.grid_tile_width
+  )
+  token_tiles = pl.cdiv(group_sizes, BLOCK)
+  first = _starts(token_tiles)[group]
+  schedule = jnp.stack([group, row, column, first, token_tiles[group]]).astype(jnp.int32)
+
+  def fill(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring):
+    del out
+
+    def tile(entry, first_step):
+      _, row, column, first, count = entry
+      rows, columns = pl.ds(row * tile_m, tile_m), pl.ds(column * BLOCK, BLOCK)
+
+      @pl.loop(0, count)
+      def _(i):
+        contraction = pl.ds((first + i) * BLOCK, BLOCK)
+        _fill(
+          ring,
+          config,
+          first_step + i,
+          [
+            (lhs.at[rows, contraction], "lhs"),
+            (rhs.at[columns, contraction], "rhs"),
+            (lhs_scales.at[first + i, rows], "lhs_scales"),
+            (rhs_scales.at[first + i, columns], "rhs_scales"),
+          ],
+        )
+
+      return first_step + count
+
+    return _persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
+
+  def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
+    del lhs, lhs_scales, rhs, rhs_scales
+    own = pl.ds(wg * WAVE, WAVE)
+    halves = [pl.ds(0, BLOCK // 2), pl.ds(BLOCK // 2, BLOCK // 2)]
+
+    def tile(entry, first_step):
+      group, row, column, _, count = entry
+
+      def step(i, sums):
+        slot = lax.rem(first_step + i, jnp.int32(config.stages))
+        plgpu.barrier_wait(ring["full"].at[slot])
+        product = _issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
+        scale = _load_rows(ring["lhs_scales"].at[slot, own])
+        plgpu.wgmma_wait(0)
+        new = []
+        # Only now and by halves: a scale for each of a thread's columns takes 32 registers.
+        for half, total in zip(halves, sums, strict=True):
+          by_column = plgpu.load(
+            ring["rhs_scales"].at[slot, half], layout=plgpu.Layout.WGMMA.reduce(0)
+          )
+          by_row = lax.broadcast_in_dim(scale, total.shape, (0,))
+          part = product[:, half.start : half.start + half.size] * by_row
+          new.append(total + part * lax.broadcast_in_dim(by_column, total.shape, (1,)))
+        plgpu.barrier_arrive(ring["empty"].at[slot])
+        return tuple(new)
+
+      sums = lax.fori_loop(0, count, step, (_zeros(BLOCK // 2),) * 2)
+      offset = row * tile_m + wg * WAVE
+      rows = (0, jnp.clip(k - offset, 0, WAVE))  # the last row tile may reach past k
+      total = jnp.concatenate(sums, axis=1)
+      _store(ring, config, wg, total, out.at[group], offset, rows, column * BLOCK)
+      return first_step + count
+
+    _persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
+
+  out_type = jax.ShapeDtypeStruct((e, k, n), out_dtype)
+  kernel = _call(fill, multiply, out_type, config, interpret, copies=4, wgrad=True)
+  return kernel(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items)
+
+
+def _check(name, x, shape, dtype):
+  if x.dtype != dtype:
+    raise TypeError(f"{name} is {x.dtype}, not {jnp.dtype(dtype)}")
+  if x.shape != shape:
+    raise ValueError(f"{name} has shape {x.shape}, not {shape}")
+
+
+def _check_operands(lhs, rhs, group_sizes):
+  for name, x in (("lhs", lhs), ("rhs", rhs)):
+    if x.dtype != jnp.float8_e4m3fn:
+      raise TypeError(f"{name} is {x.dtype}, not float8_e4m3fn")
+  if lhs.ndim != 2 or rhs.ndim not in (2, 3) or group_sizes.ndim != 1:
+    raise ValueError(f"{lhs.shape=}, {rhs.shape=}, {group_sizes.shape=}: wrong ranks")
+
+
+def _check_sizes(group_sizes, limit, tile=1):
+  if isinstance(group_sizes, jax.core.Tracer):
+    return
+  sizes = np.asarray(group_sizes)
+  if (sizes < 0).any() or (-(-sizes // tile) * tile).sum() > limit:
+    raise ValueError(f"group_sizes={sizes.tolist()} are negative or need more than {limit} rows")
+
+
+def _dequantize(x, scales):
+  """(r, c) elements times (c/128, r) scales, in float32."""
+  return x.astype(jnp.float32) * jnp.repeat(scales.T, BLOCK, axis=1)
+
+
+def grouped_matmul_reference(
+  lhs, lhs_scales, rhs, rhs_scales, group_sizes, *, out_dtype=jnp.bfloat16
+):
+  """What `grouped_matmul` computes, in float32; rows past the last group are zeros."""
+  lhs = _dequantize(lhs, lhs_scales)
+  rhs_scales = jnp.repeat(jnp.repeat(rhs_scales, BLOCK, axis=1), BLOCK, axis=2)
+  rows, ends = jnp.arange(lhs.shape[0]), jnp.cumsum(group_sizes)
+  out = jnp.zeros((lhs.shape[0], rhs.shape[1]), jnp.float32)
+  for g in range(rhs.shape[0]):
+    product = jnp.dot(lhs, (rhs[g].astype(jnp.float32) * rhs_scales[g]).T, precision="highest")
+    owned = (rows >= ends[g] - group_sizes[g]) & (rows < ends[g])
+    out = jnp.where(owned[:, None], product, out)
+  return out.astype(out_dtype)
+
+
+def grouped_wgrad_reference(
+  lhs, lhs_scales, rhs, rhs_scales, group_sizes, *, out_dtype=jnp.float32
+):
+  """What `grouped_wgrad` computes, in float32."""
+  lhs, rhs = _dequantize(lhs, lhs_scales), _dequantize(rhs, rhs_scales)
+  tiles = pl.cdiv(group_sizes, BLOCK)
+  token_tile, ends = jnp.arange(lhs.shape[1]) // BLOCK, jnp.cumsum(tiles)
+
+  def group(g):
+    owned = (token_tile >= ends[g] - tiles[g]) & (token_tile < ends[g])
+    masked_lhs, masked_rhs = jnp.where(owned, lhs, 0), jnp.where(owned, rhs, 0)
+    return jnp.dot(masked_lhs, masked_rhs.T, precision="highest")
+
+  return jnp.stack([group(g) for g in range(group_sizes.size)]).astype(out_dtype)

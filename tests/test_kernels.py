@@ -1,0 +1,205 @@
+"""The element-wise kernels against fp4jax, bit for bit: emulated where possible, and on Hopper."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from experiments import kernel_cases as cases
+from fp4jax import dequantize, formats, hadamard
+from fp4jax.quantization import QuantizedArray
+from pallas_kernels import convert, fp8, mxfp4, swiglu
+from pallas_kernels import dequantize as dequantizer
+
+gpu = pytest.mark.gpu
+BY_NAME = {case.name: case for case in cases.CASES}
+# What multiplies by 2^-126 needs float32's subnormals, which a CPU flushes to zero.
+EMULATED = [case for case in cases.CASES if case.name.startswith("quantize_fp8")]
+
+
+def tensor(m=256, k=512, seed=0):
+  """Blocks of every kind: zeros, NaN, infinity, tiny and large, ties of every step."""
+  rng = np.random.default_rng(seed)
+  x = rng.standard_normal((m, k)) * np.exp2(2 * rng.standard_normal((m, k // 32))).repeat(32, 1)
+  x[0, :32] = 0
+  x[1, :128] = 0
+  x[2, 5], x[3, 40], x[4, 70] = np.nan, np.inf, -np.inf
+  x[5, 64:96], x[6, :32], x[7, :32] = 1e-40, x[6, :32] * 1e30, x[7, :32] * 1e-36
+  x[8, :64] = -0.0
+  ties = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 0.251, 0.749, 6, 7, 7.9]
+  x[16:48] = rng.choice(ties, (32, k)) * rng.choice([-1, 1], (32, k))
+  return jnp.asarray(x, jnp.bfloat16)
+
+
+def assert_same(actual, expected, zeros_have_signs=True):
+  for a, e in zip(actual, expected, strict=True):
+    assert a.dtype == e.dtype and a.shape == e.shape
+    np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(e, np.float32))
+    if a.dtype != jnp.uint8 and zeros_have_signs:
+      np.testing.assert_array_equal(np.signbit(a), np.signbit(e))
+
+
+@pytest.mark.parametrize("case", EMULATED, ids=lambda c: c.name)
+def test_emulated(case):
+  x = case.prepare(tensor(128, 256))
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    actual = case.kernel(x)
+  assert_same(actual, case.definition(x))
+
+
+@gpu
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
+def test_on_hopper(case):
+  for shape in ((256, 512), (128, 128), (384, 1152)):
+    x = jax.jit(case.prepare)(tensor(*shape))
+    # In a block without a scale the codes of a widened tensor are zeros of either sign.
+    signs = not case.name.startswith("mxfp4_to_fp8")
+    assert_same(jax.jit(case.kernel)(x), jax.jit(case.definition)(x), signs)
+
+
+def test_butterflies_are_the_hadamard_transform():
+  x = jax.random.normal(jax.random.key(0), (64, 96))
+  expected = hadamard(x, -1, 32, jnp.asarray(cases.SIGNS))
+  # Five roundings of sums of up to 32 values, each below 5 or so.
+  np.testing.assert_allclose(cases.butterflies(x), expected, atol=1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("rule", ["floor", "even", "rceil", "oas"])
+def test_float32_input(rule):
+  x = tensor().astype(jnp.float32) * (1 + 2.0**-20)
+  fmt = cases.mxfp4_format(rule)
+  q = jax.jit(lambda x: cases.quantize(x, fmt))(x)
+  actual = jax.jit(lambda x: mxfp4.quantize_mxfp4(x, scale_rule=rule))(x)
+  assert_same(actual, (q.codes, q.scales))
+
+
+@gpu
+@pytest.mark.parametrize("rows", [8, 9, 33, 100])
+def test_rows_that_no_tile_divides(rows):
+  for name in ("quantize_fp8_rows float32", "mxfp4_to_fp8_rows", "quantize_mxfp4 rceil"):
+    case = BY_NAME[name]
+    x = jax.jit(case.prepare)(tensor(256, 512)[:rows])
+    assert_same(jax.jit(case.kernel)(x), jax.jit(case.definition)(x), "to_fp8" not in name)
+
+
+@gpu
+def test_stochastic_rounding_is_unbiased_and_its_draws_differ():
+  quantize = jax.jit(lambda x, seed: mxfp4.quantize_mxfp4(x, scale_rule="rceil", seed=seed))
+  fmt = cases.mxfp4_format("rceil")
+  grid = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+  for low, high in itertools.pairwise(grid):
+    for p in (0.125, 0.5, 0.875):
+      value = low + p * (high - low)
+      x = jnp.full((1024, 1024), value, jnp.bfloat16).at[:, ::32].set(6.0)
+      codes, scales = quantize(x, jnp.uint32([3, 5]))
+      y = np.asarray(jax.jit(dequantize)(QuantizedArray(codes, scales, None, fmt, -1)))
+      up = y[:, np.arange(1024) % 32 != 0] == high
+      assert np.isin(y, [low, high, 6]).all()
+      # 16 bits and a half: the probability is within 2^-17 of p.
+      z = (up.mean() - p) / np.sqrt(p * (1 - p) / up.size)
+      assert abs(z) < 5, (low, p, z)
+      if p == 0.5:
+        for other in (up[1:] ^ up[:-1], up[:, 1:] ^ up[:, :-1], up[:, 8:] ^ up[:, :-8]):
+          assert abs(other.mean() - 0.5) < 5 * 0.5 / np.sqrt(other.size)
+        for seed in ([4, 5], [3, 6]):
+          changed = np.asarray(quantize(x, jnp.uint32(seed))[0] != codes).mean()
+          assert abs(changed - 0.75 * 15 / 16 - 0.5 / 16) < 0.02
+
+
+@gpu
+def test_swiglu():
+  h = tensor(256, 512)
+  h = jnp.where(jnp.isfinite(h), h, 1)
+  actual = jax.jit(cases.SWIGLU.kernel)(h)
+  expected = jax.jit(cases.SWIGLU.definition)(h)
+  values = [
+    np.asarray(c, np.float32) * np.asarray(s).T.repeat(128, 1) for c, s in (actual, expected)
+  ]
+  # The last bit of exp moves few values to the neighbouring bf16, and fewer to another E4M3 code.
+  assert (values[0] != values[1]).mean() < 1e-3
+  np.testing.assert_allclose(*values, rtol=2**-3 + 2**-7, atol=1e-3)
+
+
+@gpu
+def test_widening_is_lossless_within_14_binades():
+  rng = np.random.default_rng(1)
+  codes = rng.integers(0, 256, (256, 128), dtype=np.uint8)
+  scales = rng.integers(100, 115, (256, 8), dtype=np.uint8)
+  packed = jnp.asarray(codes), jnp.asarray(scales)
+  values = np.asarray(dequantize(QuantizedArray(*packed, None, formats.MXFP4, -1)))
+  wide, scale = jax.jit(convert.mxfp4_to_fp8_rows)(*packed)
+  back = np.asarray(wide, np.float32) * np.asarray(scale).T.repeat(128, 1)
+  np.testing.assert_array_equal(back, values)
+  wide, scale = jax.jit(convert.mxfp4_to_fp8_columns)(*packed)
+  back = np.asarray(wide, np.float32) * np.asarray(scale).T.repeat(128, 1)
+  np.testing.assert_array_equal(back, values.T)
+
+
+BF16, U8, E4M3, F32 = jnp.bfloat16, jnp.uint8, jnp.float8_e4m3fn, jnp.float32
+
+
+def zeros(*shape, dtype=BF16):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+  "error, message, call, arguments",
+  [
+    (TypeError, "x is int32", mxfp4.quantize_mxfp4, [zeros(32, 64, dtype=jnp.int32)]),
+    (ValueError, "k % 32 == 0", mxfp4.quantize_mxfp4, [zeros(64, 48)]),
+    (ValueError, "m \\* k >= 1024", mxfp4.quantize_mxfp4, [zeros(3, 32)]),
+    (TypeError, "x is float16", fp8.quantize_fp8_rows, [zeros(32, 128, dtype=jnp.float16)]),
+    (ValueError, "k % 128 == 0", fp8.quantize_fp8_rows, [zeros(32, 96)]),
+    (ValueError, "m >= 8", fp8.quantize_fp8_rows, [zeros(4, 128)]),
+    (ValueError, r"m % 128 == k % 128", fp8.quantize_fp8_columns, [zeros(100, 128)]),
+    (TypeError, "x is float32", fp8.quantize_fp8_both, [zeros(128, 128, dtype=F32)]),
+    (
+      TypeError,
+      "codes are uint8, not float8_e4m3fn",
+      convert.fp8_to_mxfp4,
+      [zeros(32, 128, dtype=U8), zeros(1, 32, dtype=F32)],
+    ),
+    (
+      ValueError,
+      r"scales have the shape \(32, 1\), not \(1, 32\)",
+      convert.fp8_to_mxfp4,
+      [zeros(32, 128, dtype=E4M3), zeros(32, 1, dtype=F32)],
+    ),
+    (
+      ValueError,
+      "128",
+      convert.mxfp4_to_fp8_columns,
+      [zeros(100, 64, dtype=U8), zeros(100, 4, dtype=U8)],
+    ),
+    (
+      ValueError,
+      "a scale for 16 bytes",
+      dequantizer.dequantize_mxfp4,
+      [zeros(32, 64, dtype=U8), zeros(32, 8, dtype=U8)],
+    ),
+    (ValueError, "f % 128 == 0", swiglu.swiglu_fp8_rows, [zeros(32, 128)]),
+  ],
+)
+def test_refusals(error, message, call, arguments):
+  with pytest.raises(error, match=message):
+    jax.eval_shape(call, *arguments)
+
+
+def test_options_are_refused():
+  x = jnp.zeros((32, 64), BF16)
+  with pytest.raises(ValueError, match="scale_rule='ceil' is not one of"):
+    mxfp4.quantize_mxfp4(x, scale_rule="ceil")
+  with pytest.raises(ValueError, match=r"seed has the shape \(3,\), not \(2,\)"):
+    mxfp4.quantize_mxfp4(x, seed=np.zeros(3, np.uint32))
+  with pytest.raises(ValueError, match=r"signs have the shape \(16,\), not \(32,\)"):
+    mxfp4.quantize_mxfp4(x, signs=np.ones(16))
+
+
+@pytest.mark.parametrize("case", [*cases.CASES, cases.SWIGLU], ids=lambda c: c.name)
+def test_lowers_for_hopper(case):
+  x = jax.eval_shape(case.prepare, zeros(256, 512))
+  jax.jit(case.kernel).trace(x).lower(lowering_platforms=("cuda",))
