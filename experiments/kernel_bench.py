@@ -8,7 +8,6 @@ same definition, torch's matmuls where torch is installed.
 """
 
 import functools
-import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
 from experiments import kernel_cases as cases
+from experiments import kernel_peers as peers
 from experiments import logs
 from experiments.environment import describe_environment
 from fp4jax import recipes
@@ -52,33 +52,11 @@ def bf16_tensor(seed: int, shape: tuple[int, ...]):
   return jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))(jax.random.key(seed))
 
 
-def copy_bytes_per_second() -> float:
-  """Of a copy by the driver where torch offers one, counting bytes read and written."""
-  import torch
-
-  source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
-  target = torch.empty_like(source)
-  times = _torch_times_us(lambda: target.copy_(source))
-  return 2 * source.numel() / statistics.median(times) * 1e6
-
-
-def _torch_times_us(f, repeats=20):
-  import torch
-
-  # All queued before the first one ends: no gaps between launches, clocks as under load.
-  events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-  for event in events[:-1]:
-    event.record()
-    f()
-  events[-1].record()
-  torch.cuda.synchronize()
-  times = [1000 * a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-  return times[repeats // 4 :]
-
-
 def elementwise() -> Iterator[Row]:
-  copy = copy_bytes_per_second()
+  copy = peers.copy_bytes_per_second()
   yield {"kind": "copy", "tb_per_s": copy / 1e12}
+  for name, time in peers.measure(peers.quantizers(_M, _K)):
+    yield {"kind": "peer", "name": name, "library": "torchao", "time_us": time}
   tensors = [bf16_tensor(seed, (_M, _K)) for seed in (0, 1)]
   seed = jnp.uint32([1, 2])
   stochastic = [
@@ -111,71 +89,51 @@ def _same(actual, expected):
 
 
 def matmuls() -> Iterator[Row]:
+  """Peers are timed on the very shape and groups; ratios are of speeds."""
   for n, k in ((_N, _K), (_K, _N)):
     flops = 2 * _M * n * k
-    peers = {}
-    for name, f in _torch_matmuls(n, k).items():
-      peers[name] = flops / statistics.median(_torch_times_us(f)) * 1e-6
-      yield {"kind": "peer", "name": name, "n": n, "k": k, "tflops": peers[name]}
     for load, sizes in (("even", np.full(8, _M // 8)), ("skewed", _SKEW)):
-      for name, f, sets in _grouped(n, k, jnp.asarray(sizes, jnp.int32)):
-        row = time_us(f, *sets)
+      where = {"groups": load, "m": _M, "n": n, "k": k}
+      peer_times = {
+        gemm: dict(peers.measure(peers.matmuls(gemm, _M, n, k, sizes)))
+        for gemm in ("fprop", "dgrad", "wgrad")
+      }
+      for gemm, times in peer_times.items():
+        for name, time in times.items():
+          tflops = flops / time * 1e-6
+          yield {"kind": "matmul_peer", "gemm": gemm, "name": name, "tflops": tflops} | where
+      for name, gemm, f, arguments in _grouped(n, k, jnp.asarray(sizes, jnp.int32)):
+        row = time_us(f, *arguments)
         row |= {"tflops": flops / row["time_us"] * 1e-6}
-        row |= {f"times_{peer}": row["tflops"] / rate for peer, rate in peers.items()}
-        yield {"kind": "matmul", "name": name, "groups": load, "m": _M, "n": n, "k": k} | row
+        row |= {f"times_{peer}": t / row["time_us"] for peer, t in peer_times[gemm].items()}
+        yield {"kind": "matmul", "name": name, "gemm": gemm} | where | row
 
 
 def _grouped(n, k, sizes):
+  """(name, gemm, function, sets of inputs); freed one after the other."""
   e = len(sizes)
   rows = 128 * (_M // 128 + e)
   fp8 = lambda seed, *shape: bf16_tensor(seed, shape).astype(jnp.float8_e4m3fn)  # noqa: E731
   scales = lambda *shape: jax.random.uniform(jax.random.key(9), shape, minval=0.5)  # noqa: E731
-  for name, i, o in (("fp8 fprop", k, n), ("fp8 dgrad", n, k)):
+  for gemm, i, o in (("fprop", k, n), ("dgrad", n, k)):
     sets = [
       (fp8(s, _M, i), scales(i // 128, _M), fp8(s + 2, e, o, i), scales(e, o // 128, i // 128))
       for s in (0, 1)
     ]
-    yield name, lambda *a: grouped_matmul.grouped_matmul(*a, sizes), sets
+    yield f"fp8 {gemm}", gemm, lambda *a: grouped_matmul.grouped_matmul(*a, sizes), sets
   sets = [
     (fp8(s, k, rows), scales(rows // 128, k), fp8(s + 2, n, rows), scales(rows // 128, n))
     for s in (0, 1)
   ]
-  yield "fp8 wgrad", lambda *a: grouped_matmul.grouped_wgrad(*a, sizes), sets
+  for dtype in (jnp.float32, jnp.bfloat16):
+    wgrad = functools.partial(grouped_matmul.grouped_wgrad, out_dtype=dtype)
+    name = f"fp8 wgrad, {jnp.dtype(dtype).name} result"
+    yield name, "wgrad", lambda *a, wgrad=wgrad: wgrad(*a, sizes), sets
   x, w, dy = bf16_tensor(0, (_M, k)), bf16_tensor(1, (e, k, n)), bf16_tensor(2, (_M, n))
-  yield "bf16 fprop", lambda x, w: bf16_matmul.grouped_matmul(x, w, sizes), [(x, w)]
+  yield "bf16 fprop", "fprop", lambda x, w: bf16_matmul.grouped_matmul(x, w, sizes), [(x, w)]
   dgrad = functools.partial(bf16_matmul.grouped_matmul, transpose_rhs=True)
-  yield "bf16 dgrad", lambda dy, w: dgrad(dy, w, sizes), [(dy, w)]
-  yield "bf16 wgrad", lambda x, dy: bf16_matmul.grouped_wgrad(x, dy, sizes), [(x, dy)]
-
-
-def _torch_matmuls(n, k):
-  """What torch offers for the same number of operations."""
-  import torch
-
-  def fp8(*shape):
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)
-
-  def scales(*shape):
-    return torch.rand(shape, device="cuda") + 0.5
-
-  a, b = fp8(_M, k), fp8(n, k)
-  block_a = scales(k // 128, _M).t()
-  block_b = scales(n // 128, k // 128).t()
-  grouped_b = fp8(8, n, k).transpose(1, 2)
-  ends = torch.arange(1, 9, device="cuda", dtype=torch.int32) * (_M // 8)
-  row_a, row_b = scales(_M), scales(8, n)
-  x = torch.randn((_M, k), device="cuda", dtype=torch.bfloat16)
-  w = torch.randn((8, n, k), device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-  bf16 = torch.bfloat16
-  return {
-    "torch_scaled_mm_dense": lambda: torch._scaled_mm(
-      a, b.t(), scale_a=block_a, scale_b=block_b, out_dtype=bf16
-    ),
-    "torch_scaled_grouped_mm": lambda: torch._scaled_grouped_mm(
-      a, grouped_b, row_a, row_b, offs=ends, out_dtype=bf16
-    ),
-    "torch_grouped_mm_bf16": lambda: torch._grouped_mm(x, w, offs=ends),
-  }
+  yield "bf16 dgrad", "dgrad", lambda dy, w: dgrad(dy, w, sizes), [(dy, w)]
+  yield "bf16 wgrad", "wgrad", lambda x, dy: bf16_matmul.grouped_wgrad(x, dy, sizes), [(x, dy)]
 
 
 def moe_ffns() -> Iterator[Row]:
@@ -185,20 +143,20 @@ def moe_ffns() -> Iterator[Row]:
     reference = None
     for recipe in (recipes.BF16, recipes.FP8, recipes.HOPPER_FP4):
       step = jax.jit(functools.partial(_step, recipe))
-      memory = step.lower(*arguments).compile().memory_analysis()
       row = {
         "kind": "moe_ffn",
         "recipe": recipe.name,
         "experts": experts,
         "top_k": top_k,
         "forward_us": time_us(functools.partial(_forward, recipe), arguments, repeats=5)["time_us"],
-        **time_us(functools.partial(_step, recipe), arguments, repeats=5),
-        "saved_bytes": _saved_bytes(recipe, arguments),
-        "temp_bytes": memory.temp_size_in_bytes,
+        **time_us(step, arguments, repeats=5),
+        "temp_bytes": step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes,
+        **_saved_bytes(recipe, arguments),
       }
       reference = reference or row
       row["speed_to_bf16"] = reference["time_us"] / row["time_us"]
-      row["saved_to_bf16"] = row["saved_bytes"] / reference["saved_bytes"]
+      for name in ("saved_bytes", "saved_on_device_bytes"):
+        row[f"{name}_to_bf16"] = row[name] / reference[name]
       yield row
 
 
@@ -227,10 +185,22 @@ def _step(recipe, x, w13, w2, experts, weights, dout):
 
 
 def _saved_bytes(recipe, arguments):
-  """Of what the backward pass reads beside the weights of the experts."""
-  leaves = jax.tree.leaves(jax.eval_shape(lambda *a: _pull(recipe, *a)[1], *arguments[:5]))
-  weights = {arguments[1].shape, arguments[2].shape}
-  return sum(x.size * x.dtype.itemsize for x in leaves if x.shape not in weights)
+  """What the forward pass keeps for the backward pass beside the weights of the experts.
+
+  As outputs of the compiled forward pass (the weights are its inputs and no new outputs), and as
+  what the device holds after it more than before.
+  """
+  forward = jax.jit(functools.partial(_pull, recipe))
+  analysis = forward.lower(*arguments[:5]).compile().memory_analysis()
+  in_use = lambda: jax.devices()[0].memory_stats()["bytes_in_use"]  # noqa: E731
+  before = in_use()
+  y, pull = jax.block_until_ready(forward(*arguments[:5]))
+  held = in_use() - before - y.nbytes
+  del pull
+  return {
+    "saved_bytes": analysis.output_size_in_bytes - y.nbytes,
+    "saved_on_device_bytes": held,
+  }
 
 
 _PARTS = {"elementwise": elementwise, "matmul": matmuls, "moe_ffn": moe_ffns}

@@ -32,13 +32,17 @@ NUM_SMS = 132  # of an H100 or H200, for lowering where there is none
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-  """A schedule. Each compute warpgroup owns one wgmma tile of 64 x 128: 64 registers of products
-  in flight and 64 of sums, which is all that three of them leave room for.
+  """A schedule. Each compute warpgroup owns one wgmma tile of 64 x tile_n: tile_n / 2 registers of
+  products in flight and as many of sums, of the 152 (three warpgroups) or 232 (two) that a thread
+  can have.
   """
 
   compute_warpgroups: int = 3
+  tile_n: int = 128
   stages: int = 3
-  out_columns: int = 128  # columns of a wave that go through SMEM to memory at a time
+  out_buffers: int = 1  # slices of columns on their way through SMEM to memory at a time
+  early: int = 0
+  cluster: int = 2  # CTAs with neighbouring columns that load their rows of lhs together
   grid_tile_width: int = 8  # columns of output tiles that neighbouring CTAs sweep together
 
   @property
@@ -48,16 +52,15 @@ class TuningConfig:
 
 TUNING: dict[Literal["matmul", "wgrad"], TuningConfig] = {
   "matmul": TuningConfig(),
-  "wgrad": TuningConfig(stages=4, out_columns=64),  # float32 results: fewer columns at a time
+  "wgrad": TuningConfig(),
 }
 
-# What the sweep compares: two warpgroups hide a promotion behind one other product, three behind
-# two. Tiles of 128 x 128 a warpgroup, or two products in flight, spill registers: half the speed.
 VARIANTS = {
-  "3 warpgroups": TuningConfig(stages=4, out_columns=64),
-  "2 warpgroups": TuningConfig(compute_warpgroups=2, stages=5, out_columns=64),
+  "3 warpgroups": TuningConfig(),
+  "2 warpgroups": TuningConfig(compute_warpgroups=2, tile_n=192),
 }
 
+SLICE = 64  # columns of a product that are scaled and stored together
 OPERAND = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
 
 
@@ -88,27 +91,50 @@ def _schedule(tiles_per_group, n_tiles: int, max_tiles: int, width: int):
   return group, row, column, ends[-1:].astype(jnp.int32)
 
 
+def _column(config, pair):
+  """The column tile of this CTA among those that its cluster takes."""
+  return pair * config.cluster + (lax.axis_index("cluster") if config.cluster > 1 else 0)
+
+
 def _starts(sizes):
   return jnp.cumsum(sizes) - sizes
 
 
 def _issue(lhs_smem, rhs_smem):
-  """Starts a fresh 64 x 128 product. Its value holds once wgmma_wait says so."""
+  """Starts a fresh product of 64 rows. Its value holds once wgmma_wait says so."""
 
   def scope(acc):
     plgpu.wgmma(acc, lhs_smem, rhs_smem.transpose((1, 0)))
     return plgpu.wgmma_accumulator_load(acc, wait_n=None)
 
-  return pl.run_scoped(scope, plgpu.ACC((WAVE, BLOCK), jnp.float32))
+  return pl.run_scoped(scope, plgpu.ACC((WAVE, rhs_smem.shape[0]), jnp.float32))
 
 
-def _rows(scale, block_scale=1.0):
-  """One scale per row, spread over a 64 x 128 product."""
-  return lax.broadcast_in_dim(scale * block_scale, (WAVE, BLOCK), (0,))
+def _slices(config):
+  return [pl.ds(c, SLICE) for c in range(0, config.tile_n, SLICE)]
 
 
-def _zeros(columns=BLOCK):
-  return plgpu.layout_cast(jnp.zeros((WAVE, columns), jnp.float32), plgpu.Layout.WGMMA)
+def _blocks(config, column, n):
+  """(index, slices) of the blocks of rhs that a column tile runs through.
+
+  A tile whose width is no multiple of theirs may begin inside one, so that each slice is asked for
+  its own; past the last block it is the last one's.
+  """
+  width = BLOCK if config.tile_n % BLOCK == 0 else SLICE
+  places = range(0, config.tile_n, width)
+  last = n // BLOCK - 1
+  return [
+    (jnp.minimum((column * config.tile_n + c) // BLOCK, last), width // SLICE) for c in places
+  ]
+
+
+def _zeros(config):
+  zeros = plgpu.layout_cast(jnp.zeros((WAVE, SLICE), jnp.float32), plgpu.Layout.WGMMA)
+  return (zeros,) * (config.tile_n // SLICE)
+
+
+def _by_row(scale):
+  return lax.broadcast_in_dim(scale, (WAVE, SLICE), (0,))
 
 
 def _load_rows(ref):
@@ -118,21 +144,24 @@ def _load_rows(ref):
 def _persistent(num_sms, num_items, schedule, body, init):
   """carry = body(entry, carry) for the entries of the schedule that are this CTA's.
 
-  The next entry is read before a tile is begun: its latency passes behind the tile.
+  Entries are dealt out back and forth, so that no CTA gets the longer one each time. The next
+  entry is read before a tile is begun: its latency passes behind the tile.
   """
   sm = lax.axis_index("sm")
-  count = lax.div(num_items - sm + (num_sms - 1), jnp.int32(num_sms))
+  rounds = lax.div(num_items, jnp.int32(num_sms))
+  place = lambda i: jnp.where(i % 2 == 0, sm, num_sms - 1 - sm)  # noqa: E731
+  count = rounds + jnp.where(rounds * num_sms + place(rounds) < num_items, 1, 0)
 
-  def read(item):
-    item = jnp.minimum(item, schedule.shape[1] - 1)
-    return tuple(schedule[i, item] for i in range(schedule.shape[0]))
+  def read(i):
+    item = jnp.minimum(i * num_sms + place(i), schedule.shape[1] - 1)
+    return tuple(schedule[j, item] for j in range(schedule.shape[0]))
 
   def step(i, carry):
     entry, state = carry
-    following = read(sm + (i + 1) * num_sms)
+    following = read(i + 1)
     return following, body(entry, state)
 
-  return lax.fori_loop(0, count, step, (read(sm), init))[1]
+  return lax.fori_loop(0, count, step, (read(0), init))[1]
 
 
 def _fill(ring, config, step, copies):
@@ -142,9 +171,28 @@ def _fill(ring, config, step, copies):
   @pl.when(step >= config.stages)
   def _():
     plgpu.barrier_wait(ring["empty"].at[slot])
+    if config.cluster == 1:
+      # The scales were read by loads, and TMA is another proxy: PTX orders its writes after those
+      # loads only past a proxy fence. Here, off the critical path, one serves all readers.
+      plgpu.commit_smem()
 
   for src, name in copies:
-    plgpu.copy_gmem_to_smem(src, ring[name].at[slot], ring["full"].at[slot])
+    shared = config.cluster > 1 and name == "lhs"
+    plgpu.copy_gmem_to_smem(
+      src,
+      ring[name].at[slot],
+      ring["full"].at[slot],
+      collective_axes="cluster" if shared else None,
+    )
+
+
+def _release(ring, config, slot):
+  """Compute warpgroup: done with a slot."""
+  if config.cluster > 1:
+    # One thread arrives for its warpgroup at the barriers of both CTAs: the others must have read
+    # their scales and seen `full`, and what TMA writes next is ordered after that by the fence.
+    plgpu.commit_smem()
+  plgpu.barrier_arrive(ring["empty"].at[slot])
 
 
 def _drain(ring, config, steps):
@@ -153,6 +201,16 @@ def _drain(ring, config, steps):
   @pl.loop(jnp.maximum(steps - config.stages, 0), steps)
   def _(step):
     plgpu.barrier_wait(ring["empty"].at[lax.rem(step, jnp.int32(config.stages))])
+
+
+def _skip(ring, config, first_step, steps):
+  """For a wave with nothing to store: passes the slots on."""
+
+  @pl.loop(first_step, first_step + steps)
+  def _(step):
+    slot = lax.rem(step, jnp.int32(config.stages))
+    plgpu.barrier_wait(ring["full"].at[slot])
+    _release(ring, config, slot)
 
 
 def _call(fill, multiply, out_type, config, interpret, copies, wgrad=False):
@@ -176,19 +234,24 @@ def _call(fill, multiply, out_type, config, interpret, copies, wgrad=False):
 
   scratch = dict(
     lhs=plgpu.SMEM((slots, config.tile_m, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
-    rhs=plgpu.SMEM((slots, BLOCK, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
+    rhs=plgpu.SMEM((slots, config.tile_n, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
     lhs_scales=plgpu.SMEM((slots, config.tile_m), jnp.float32),
-    out=plgpu.SMEM((wgs, WAVE, config.out_columns), out_type.dtype),
+    out=plgpu.SMEM((wgs, config.out_buffers, WAVE, SLICE), out_type.dtype),
     full=plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
     empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=slots),
   )
+  shape = dict(grid=(_num_sms(interpret) // config.cluster,), grid_names=("sm",))
+  if config.cluster > 1:
+    scratch["empty"] = plgpu.ClusterBarrier(
+      collective_axes=("cluster",), num_arrivals=wgs, num_barriers=slots
+    )
+    shape |= dict(cluster=(config.cluster,), cluster_names=("cluster",))
   if wgrad:
-    scratch["rhs_scales"] = plgpu.SMEM((slots, BLOCK), jnp.float32)
+    scratch["rhs_scales"] = plgpu.SMEM((slots, config.tile_n), jnp.float32)
   return plgpu.kernel(
     kernel,
     out_type=out_type,
-    grid=(_num_sms(interpret),),
-    grid_names=("sm",),
+    **shape,
     num_threads=wgs + 1,
     thread_name="wg",
     scratch_types=scratch,
@@ -198,17 +261,18 @@ def _call(fill, multiply, out_type, config, interpret, copies, wgrad=False):
   )
 
 
-def _store(ring, config, wg, total, out, row, rows, column):
-  """Stores rows[0]:rows[1] of a wave's 64 x 128 sums, which belong at out[row:, column:].
+def _store(ring, config, wg, sums, out, row, rows, column):
+  """Stores rows[0]:rows[1] of a wave's sums, which belong at out[row:, column:].
 
   Copies have static shapes, so a wave cut by the ends of its group takes one for each bit of its
-  number of rows. A few columns at a time keep the buffer small.
+  number of rows. A slice of columns at a time keeps the buffers small.
   """
-  out_smem, (begin, end) = ring["out"].at[wg], rows
-  for c in range(0, BLOCK, config.out_columns):
-    columns = pl.ds(column + c, config.out_columns)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    out_smem[...] = total[:, c : c + config.out_columns].astype(out.dtype)
+  begin, end = rows
+  for i, total in enumerate(sums):
+    out_smem = ring["out"].at[wg, i % config.out_buffers]
+    columns = pl.ds(column + i * SLICE, SLICE)
+    plgpu.wait_smem_to_gmem(config.out_buffers - 1, wait_read_only=True)
+    out_smem[...] = total.astype(out.dtype)
     plgpu.commit_smem()
     start, count = begin, end - begin
     for size in (64, 32, 16, 8, 4, 2, 1):
@@ -216,7 +280,7 @@ def _store(ring, config, wg, total, out, row, rows, column):
       begins = 0 if size == WAVE else start
 
       @pl.when(count & size != 0)
-      def _(start=begins, size=size, columns=columns):
+      def _(start=begins, size=size, columns=columns, out_smem=out_smem):
         target = out.at[pl.ds(row + start, size), columns]
         plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(start, size)], target, commit_group=False)
 
@@ -251,7 +315,7 @@ def grouped_matmul(
   _check_sizes(group_sizes, m)
   config = config or TUNING["matmul"]
   tile_m, k_steps = config.tile_m, k // BLOCK
-  num_sms = _num_sms(interpret)
+  num_sms = _num_sms(interpret) // config.cluster
 
   # TMA reads the swizzled lhs in units of 8 rows, and strides of multiples of 16 bytes: a group's
   # first tile starts up to 7 rows early, and those rows are not stored.
@@ -262,7 +326,8 @@ def grouped_matmul(
   skip = start % ALIGNMENT
   tiles = jnp.where(group_sizes > 0, pl.cdiv(skip + group_sizes, tile_m), 0)
   max_tiles = (m + (ALIGNMENT - 1) * e) // tile_m + e
-  group, row, column, num_items = _schedule(tiles, n // BLOCK, max_tiles, config.grid_tile_width)
+  n_tiles = pl.cdiv(n, config.tile_n * config.cluster)
+  group, row, column, num_items = _schedule(tiles, n_tiles, max_tiles, config.grid_tile_width)
   first = (start - skip)[group] + row * tile_m
   begin = jnp.maximum(start[group] - first, 0)
   end = jnp.minimum((start + group_sizes)[group] - first, tile_m)
@@ -272,8 +337,8 @@ def grouped_matmul(
     del rhs_scales, out
 
     def tile(entry, first_step):
-      group, row, column, *_ = entry
-      row = pl.multiple_of(row, ALIGNMENT)
+      group, row, pair, *_ = entry
+      row, column = pl.multiple_of(row, ALIGNMENT), _column(config, pair)
 
       @pl.loop(0, k_steps)
       def _(b):
@@ -284,7 +349,7 @@ def grouped_matmul(
           first_step + b,
           [
             (lhs.at[pl.ds(row, tile_m), contraction], "lhs"),
-            (rhs.at[group, pl.ds(column * BLOCK, BLOCK), contraction], "rhs"),
+            (rhs.at[group, pl.ds(column * config.tile_n, config.tile_n), contraction], "rhs"),
             (lhs_scales.at[b, pl.ds(row, tile_m)], "lhs_scales"),
           ],
         )
@@ -298,22 +363,41 @@ def grouped_matmul(
     own = pl.ds(wg * WAVE, WAVE)
 
     def tile(entry, first_step):
-      group, row, column, begin, end = entry
+      group, row, pair, begin, end = entry
+      column = _column(config, pair)
 
-      def step(b, total):
+      blocks = _blocks(config, column, n)
+      offset = wg * WAVE
+      begin, end = jnp.clip(begin - offset, 0, WAVE), jnp.clip(end - offset, 0, WAVE)
+
+      def step(b, sums):
         slot = lax.rem(first_step + b, jnp.int32(config.stages))
-        block_scale = rhs_scales[group, column, b]  # read early: its latency hides in the wait
+        # Read early: their latency hides in the wait.
+        block_scales = [rhs_scales[group, block, b] for block, _ in blocks]
         plgpu.barrier_wait(ring["full"].at[slot])
         product = _issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
         plgpu.wgmma_wait(0)
-        scale = _rows(_load_rows(ring["lhs_scales"].at[slot, own]), block_scale)
-        plgpu.barrier_arrive(ring["empty"].at[slot])
-        return total + product * scale
+        row_scales = _load_rows(ring["lhs_scales"].at[slot, own])
+        _release(ring, config, slot)
+        scales = [
+          _by_row(row_scales * scale)
+          for scale, (_, slices) in zip(block_scales, blocks, strict=True)
+          for _ in range(slices)
+        ]
+        return tuple(
+          total + product[:, s.start : s.start + SLICE] * scale
+          for s, scale, total in zip(_slices(config), scales, sums, strict=True)
+        )
 
-      total = lax.fori_loop(0, k_steps, step, _zeros())
-      offset = wg * WAVE
-      rows = (jnp.clip(begin - offset, 0, WAVE), jnp.clip(end - offset, 0, WAVE))
-      _store(ring, config, wg, total, out, row + offset, rows, column * BLOCK)
+      @pl.when(begin < end)
+      def _():
+        sums = lax.fori_loop(0, k_steps, step, _zeros(config))
+        _store(ring, config, wg, sums, out, row + offset, (begin, end), column * config.tile_n)
+
+      @pl.when(begin >= end)
+      def _():
+        _skip(ring, config, first_step, k_steps)
+
       return first_step + k_steps
 
     _persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
@@ -350,13 +434,15 @@ def grouped_wgrad(
   _check("group_sizes", group_sizes, (e,), jnp.int32)
   _check_sizes(group_sizes, t, tile=BLOCK)
   config = config or TUNING["wgrad"]
-  tile_m, num_sms = config.tile_m, _num_sms(interpret)
+  tile_m, num_sms = config.tile_m, _num_sms(interpret) // config.cluster
   k_tiles = pl.cdiv(k, tile_m)
 
+  n_tiles = pl.cdiv(n, config.tile_n * config.cluster)
   group, row, column, num_items = _schedule(
-    jnp.full((e,), k_tiles, jnp.int32), n // BLOCK, k_tiles * e, config.grid_tile_width
+    jnp.full((e,), k_tiles, jnp.int32), n_tiles, k_tiles * e, config.grid_tile_width
   )
   token_tiles = pl.cdiv(group_sizes, BLOCK)
+  group = jnp.argsort(-token_tiles)[group]  # the longest contractions first, to share them evenly
   first = _starts(token_tiles)[group]
   schedule = jnp.stack([group, row, column, first, token_tiles[group]]).astype(jnp.int32)
 
@@ -364,8 +450,10 @@ def grouped_wgrad(
     del out
 
     def tile(entry, first_step):
-      _, row, column, first, count = entry
-      rows, columns = pl.ds(row * tile_m, tile_m), pl.ds(column * BLOCK, BLOCK)
+      _, row, pair, first, count = entry
+      column = _column(config, pair)
+      rows = pl.ds(row * tile_m, tile_m)
+      columns = pl.ds(column * config.tile_n, config.tile_n)
 
       @pl.loop(0, count)
       def _(i):
@@ -389,34 +477,41 @@ def grouped_wgrad(
   def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
     del lhs, lhs_scales, rhs, rhs_scales
     own = pl.ds(wg * WAVE, WAVE)
-    halves = [pl.ds(0, BLOCK // 2), pl.ds(BLOCK // 2, BLOCK // 2)]
 
     def tile(entry, first_step):
-      group, row, column, _, count = entry
+      group, row, pair, _, count = entry
+      column = _column(config, pair)
+      offset = row * tile_m + wg * WAVE
+      end = jnp.clip(k - offset, 0, WAVE)  # the last row tile may reach past k
 
       def step(i, sums):
         slot = lax.rem(first_step + i, jnp.int32(config.stages))
         plgpu.barrier_wait(ring["full"].at[slot])
         product = _issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
-        scale = _load_rows(ring["lhs_scales"].at[slot, own])
+        row_scales = _load_rows(ring["lhs_scales"].at[slot, own])
+        load = lambda s: plgpu.load(  # noqa: E731
+          ring["rhs_scales"].at[slot, s], layout=plgpu.Layout.WGMMA.reduce(0)
+        )
+        loaded = [load(s) for s in _slices(config)[: config.early]]
         plgpu.wgmma_wait(0)
         new = []
-        # Only now and by halves: a scale for each of a thread's columns takes 32 registers.
-        for half, total in zip(halves, sums, strict=True):
-          by_column = plgpu.load(
-            ring["rhs_scales"].at[slot, half], layout=plgpu.Layout.WGMMA.reduce(0)
-          )
-          by_row = lax.broadcast_in_dim(scale, total.shape, (0,))
-          part = product[:, half.start : half.start + half.size] * by_row
-          new.append(total + part * lax.broadcast_in_dim(by_column, total.shape, (1,)))
-        plgpu.barrier_arrive(ring["empty"].at[slot])
+        # Only now and by slices: a scale for each of a thread's columns takes many registers.
+        for i, (s, total) in enumerate(zip(_slices(config), sums, strict=True)):
+          column_scales = loaded[i] if i < len(loaded) else load(s)
+          part = product[:, s.start : s.start + SLICE] * _by_row(row_scales)
+          new.append(total + part * lax.broadcast_in_dim(column_scales, (WAVE, SLICE), (1,)))
+        _release(ring, config, slot)
         return tuple(new)
 
-      sums = lax.fori_loop(0, count, step, (_zeros(BLOCK // 2),) * 2)
-      offset = row * tile_m + wg * WAVE
-      rows = (0, jnp.clip(k - offset, 0, WAVE))  # the last row tile may reach past k
-      total = jnp.concatenate(sums, axis=1)
-      _store(ring, config, wg, total, out.at[group], offset, rows, column * BLOCK)
+      @pl.when(end > 0)
+      def _():
+        sums = lax.fori_loop(0, count, step, _zeros(config))
+        _store(ring, config, wg, sums, out.at[group], offset, (0, end), column * config.tile_n)
+
+      @pl.when(end <= 0)
+      def _():
+        _skip(ring, config, first_step, count)
+
       return first_step + count
 
     _persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))

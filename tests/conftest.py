@@ -1,7 +1,14 @@
 """Fixtures that any test may ask for."""
 
+import os
+
 import jax
 import pytest
+
+# A warpgroup that an emulated kernel leaves waiting at a barrier keeps the XLA thread that it runs on.
+# XLA has one thread per core, so that a small machine may have none left for the warpgroup that is
+# waited for. This suffices for two CTAs of four warpgroups. XLA reads it with the first device.
+os.environ["PJRT_NPROC"] = str(max(16, os.cpu_count()))
 
 
 @pytest.fixture
