@@ -140,7 +140,7 @@ def largest_byte(words, lanes: int = 1):
 
   Halves of 16 bits order by their upper bytes, whatever lies below those.
   """
-  pairs = [w for word in words for w in (word, word << 8)]
+  pairs = [w for word in words for w in (word, word.permute(0, 0x2104))]
   top = pairs[0]
   for pair in pairs[1:]:
     top = top.max_halves(pair)

@@ -4,6 +4,8 @@ A byte permutation looks up eight bytes by the nibbles of a word, and codes of E
 table of a block holds E4M3's codes of the eight magnitudes times the block's power of two.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,7 +17,8 @@ from pallas_kernels import blocks as bl
 from pallas_kernels import packed as pk
 
 TILE = 128
-TUNING = {"rows": 64}  # of 128 values, that a CTA of `mxfp4_to_fp8_rows` takes
+# What a CTA takes: rows of 128 values, and tiles of 128 x 128 for the columns.
+TUNING = {"rows": 64, "tiles": 1}
 
 _NAN = 0x7FC00000  # float32
 _LEAST_SHIFT = -5  # that leaves 0.5 a normal number of E4M3
@@ -202,11 +205,12 @@ def mxfp4_to_fp8_columns(codes, scales):
   bl.check_array("scales", scales, (m, k // 32), jnp.uint8)
   if m % TILE:
     raise ValueError(f"{m=} rows are no multiple of 128")
+  tiles = math.gcd(TUNING["tiles"], k // TILE)
 
   # Warps take a block of 32 columns each, lanes four rows each: (lane, row, block, word) become
   # (column, lane), where a warp stores 128 bytes of a column at once, and (column,).
-  tiles = ((32, 4, 4, 4), (32, 4, 1, 4), (1, 1, 1, 4))
-  layout = bl.layout(tiles, warp_dims=(-10,), lane_dims=(-8,))
+  nested = ((32, 4, 4, 4), (32, 4, 1, 4), (1, 1, 1, 4))
+  layout = bl.layout(nested, warp_dims=(-10,), lane_dims=(-8,))
   wide = bl.layout(((TILE, 32), (32, 32), (1, 1)), warp_dims=(-6,), lane_dims=(-3,))
   flat = bl.layout(((TILE,), (32,), (1,)), warp_dims=(-3,), lane_dims=(-2,))
 
@@ -228,13 +232,17 @@ def mxfp4_to_fp8_columns(codes, scales):
     )
 
   def kernel(words_gmem, exponents_gmem, codes_gmem, scales_gmem):
-    i, j = lax.axis_index("row"), lax.axis_index("column")
-    lanes, columns = pl.ds(i * 32, 32), pl.ds(j * TILE, TILE)
-    words = plgpu.load(words_gmem.at[lanes, :, j], layout=layout, optimized=False)
-    exponents = plgpu.load(
-      exponents_gmem.at[lanes, :, j], layout=layout.reduce((2, 3)), optimized=False
-    )
-    codes_gmem[columns, lanes], scales_gmem[i, columns] = widen(words, exponents)
+    i, j = lax.axis_index("row"), lax.axis_index("column") * tiles
+    lanes, loaded = pl.ds(i * 32, 32), []
+    for tile in range(tiles):
+      words = plgpu.load(words_gmem.at[lanes, :, j + tile], layout=layout, optimized=False)
+      exponents = plgpu.load(
+        exponents_gmem.at[lanes, :, j + tile], layout=layout.reduce((2, 3)), optimized=False
+      )
+      loaded.append((words, exponents))
+    for tile in range(tiles):
+      columns = pl.ds((j + tile) * TILE, TILE)
+      codes_gmem[columns, lanes], scales_gmem[i, columns] = widen(*loaded[tile])
 
   words = lax.bitcast_convert_type(codes.reshape(m // 4, 4, k // TILE, 4, 4, 4), jnp.uint32)
   exponents = lax.bitcast_convert_type(scales.reshape(m // 4, 4, k // TILE, 4), jnp.uint32)
@@ -244,7 +252,7 @@ def mxfp4_to_fp8_columns(codes, scales):
       jax.ShapeDtypeStruct((k, m // 4), jnp.uint32),
       jax.ShapeDtypeStruct((m // TILE, k), jnp.float32),
     ),
-    grid=(m // TILE, k // TILE),
+    grid=(m // TILE, k // TILE // tiles),
     grid_names=("row", "column"),
     compiler_params=bl.WARPGROUP,
   )(words, exponents)
