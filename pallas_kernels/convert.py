@@ -7,6 +7,7 @@ The code of a value counts the midpoints of E2M1 that it passes. E4M3's magnitud
 codes do: a midpoint becomes a code, once a block, and a subtraction compares four values with it.
 """
 
+import math
 from typing import get_args
 
 import jax
@@ -24,7 +25,7 @@ from pallas_kernels.widen import mxfp4_to_fp8_columns, mxfp4_to_fp8_rows
 __all__ = ["fp8_to_mxfp4", "mxfp4_to_fp8_columns", "mxfp4_to_fp8_rows"]
 
 TILE = 128
-TUNING = {"rows": 64}  # of 128 values, that a CTA takes
+TUNING = {"rows": 64, "tiles": 1}  # a CTA takes tiles of so many rows of 128 values
 
 # Added to a code, what carries into its exponent where the rule takes the next scale: never, or
 # from the mantissa 7 up (7.5 of 8), 6 (7) or 5 (6.5).
@@ -123,7 +124,7 @@ def fp8_to_mxfp4(codes, scales, *, scale_rule: ScaleRule = "floor"):
   bl.check_array("scales", scales, (k // TILE, m), jnp.float32)
   if scale_rule not in _CARRY:
     raise ValueError(f"{scale_rule=} is not one of {get_args(ScaleRule)}")
-  rows = bl.fit(TUNING["rows"], m)
+  rows, tiles = bl.fit(TUNING["rows"], m), math.gcd(TUNING["tiles"], k // TILE)
   layout = _layout(4)
 
   @plgpu.inline_mgpu(
@@ -147,12 +148,16 @@ def fp8_to_mxfp4(codes, scales, *, scale_rule: ScaleRule = "floor"):
 
   def kernel(words_gmem, scales_gmem, codes_gmem, exponents_gmem):
     start = jnp.minimum(lax.axis_index("rows") * rows, m - rows)  # the last may overlap
-    here, block = pl.ds(start, rows), lax.axis_index("block")
-    words = plgpu.load(words_gmem.at[here, block], layout=layout, optimized=False)
-    scale = plgpu.load(
-      scales_gmem.at[block, here], layout=layout.reduce((1, 2, 3)), optimized=False
-    )
-    codes_gmem[here, block], exponents_gmem[here, block] = convert(words, scale)
+    here, first = pl.ds(start, rows), lax.axis_index("blocks") * tiles
+    loaded = []
+    for block in (first + tile for tile in range(tiles)):
+      words = plgpu.load(words_gmem.at[here, block], layout=layout, optimized=False)
+      scale = plgpu.load(
+        scales_gmem.at[block, here], layout=layout.reduce((1, 2, 3)), optimized=False
+      )
+      loaded.append((block, words, scale))
+    for block, words, scale in loaded:
+      codes_gmem[here, block], exponents_gmem[here, block] = convert(words, scale)
 
   words = lax.bitcast_convert_type(codes.reshape(m, k // TILE, 4, 2, 4, 4), jnp.uint32)
   out, exponents = plgpu.kernel(
@@ -161,8 +166,8 @@ def fp8_to_mxfp4(codes, scales, *, scale_rule: ScaleRule = "floor"):
       jax.ShapeDtypeStruct((m, k // TILE, 4, 2, 2), jnp.uint32),
       jax.ShapeDtypeStruct((m, k // TILE, 4), jnp.uint8),
     ),
-    grid=(-(-m // rows), k // TILE),
-    grid_names=("rows", "block"),
+    grid=(-(-m // rows), k // TILE // tiles),
+    grid_names=("rows", "blocks"),
     compiler_params=bl.WARPGROUP,
   )(words, scales)
   out = lax.bitcast_convert_type(out, jnp.uint8)  # four bytes a word: no data moves

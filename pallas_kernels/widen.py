@@ -17,8 +17,8 @@ from pallas_kernels import blocks as bl
 from pallas_kernels import packed as pk
 
 TILE = 128
-# What a CTA takes: rows of 128 values, and tiles of 128 x 128 for the columns.
-TUNING = {"rows": 64, "tiles": 1}
+ROWS_TUNING = {"rows": 64, "tiles": 1}  # a CTA takes tiles of so many rows of 128 values
+COLUMNS_TUNING = {"tiles": 1}  # of 128 x 128
 
 _NAN = 0x7FC00000  # float32
 _LEAST_SHIFT = -5  # that leaves 0.5 a normal number of E4M3
@@ -137,7 +137,7 @@ def mxfp4_to_fp8_rows(codes, scales):
   m, k = bl.check_rows("codes", codes, jnp.uint8, TILE // 2, 8)
   k *= 2
   bl.check_array("scales", scales, (m, k // 32), jnp.uint8)
-  rows = bl.fit(TUNING["rows"], m)
+  rows, tiles = bl.fit(ROWS_TUNING["rows"], m), math.gcd(ROWS_TUNING["tiles"], k // TILE)
   each = 2 if rows >= 16 else 1  # words of a lane: a load of 8 bytes, a store of 16
   lanes = 16 // each
   layout, wide = bl.block_layout(lanes, each), bl.block_layout(lanes, 2 * each)
@@ -165,12 +165,16 @@ def mxfp4_to_fp8_rows(codes, scales):
 
   def kernel(words_gmem, exponents_gmem, codes_gmem, scales_gmem):
     start = jnp.minimum(lax.axis_index("rows") * rows, m - rows)  # the last may overlap
-    here, block = pl.ds(start, rows), lax.axis_index("block")
-    words = plgpu.load(words_gmem.at[here, block], layout=layout, optimized=False)
-    exponents = plgpu.load(
-      exponents_gmem.at[here, block], layout=layout.reduce((1, 2)), optimized=False
-    )
-    codes_gmem[here, block], scales_gmem[block, here] = widen(words, exponents)
+    here, first = pl.ds(start, rows), lax.axis_index("blocks") * tiles
+    loaded = []
+    for block in (first + tile for tile in range(tiles)):
+      words = plgpu.load(words_gmem.at[here, block], layout=layout, optimized=False)
+      exponents = plgpu.load(
+        exponents_gmem.at[here, block], layout=layout.reduce((1, 2)), optimized=False
+      )
+      loaded.append((block, words, exponents))
+    for block, words, exponents in loaded:
+      codes_gmem[here, block], scales_gmem[block, here] = widen(words, exponents)
 
   words = lax.bitcast_convert_type(codes.reshape(m, k // TILE, lanes, each, 4), jnp.uint32)
   exponents = lax.bitcast_convert_type(scales.reshape(m, k // TILE, 4), jnp.uint32)
@@ -180,8 +184,8 @@ def mxfp4_to_fp8_rows(codes, scales):
       jax.ShapeDtypeStruct((m, k // TILE, lanes, 2 * each), jnp.uint32),
       jax.ShapeDtypeStruct((k // TILE, m), jnp.float32),
     ),
-    grid=(-(-m // rows), k // TILE),
-    grid_names=("rows", "block"),
+    grid=(-(-m // rows), k // TILE // tiles),
+    grid_names=("rows", "blocks"),
     compiler_params=bl.WARPGROUP,
   )(words, exponents)
   return lax.bitcast_convert_type(out, bl.E4M3).reshape(m, k), out_scales
@@ -205,7 +209,7 @@ def mxfp4_to_fp8_columns(codes, scales):
   bl.check_array("scales", scales, (m, k // 32), jnp.uint8)
   if m % TILE:
     raise ValueError(f"{m=} rows are no multiple of 128")
-  tiles = math.gcd(TUNING["tiles"], k // TILE)
+  tiles = math.gcd(COLUMNS_TUNING["tiles"], k // TILE)
 
   # Warps take a block of 32 columns each, lanes four rows each: (lane, row, block, word) become
   # (column, lane), where a warp stores 128 bytes of a column at once, and (column,).
@@ -232,17 +236,16 @@ def mxfp4_to_fp8_columns(codes, scales):
     )
 
   def kernel(words_gmem, exponents_gmem, codes_gmem, scales_gmem):
-    i, j = lax.axis_index("row"), lax.axis_index("column") * tiles
-    lanes, loaded = pl.ds(i * 32, 32), []
-    for tile in range(tiles):
-      words = plgpu.load(words_gmem.at[lanes, :, j + tile], layout=layout, optimized=False)
+    row, first = lax.axis_index("row"), lax.axis_index("columns") * tiles
+    lanes, loaded = pl.ds(row * 32, 32), []
+    for column in (first + tile for tile in range(tiles)):
+      words = plgpu.load(words_gmem.at[lanes, :, column], layout=layout, optimized=False)
       exponents = plgpu.load(
-        exponents_gmem.at[lanes, :, j + tile], layout=layout.reduce((2, 3)), optimized=False
+        exponents_gmem.at[lanes, :, column], layout=layout.reduce((2, 3)), optimized=False
       )
-      loaded.append((words, exponents))
-    for tile in range(tiles):
-      columns = pl.ds((j + tile) * TILE, TILE)
-      codes_gmem[columns, lanes], scales_gmem[i, columns] = widen(*loaded[tile])
+      loaded.append((pl.ds(column * TILE, TILE), words, exponents))
+    for columns, words, exponents in loaded:
+      codes_gmem[columns, lanes], scales_gmem[row, columns] = widen(words, exponents)
 
   words = lax.bitcast_convert_type(codes.reshape(m // 4, 4, k // TILE, 4, 4, 4), jnp.uint32)
   exponents = lax.bitcast_convert_type(scales.reshape(m // 4, 4, k // TILE, 4), jnp.uint32)
@@ -253,7 +256,7 @@ def mxfp4_to_fp8_columns(codes, scales):
       jax.ShapeDtypeStruct((m // TILE, k), jnp.float32),
     ),
     grid=(m // TILE, k // TILE // tiles),
-    grid_names=("row", "column"),
+    grid_names=("row", "columns"),
     compiler_params=bl.WARPGROUP,
   )(words, exponents)
   return lax.bitcast_convert_type(out, bl.E4M3).reshape(k, m), out_scales
