@@ -53,6 +53,7 @@ def narrow(words, scale, rule):
   field = (scale >> 23) & 0xFF
   stored, one = _scale(top, field, rule)
   limits = [one * pk.BYTES + step * pk.BYTES for step in _STEPS[:-1]]
+  # A byte holds no limit above 128, which no magnitude reaches.
   limits.append((one + _STEPS[-1]).min(128) * pk.BYTES)
   stored, *limits = one.below(_LOWEST_ONE).branch(
     lambda: _among_subnormals(top, field, rule), [stored, *limits]
