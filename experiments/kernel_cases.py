@@ -187,7 +187,7 @@ CASES = (
   _mxfp4_hadamard(),
   *_fp8(False),
   *_fp8(True),
-  *(_narrow(rule) for rule in ("floor", "oas", "rceil")),
+  *(_narrow(rule) for rule in ("floor", "even", "rceil", "oas")),
   Case(
     "mxfp4_to_fp8_rows",
     lambda packed: convert.mxfp4_to_fp8_rows(*packed),

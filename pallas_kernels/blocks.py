@@ -26,10 +26,15 @@ def block_layout(lanes: int, values: int):
   """Layout of a (block, lane, value) array: 32 / lanes blocks to a warp."""
   blocks = 32 // lanes
   tiles = ((4 * blocks, lanes, values), (blocks, lanes, values), (1, 1, values))
-  layout = fa.TiledLayout(
-    fa.Tiling(tiles), warp_dims=(-9,), lane_dims=(-6, -5), vector_dim=-1, _check_canonical=False
+  return layout(tiles, warp_dims=(-9,), lane_dims=(-6, -5))
+
+
+def layout(tiles, warp_dims, lane_dims):
+  """A register holds the last axis of the last tile; see `fragmented_array.TiledLayout`."""
+  tiled = fa.TiledLayout(
+    fa.Tiling(tiles), warp_dims, lane_dims, vector_dim=-1, _check_canonical=False
   ).canonicalize()
-  return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+  return plgpu.Layout.TILED(tiled.tiling, tiled.warp_dims, tiled.lane_dims, tiled.vector_dim)
 
 
 def swizzled(dtype):
@@ -65,3 +70,26 @@ def to_e4m3(x, inverse):
   """x times its block's `inverse`, rounded to E4M3, saturating; 0 where the block has no scale."""
   scaled = jnp.clip(x.astype(jnp.float32) * inverse, -448.0, 448.0)
   return jnp.where(inverse > 0, scaled, 0.0).astype(E4M3)
+
+
+def fit(rows: int, m: int) -> int:
+  """`rows` of a CTA, halved until a tensor of m rows has them."""
+  while rows > m:
+    rows //= 2
+  return rows
+
+
+def check_rows(name, x, dtype, multiple, least_rows):
+  check_array(name, x, x.shape, dtype)
+  if x.ndim != 2 or x.shape[0] < least_rows or x.shape[1] % multiple or not x.size:
+    raise ValueError(
+      f"{name} of shape {x.shape} are not (m, c) with m >= {least_rows} and c % {multiple} == 0"
+    )
+  return x.shape
+
+
+def check_array(name, x, shape, dtype):
+  if x.dtype != dtype:
+    raise TypeError(f"{name} are {x.dtype}, not {jnp.dtype(dtype).name}")
+  if x.shape != shape:
+    raise ValueError(f"{name} have the shape {x.shape}, not {shape}")
