@@ -142,6 +142,9 @@ def _fill(ring, config, step, copies):
   @pl.when(step >= config.stages)
   def _():
     plgpu.barrier_wait(ring["empty"].at[slot])
+    # The scales were read by loads, and TMA is another proxy: PTX orders its writes after those
+    # loads only past a proxy fence. Here, off the critical path, one serves all readers.
+    plgpu.commit_smem()
 
   for src, name in copies:
     plgpu.copy_gmem_to_smem(src, ring[name].at[slot], ring["full"].at[slot])

@@ -116,7 +116,6 @@ def test_wgrad_equals_reference(implementation, variant, sizes):
   assert np.all(np.abs(out - reference) <= tolerance(bound, t))
 
 
-@pytest.mark.xfail(reason="unresolved: a reused slot of lhs_scales is reported", strict=True)
 def test_emulation_finds_no_race():
   kernel = functools.partial(
     gm.grouped_matmul, config=gm.VARIANTS["3 warpgroups"], interpret=interpret("mosaic-interpret")
