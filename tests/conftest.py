@@ -6,9 +6,9 @@ import jax
 import pytest
 
 # An emulated warpgroup that waits at a barrier keeps the XLA thread that it runs on. XLA has one
-# thread per core, so that on a small machine none may be left for the warpgroup that is waited for.
-# Eight suffice for a kernel of four warpgroups. Read once, when the first device is asked for.
-os.environ["PJRT_NPROC"] = str(max(8, os.cpu_count()))
+# thread per core, so that a small machine may have none left for the warpgroup that is waited for.
+# These suffice for two CTAs of four warpgroups. XLA reads their number with the first device.
+os.environ["PJRT_NPROC"] = str(max(16, os.cpu_count()))
 
 
 @pytest.fixture
