@@ -224,3 +224,17 @@ def test_refuses_wrong_operands():
   for bad in ([-1, 5], [200, 57]):
     with pytest.raises(ValueError, match="group_sizes="):
       gm.grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, jnp.array(bad, jnp.int32))
+  with pytest.raises(ValueError, match=r"lhs.shape=\(0, 256\)"):
+    gm.grouped_matmul(lhs[:0], lhs_scales[:, :0], rhs, rhs_scales, sizes)
+  with pytest.raises(ValueError, match=r"group_sizes.shape=\(0,\)"):
+    gm.grouped_matmul(lhs, lhs_scales, rhs[:0], rhs_scales[:0], sizes[:0])
+
+
+def test_wgrad_refuses_wrong_operands():
+  lhs, lhs_scales, rhs, rhs_scales = wgrad_operands(256, 128, 128, (100, 100))
+  with pytest.raises(ValueError, match="rhs_scales has shape"):
+    gm.grouped_wgrad(lhs, lhs_scales, rhs, rhs_scales.T, jnp.array([100, 100], jnp.int32))
+  # 129 tokens take two tiles of 128: three tiles are 384 rows of the 256.
+  for bad in ([-1, 5], [129, 1], [257]):
+    with pytest.raises(ValueError, match="need more than 256"):
+      gm.grouped_wgrad(lhs, lhs_scales, rhs, rhs_scales, jnp.array(bad, jnp.int32))
