@@ -3,12 +3,13 @@
 # make tables rebuild the README's tables and picture from results/
 # make gpu-test   the tests marked gpu, on a Hopper GPU with the [cuda] extra installed
 # make gpu-bench  the kernels against their peers there: results/kernel_bench.jsonl
+# make gpu-sanitize  the kernels under NVIDIA's compute-sanitizer: stray accesses, races, barriers
 # make setup  only the environment
 PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint tables gpu-test gpu-bench
+.PHONY: setup demo test lint tables gpu-test gpu-bench gpu-sanitize
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt constraints.txt pyproject.toml
@@ -36,3 +37,15 @@ gpu-test:
 
 gpu-bench:
 	$(PYTHON_GPU) -m experiments.kernel_bench --out=results/kernel_bench.jsonl
+
+# Mosaic's kernels carry mosaic_gpu in their names; XLA's are not instrumented. One allocation per
+# buffer, so that accesses past a buffer's end hit nobody else's memory.
+SANITIZER ?= compute-sanitizer
+SANITIZER_TOOLS ?= memcheck racecheck synccheck
+gpu-sanitize: export XLA_PYTHON_CLIENT_ALLOCATOR = platform
+gpu-sanitize: export XLA_FLAGS = --xla_gpu_autotune_level=0
+gpu-sanitize:
+	for tool in $(SANITIZER_TOOLS); do \
+	  $(SANITIZER) --tool $$tool --kernel-name kns=mosaic_gpu --error-exitcode 1 \
+	    $(PYTHON_GPU) -m experiments.sanitize || exit 1; \
+	done

@@ -55,9 +55,11 @@ TUNING: dict[Literal["matmul", "wgrad"], TuningConfig] = {
   "wgrad": TuningConfig(),
 }
 
+# What the tests run besides: every way through the kernels.
 VARIANTS = {
-  "3 warpgroups": TuningConfig(),
-  "2 warpgroups": TuningConfig(compute_warpgroups=2, tile_n=192),
+  "3 warpgroups": TuningConfig(cluster=1),
+  "2 warpgroups": TuningConfig(compute_warpgroups=2, tile_n=192, cluster=1),
+  "cluster": TuningConfig(),
 }
 
 SLICE = 64  # columns of a product that are scaled and stored together
@@ -301,7 +303,9 @@ def grouped_matmul(
 ):
   """(m, k), (k/128, m), (e, n, k), (e, n/128, k/128), (e,) -> (m, n).
 
-  Groups are packed one after another, of any size; rows past the last group are not written.
+  Groups are packed one after another, of any size; traced sizes can't be checked. Rows past the
+  last group are not written. Tiles are loaded whole, with rows of their group's neighbours or past
+  the last group, but no output depends on those: they may be NaN.
   """
   _check_operands(lhs, rhs, group_sizes)
   (m, k), (e, n, rhs_k) = lhs.shape, rhs.shape
@@ -534,6 +538,8 @@ def _check_operands(lhs, rhs, group_sizes):
       raise TypeError(f"{name} is {x.dtype}, not float8_e4m3fn")
   if lhs.ndim != 2 or rhs.ndim not in (2, 3) or group_sizes.ndim != 1:
     raise ValueError(f"{lhs.shape=}, {rhs.shape=}, {group_sizes.shape=}: wrong ranks")
+  if not (lhs.size and rhs.size and group_sizes.size):
+    raise ValueError(f"{lhs.shape=}, {rhs.shape=} or {group_sizes.shape=} is empty")
 
 
 def _check_sizes(group_sizes, limit, tile=1):

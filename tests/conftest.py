@@ -5,9 +5,9 @@ import os
 import jax
 import pytest
 
-# A warpgroup that an emulated kernel leaves waiting at a barrier keeps the XLA thread that it runs on.
-# XLA has one thread per core, so that a small machine may have none left for the warpgroup that is
-# waited for. This suffices for two CTAs of four warpgroups. XLA reads it with the first device.
+# An emulated warpgroup that waits at a barrier keeps the XLA thread that it runs on. XLA has one
+# thread per core, so that a small machine may have none left for the warpgroup that is waited for.
+# These suffice for two CTAs of four warpgroups. XLA reads their number with the first device.
 os.environ["PJRT_NPROC"] = str(max(16, os.cpu_count()))
 
 

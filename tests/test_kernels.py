@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import wgmma_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from experiments import kernel_cases as cases
@@ -45,7 +46,7 @@ def assert_same(actual, expected, zeros_have_signs=True):
 @pytest.mark.parametrize("case", EMULATED, ids=lambda c: c.name)
 def test_emulated(case):
   x = case.prepare(tensor(128, 256))
-  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+  with wgmma_races.checked(), plgpu.force_gpu_interpret_mode(wgmma_races.PARAMS):
     actual = case.kernel(x)
   assert_same(actual, case.definition(x))
 

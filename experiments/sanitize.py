@@ -1,0 +1,83 @@
+"""Runs every kernel on small ragged inputs, for NVIDIA's compute-sanitizer to watch.
+
+make gpu-sanitize
+
+Checks no results: the tests do.
+"""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import kernel_cases as cases
+from pallas_kernels import grouped_matmul, mxfp4
+
+_SHAPES = ((100, 512), (128, 512))  # rows that no tile divides, unless a kernel refuses them
+_SIZES = (130, 0, 1, 127)  # ends inside a wave, no rows, one row; 43 of 301 rows are nobody's
+
+
+def launches() -> Iterator[tuple[str, Callable, tuple]]:
+  """Name, kernel and arguments of every launch."""
+  seeded = cases.Case(
+    "quantize_mxfp4, seeded",
+    lambda x: mxfp4.quantize_mxfp4(x, seed=np.uint32([3, 5])),
+    lambda x: None,
+    0,
+  )
+  for case in (*cases.CASES, cases.SWIGLU, seeded):
+    shape = _SHAPES[0] if _accepts(case, _SHAPES[0]) else _SHAPES[1]
+    x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    yield f"{case.name} {shape}", case.kernel, (case.prepare(x),)
+  for name, config in grouped_matmul.VARIANTS.items():
+    for kernel, operands in (
+      (grouped_matmul.grouped_matmul, _matmul_operands()),
+      (grouped_matmul.grouped_wgrad, _wgrad_operands()),
+    ):
+      sizes = jnp.array(_SIZES, jnp.int32)
+      yield (
+        f"{kernel.__name__}, {name}",
+        lambda *a, kernel=kernel, config=config: kernel(*a, config=config),
+        (*operands, sizes),
+      )
+
+
+def _accepts(case: cases.Case, shape: tuple[int, int]) -> bool:
+  try:
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    jax.eval_shape(lambda x: case.kernel(case.prepare(x)), x)
+  except ValueError:
+    return False
+  return True
+
+
+def _operand(rows, blocks_of, columns):
+  """E4M3 elements (rows, columns) and their scales (columns / 128, blocks_of)."""
+  elements = jax.random.normal(jax.random.key(1), (*rows, columns)).astype(jnp.float8_e4m3fn)
+  return elements, jnp.ones(blocks_of, jnp.float32)
+
+
+def _matmul_operands(m=301, k=384, n=256):
+  e = len(_SIZES)
+  return *_operand((m,), (k // 128, m), k), *_operand((e, n), (e, n // 128, k // 128), k)
+
+
+def _wgrad_operands(k=256, n=256):
+  t = 128 * sum(-(-s // 128) for s in _SIZES)
+  return *_operand((k,), (t // 128, k), t), *_operand((n,), (t // 128, n), t)
+
+
+def main() -> None:
+  if jax.devices()[0].platform != "gpu":
+    raise SystemExit("compute-sanitizer needs an NVIDIA GPU")
+  with jax.default_device(jax.devices("cpu")[0]):  # what XLA prepares needs no watching
+    prepared = list(launches())
+  for name, kernel, arguments in prepared:
+    print(name, flush=True)
+    arguments = jax.device_put(arguments, jax.devices()[0])
+    jax.block_until_ready(jax.jit(kernel)(*arguments))
+
+
+if __name__ == "__main__":
+  main()
