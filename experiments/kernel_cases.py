@@ -47,6 +47,19 @@ def _mxfp4(rule="floor"):
   )
 
 
+def _mxfp4_both(rule="floor"):
+  def definition(x):
+    rows, columns = (quantize(v, mxfp4_format(rule)) for v in (x, x.T))
+    return rows.codes, rows.scales, columns.codes, columns.scales
+
+  return Case(
+    f"quantize_mxfp4_both {rule}",
+    lambda x: mxfp4.quantize_mxfp4_both(x, scale_rule=rule),
+    definition,
+    2 + 2 * _MXFP4_BYTES,
+  )
+
+
 def _mxfp4_hadamard():
   def definition(x):
     q = quantize(butterflies(x), mxfp4_format("rceil"))
@@ -185,6 +198,7 @@ def _swiglu(power_of_two):
 CASES = (
   *(_mxfp4(rule) for rule in ("floor", "even", "rceil", "oas")),
   _mxfp4_hadamard(),
+  *(_mxfp4_both(rule) for rule in ("floor", "even", "rceil", "oas")),
   *_fp8(False),
   *_fp8(True),
   *(_narrow(rule) for rule in ("floor", "oas", "rceil")),

@@ -26,8 +26,17 @@ def block_layout(lanes: int, values: int):
   """Layout of a (block, lane, value) array: 32 / lanes blocks to a warp."""
   blocks = 32 // lanes
   tiles = ((4 * blocks, lanes, values), (blocks, lanes, values), (1, 1, values))
+  return tiled_layout(tiles, -9, (-6, -5))
+
+
+def tiled_layout(tiles, warp_dim: int, lane_dims: tuple[int, ...]):
+  """A layout whose vectors are the last dimension of the innermost of `tiles`."""
   layout = fa.TiledLayout(
-    fa.Tiling(tiles), warp_dims=(-9,), lane_dims=(-6, -5), vector_dim=-1, _check_canonical=False
+    fa.Tiling(tiles),
+    warp_dims=(warp_dim,),
+    lane_dims=lane_dims,
+    vector_dim=-1,
+    _check_canonical=False,
   ).canonicalize()
   return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 

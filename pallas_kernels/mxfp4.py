@@ -7,6 +7,7 @@ which lays E2M1's exponents over float32's smallest ones, subnormals over subnor
 bits from 22 up are the code and those below it the fraction to be rounded.
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax
@@ -21,6 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import blocks as bl
+from pallas_kernels import transpose as tr
 
 ScaleRule = Literal["floor", "even", "rceil", "oas"]
 
@@ -32,17 +34,19 @@ TUNING = {"nearest": 8, "stochastic": 4, "hadamard": 4}
 
 
 def _quantize(x, signs, seed, index, rule, layout):
-  """x (block, 4, 8) -> packed codes (block, 4) of 8 nibbles, scale codes (block,)."""
+  """x (..., 4, 8) -> packed codes (..., 4) of 8 nibbles, scale codes (...)."""
   exact_in_8_bits = x.dtype == jnp.bfloat16 and signs is None
   if signs is not None:
     x = _hadamard(x.astype(jnp.float32) * lax.broadcast_in_dim(signs, x.shape, (1, 2)), layout)
-  amax = jnp.max(jnp.max(jnp.abs(x), axis=2), axis=1).astype(jnp.float32)
+  lane, value = x.ndim - 2, x.ndim - 1
+  each_block = tuple(range(lane))
+  amax = jnp.max(jnp.max(jnp.abs(x), axis=value), axis=lane).astype(jnp.float32)
   scale = jnp.maximum(((bl.bits(amax) + _CARRY[rule]) >> 23) - 2, 0)
   finite = bl.bits(amax) < bl.INFINITY
   inverse = jnp.where(finite, bl.floats((254 - scale) << 23), 0.0)
 
-  scaled = x.astype(jnp.float32) * lax.broadcast_in_dim(inverse, x.shape, (0,))
-  j = lax.broadcasted_iota(jnp.uint32, x.shape, 2)
+  scaled = x.astype(jnp.float32) * lax.broadcast_in_dim(inverse, x.shape, each_block)
+  j = lax.broadcasted_iota(jnp.uint32, x.shape, value)
   if seed is None and not exact_in_8_bits:
     # Round here, where float32 has its full precision, and not at 2^-149.
     step = jnp.maximum(bl.bits(scaled) & bl.INFINITY, 127 << 23) + (22 << 23)
@@ -58,8 +62,8 @@ def _quantize(x, signs, seed, index, rule, layout):
   magnitude = (rounded >> 22) & 15
   if rule != "rceil" or seed is not None:
     magnitude = jnp.minimum(magnitude, 7)  # what the scale clips
-  packed = jnp.sum((magnitude | ((sign >> 28) & 8)) << (4 * j), axis=2)
-  packed = jnp.where(lax.broadcast_in_dim(finite, packed.shape, (0,)), packed, 0)
+  packed = jnp.sum((magnitude | ((sign >> 28) & 8)) << (4 * j), axis=value)
+  packed = jnp.where(lax.broadcast_in_dim(finite, packed.shape, each_block), packed, 0)
   return packed, jnp.where(finite, scale, 255).astype(jnp.uint8)
 
 
@@ -185,6 +189,56 @@ def quantize_mxfp4(
   )
   codes = lax.bitcast_convert_type(codes, jnp.uint8)  # four bytes a word: no data moves
   return codes.reshape(m, k // 2), scales.reshape(m, k // 32)
+
+
+def quantize_mxfp4_both(x, *, scale_rule: ScaleRule = "floor"):
+  """`quantize_mxfp4` of x and of its transpose in one read of x, rounding to nearest.
+
+  Args:
+    x: (m, k) bfloat16, both multiples of 128.
+
+  Returns:
+    uint8 codes (m, k / 2), scales (m, k / 32), codes (k, m / 2) and scales (k, m / 32).
+  """
+  if x.dtype != jnp.bfloat16:
+    raise TypeError(f"x is {x.dtype}; quantize_mxfp4_both takes bfloat16")
+  if x.ndim != 2 or x.shape[0] % tr.TILE or x.shape[1] % tr.TILE or not x.size:
+    raise ValueError(f"{x.shape=} is not (m, k) with m % 128 == k % 128 == 0")
+  _check(x, scale_rule, None, None)
+  m, k = x.shape
+
+  quantized = functools.partial(
+    _quantize, signs=None, seed=None, index=None, rule=scale_rule, layout=None
+  )
+
+  def kernel(x_gmem, codes_gmem, scales_gmem, codes_t_gmem, scales_t_gmem, smem):
+    i, j = lax.axis_index("row"), lax.axis_index("column")
+    here, there = pl.ds(i * tr.TILE, tr.TILE), pl.ds(j * tr.TILE, tr.TILE)
+    values = plgpu.load(x_gmem.at[here, j], layout=tr.ROWS, optimized=False)
+    tr.write([values], smem)
+    codes_gmem[here, j], scales_gmem[here, j] = quantized(values)
+    plgpu.commit_smem()
+    codes_t_gmem[there, i], scales_t_gmem[there, i] = quantized(tr.read(smem))
+
+  def out_type(m, k):
+    shape = (m, k // tr.TILE, 4)
+    return jax.ShapeDtypeStruct((*shape, 4), jnp.uint32), jax.ShapeDtypeStruct(shape, jnp.uint8)
+
+  codes, scales, codes_t, scales_t = plgpu.kernel(
+    kernel,
+    out_type=(*out_type(m, k), *out_type(k, m)),
+    grid=(m // tr.TILE, k // tr.TILE),
+    grid_names=("row", "column"),
+    scratch_types=(tr.scratch(),),
+    compiler_params=bl.WARPGROUP,
+  )(x.reshape(m, k // tr.TILE, *tr.BLOCKS))
+  codes, codes_t = (lax.bitcast_convert_type(c, jnp.uint8) for c in (codes, codes_t))
+  return (
+    codes.reshape(m, k // 2),
+    scales.reshape(m, k // 32),
+    codes_t.reshape(k, m // 2),
+    scales_t.reshape(k, m // 32),
+  )
 
 
 def _check(x, scale_rule, seed, signs):

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from experiments import kernel_cases as cases
 from fp4jax import dequantize, formats, hadamard
 from fp4jax.quantization import QuantizedArray
-from pallas_kernels import convert, fp8, mxfp4, swiglu
+from pallas_kernels import convert, fp8, mxfp4, swiglu, transpose
 from pallas_kernels import dequantize as dequantizer
 
 gpu = pytest.mark.gpu
@@ -58,6 +58,32 @@ def test_on_hopper(case):
     # In a block without a scale the codes of a widened tensor are zeros of either sign.
     signs = not case.name.startswith("mxfp4_to_fp8")
     assert_same(jax.jit(case.kernel)(x), jax.jit(case.definition)(x), signs)
+
+
+def held(layout, shape):
+  """Places (warp, lane, register, value) of an array, its values numbered."""
+  layout, x = layout.to_mgpu(), np.arange(np.prod(shape)).reshape(shape)
+  for tile in layout.tiling.tiles:
+    first = x.ndim - len(tile)
+    split = [
+      n for size, step in zip(x.shape[first:], tile, strict=True) for n in (size // step, step)
+    ]
+    inner = range(first, first + len(split))
+    x = x.reshape(*x.shape[:first], *split).transpose(*range(first), *inner[::2], *inner[1::2])
+  threads = [d % x.ndim for d in (*layout.warp_dims, *layout.lane_dims)]
+  registers = [d for d in range(x.ndim - 1) if d not in threads]
+  return x.transpose(*threads, *registers, -1).reshape(4, 32, -1, x.shape[-1])
+
+
+def test_transposed_tiles_hold_what_their_layouts_say():
+  rows = held(transpose.ROWS, (128, 4, 4, 8))
+  smem = np.empty((128, 128), int)
+  smem.flat[held(transpose.PERMUTED, (128, 128))] = rows
+  pairs = smem.T.ravel()[held(plgpu.Layout.WGMMA, (128, 128))]
+  columns = pairs[:, :, transpose.eights(np.arange(pairs.shape[2]))]
+  expected = held(transpose.COLUMNS, (128, 4, 4, 8))  # of the transpose, numbered by rows
+  expected = np.arange(128 * 128).reshape(128, 128).T.ravel()[expected]
+  np.testing.assert_array_equal(columns.reshape(expected.shape), expected)
 
 
 def test_butterflies_are_the_hadamard_transform():
@@ -152,6 +178,8 @@ def zeros(*shape, dtype=BF16):
     (TypeError, "x is int32", mxfp4.quantize_mxfp4, [zeros(32, 64, dtype=jnp.int32)]),
     (ValueError, "k % 32 == 0", mxfp4.quantize_mxfp4, [zeros(64, 48)]),
     (ValueError, "m \\* k >= 1024", mxfp4.quantize_mxfp4, [zeros(3, 32)]),
+    (TypeError, "x is float32", mxfp4.quantize_mxfp4_both, [zeros(128, 128, dtype=F32)]),
+    (ValueError, "m % 128 == k % 128", mxfp4.quantize_mxfp4_both, [zeros(128, 192)]),
     (TypeError, "x is float16", fp8.quantize_fp8_rows, [zeros(32, 128, dtype=jnp.float16)]),
     (ValueError, "k % 128 == 0", fp8.quantize_fp8_rows, [zeros(32, 96)]),
     (ValueError, "m >= 8", fp8.quantize_fp8_rows, [zeros(4, 128)]),
@@ -193,6 +221,8 @@ def test_options_are_refused():
   x = jnp.zeros((32, 64), BF16)
   with pytest.raises(ValueError, match="scale_rule='ceil' is not one of"):
     mxfp4.quantize_mxfp4(x, scale_rule="ceil")
+  with pytest.raises(ValueError, match="scale_rule='ceil' is not one of"):
+    mxfp4.quantize_mxfp4_both(jnp.zeros((128, 128), BF16), scale_rule="ceil")
   with pytest.raises(ValueError, match=r"seed has the shape \(3,\), not \(2,\)"):
     mxfp4.quantize_mxfp4(x, seed=np.zeros(3, np.uint32))
   with pytest.raises(ValueError, match=r"signs have the shape \(16,\), not \(32,\)"):
