@@ -4,10 +4,10 @@
 
 A lane holds 8 values. Rounding costs three integer instructions: x / scale is multiplied by 2^-126,
 which lays E2M1's exponents over float32's smallest ones, subnormals over subnormals, so that the
-bits from 22 up are the code and those below it the fraction to be rounded.
+bits from 22 up are the code and those below it the fraction to be rounded. bf16 values that are
+rounded to nearest fit float16, where `e2m1` does the same to two at a time.
 """
 
-import functools
 from typing import Literal, get_args
 
 import jax
@@ -22,6 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import blocks as bl
+from pallas_kernels import e2m1
 from pallas_kernels import transpose as tr
 
 ScaleRule = Literal["floor", "even", "rceil", "oas"]
@@ -33,38 +34,45 @@ _CARRY = {"floor": 0, "even": 1 << 21, "rceil": 0x3FFFFF, "oas": 0x1FFFFF}
 TUNING = {"nearest": 8, "stochastic": 4, "hadamard": 4}
 
 
-def _quantize(x, signs, seed, index, rule, layout):
-  """x (..., 4, 8) -> packed codes (..., 4) of 8 nibbles, scale codes (...)."""
-  exact_in_8_bits = x.dtype == jnp.bfloat16 and signs is None
+def _quantize(x, rule, layout, *, signs=None, seed=None, index=None):
+  """x (..., 4, 8) in `layout` -> packed codes (..., 4) of 8 nibbles, scale codes (...)."""
+  pairs = x.dtype == jnp.bfloat16 and signs is None and seed is None
   if signs is not None:
     x = _hadamard(x.astype(jnp.float32) * lax.broadcast_in_dim(signs, x.shape, (1, 2)), layout)
   lane, value = x.ndim - 2, x.ndim - 1
   each_block = tuple(range(lane))
-  amax = jnp.max(jnp.max(jnp.abs(x), axis=value), axis=lane).astype(jnp.float32)
-  scale = jnp.maximum(((bl.bits(amax) + _CARRY[rule]) >> 23) - 2, 0)
-  finite = bl.bits(amax) < bl.INFINITY
+  if pairs:
+    amax = jnp.max(e2m1.largest(x, layout), axis=lane)
+  else:
+    amax = bl.bits(jnp.max(jnp.max(jnp.abs(x), axis=value), axis=lane).astype(jnp.float32))
+  scale = jnp.maximum(((amax + _CARRY[rule]) >> 23) - 2, 0)
+  finite = amax < bl.INFINITY
   inverse = jnp.where(finite, bl.floats((254 - scale) << 23), 0.0)
+  if pairs:
+    packed = e2m1.rounded(x, inverse, layout, clips=rule in ("floor", "oas"))
+  else:
+    scaled = x.astype(jnp.float32) * lax.broadcast_in_dim(inverse, x.shape, each_block)
+    packed = _rounded(x, scaled, seed, index, clips=rule != "rceil" or seed is not None)
+  packed = jnp.where(lax.broadcast_in_dim(finite, packed.shape, each_block), packed, 0)
+  return packed, jnp.where(finite, scale, 255).astype(jnp.uint8)
 
-  scaled = x.astype(jnp.float32) * lax.broadcast_in_dim(inverse, x.shape, each_block)
-  j = lax.broadcasted_iota(jnp.uint32, x.shape, value)
-  if seed is None and not exact_in_8_bits:
+
+def _rounded(x, scaled, seed, index, clips):
+  """A word of E2M1 nibbles for the eight values of a lane: x over its scale."""
+  j = lax.broadcasted_iota(jnp.uint32, x.shape, x.ndim - 1)
+  if seed is None:
     # Round here, where float32 has its full precision, and not at 2^-149.
     step = jnp.maximum(bl.bits(scaled) & bl.INFINITY, 127 << 23) + (22 << 23)
     scaled = (jnp.abs(scaled) + bl.floats(step)) - bl.floats(step)
     sign = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     rounded = lax.bitcast_convert_type(scaled * 2.0**-126, jnp.uint32)
   else:
-    rounded = sign = lax.bitcast_convert_type(scaled * 2.0**-126, jnp.uint32)
-    if seed is None:
-      rounded = rounded + (0x1FFFFF + ((rounded >> 22) & 1))
-    else:
-      rounded = rounded + _uniform(seed, index, j)
+    sign = lax.bitcast_convert_type(scaled * 2.0**-126, jnp.uint32)
+    rounded = sign + _uniform(seed, index, j)
   magnitude = (rounded >> 22) & 15
-  if rule != "rceil" or seed is not None:
-    magnitude = jnp.minimum(magnitude, 7)  # what the scale clips
-  packed = jnp.sum((magnitude | ((sign >> 28) & 8)) << (4 * j), axis=value)
-  packed = jnp.where(lax.broadcast_in_dim(finite, packed.shape, each_block), packed, 0)
-  return packed, jnp.where(finite, scale, 255).astype(jnp.uint8)
+  if clips:
+    magnitude = jnp.minimum(magnitude, 7)
+  return jnp.sum((magnitude | ((sign >> 28) & 8)) << (4 * j), axis=x.ndim - 1)
 
 
 def _uniform(seed, index, j):
@@ -171,7 +179,9 @@ def quantize_mxfp4(
         + lax.broadcasted_iota(jnp.int32, (span, 4), 1)
       )
       index = lax.bitcast_convert_type(index, jnp.uint32)
-    codes_gmem[here], scales_gmem[here] = _quantize(values, sign, words, index, scale_rule, layout)
+    codes_gmem[here], scales_gmem[here] = _quantize(
+      values, scale_rule, layout, signs=sign, seed=words, index=index
+    )
 
   codes, scales = plgpu.kernel(
     kernel,
@@ -207,18 +217,15 @@ def quantize_mxfp4_both(x, *, scale_rule: ScaleRule = "floor"):
   _check(x, scale_rule, None, None)
   m, k = x.shape
 
-  quantized = functools.partial(
-    _quantize, signs=None, seed=None, index=None, rule=scale_rule, layout=None
-  )
-
   def kernel(x_gmem, codes_gmem, scales_gmem, codes_t_gmem, scales_t_gmem, smem):
     i, j = lax.axis_index("row"), lax.axis_index("column")
     here, there = pl.ds(i * tr.TILE, tr.TILE), pl.ds(j * tr.TILE, tr.TILE)
     values = plgpu.load(x_gmem.at[here, j], layout=tr.ROWS, optimized=False)
     tr.write([values], smem)
-    codes_gmem[here, j], scales_gmem[here, j] = quantized(values)
+    codes_gmem[here, j], scales_gmem[here, j] = _quantize(values, scale_rule, tr.ROWS)
     plgpu.commit_smem()
-    codes_t_gmem[there, i], scales_t_gmem[there, i] = quantized(tr.read(smem))
+    values = tr.read(smem)
+    codes_t_gmem[there, i], scales_t_gmem[there, i] = _quantize(values, scale_rule, tr.COLUMNS)
 
   def out_type(m, k):
     shape = (m, k // tr.TILE, 4)
