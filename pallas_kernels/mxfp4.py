@@ -32,6 +32,7 @@ _CARRY = {"floor": 0, "even": 1 << 21, "rceil": 0x3FFFFF, "oas": 0x1FFFFF}
 
 # Runs of 32 blocks a CTA takes: 8 for the plain quantizer; the others need registers.
 TUNING = {"nearest": 8, "stochastic": 4, "hadamard": 4}
+COLUMNS = 64  # of a tile that a warpgroup holds at once, 64 or 128
 
 
 def _quantize(x, rule, layout, *, signs=None, seed=None, index=None):
@@ -219,13 +220,15 @@ def quantize_mxfp4_both(x, *, scale_rule: ScaleRule = "floor"):
 
   def kernel(x_gmem, codes_gmem, scales_gmem, codes_t_gmem, scales_t_gmem, smem):
     i, j = lax.axis_index("row"), lax.axis_index("column")
-    here, there = pl.ds(i * tr.TILE, tr.TILE), pl.ds(j * tr.TILE, tr.TILE)
+    here = pl.ds(i * tr.TILE, tr.TILE)
     values = plgpu.load(x_gmem.at[here, j], layout=tr.ROWS, optimized=False)
     tr.write([values], smem)
     codes_gmem[here, j], scales_gmem[here, j] = _quantize(values, scale_rule, tr.ROWS)
     plgpu.commit_smem()
-    values = tr.read(smem)
-    codes_t_gmem[there, i], scales_t_gmem[there, i] = _quantize(values, scale_rule, tr.COLUMNS)
+    for start in range(0, tr.TILE, COLUMNS):
+      values = tr.read(smem.at[:, pl.ds(start, COLUMNS)])
+      own = pl.ds(j * tr.TILE + start, COLUMNS)
+      codes_t_gmem[own, i], scales_t_gmem[own, i] = _quantize(values, scale_rule, tr.COLUMNS)
 
   def out_type(m, k):
     shape = (m, k // tr.TILE, 4)

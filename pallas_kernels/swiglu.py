@@ -114,18 +114,18 @@ def swiglu_backward_fp8(h, g, after, *, power_of_two: bool = False):
       for tile, parts in zip(smem, zip(*runs, strict=True), strict=True):
         tr.write(parts, tile.at[pl.ds(top, 32)])
 
-    plgpu.commit_smem()
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
-    own = warpgroup * rows
-    there = pl.ds(j * TILE + own, rows)
-    for tile, codes_gmem, scales_gmem in (
-      (smem[0], columns_gmem.at[0], column_scales_gmem.at[:, 0]),
-      (smem[1], columns_gmem.at[1], column_scales_gmem.at[:, 1]),
-      (smem[2], a_gmem, a_scales_gmem),
-    ):
-      values = tr.read(tile.at[:, pl.ds(own, rows)])
-      codes_gmem[there, i], scales_gmem[i, there] = bl.quantize_e4m3(values, power_of_two)
+    for part in range(rows // 64):
+      own = warpgroup * rows + part * 64
+      there = pl.ds(j * TILE + own, 64)
+      for tile, codes_gmem, scales_gmem in (
+        (smem[0], columns_gmem.at[0], column_scales_gmem.at[:, 0]),
+        (smem[1], columns_gmem.at[1], column_scales_gmem.at[:, 1]),
+        (smem[2], a_gmem, a_scales_gmem),
+      ):
+        values = tr.read(tile.at[:, pl.ds(own, 64)])
+        codes_gmem[there, i], scales_gmem[i, there] = bl.quantize_e4m3(values, power_of_two)
 
   of_rows, of_columns = (m, 2, blocks, *tr.BLOCKS), (f, m // TILE, *tr.BLOCKS)
   out = {
