@@ -68,7 +68,7 @@ def elementwise() -> Iterator[Row]:
     )
     for suffix, signs in (("", None), (", Hadamard", cases.SIGNS))
   ]
-  for case in (*cases.CASES, cases.SWIGLU, *stochastic):
+  for case in (*cases.CASES, *cases.SWIGLU, *stochastic):
     small = jax.jit(case.prepare)(tensors[0][:512])
     exact = case.definition and _same(jax.jit(case.kernel)(small), jax.jit(case.definition)(small))
     sets = [(jax.jit(case.prepare)(x),) for x in tensors]

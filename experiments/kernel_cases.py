@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp4jax import formats
-from fp4jax.moe_ffn import swiglu
 from fp4jax.quantization import QuantizedArray, dequantize, quantize
+from fp4jax.swiglu import swiglu, swiglu_backward
 from pallas_kernels import convert, fp8, mxfp4
 from pallas_kernels import dequantize as dequantizer
 from pallas_kernels import swiglu as swiglu_kernel
@@ -44,6 +44,19 @@ def _mxfp4(rule="floor"):
     lambda x: mxfp4.quantize_mxfp4(x, scale_rule=rule),
     definition,
     2 + _MXFP4_BYTES,
+  )
+
+
+def _mxfp4_both(rule="floor"):
+  def definition(x):
+    rows, columns = (quantize(v, mxfp4_format(rule)) for v in (x, x.T))
+    return rows.codes, rows.scales, columns.codes, columns.scales
+
+  return Case(
+    f"quantize_mxfp4_both {rule}",
+    lambda x: mxfp4.quantize_mxfp4_both(x, scale_rule=rule),
+    definition,
+    2 + 2 * _MXFP4_BYTES,
   )
 
 
@@ -182,9 +195,33 @@ def _swiglu(power_of_two):
   )
 
 
+def _swiglu_backward(packed):
+  """x as h, some of it as g; `after` is 1, but for a few rows."""
+
+  def prepare(x):
+    after = jnp.where(jnp.arange(len(x)) % 16, 1, 2.0**-70)
+    return _pack_mxfp4(x) if packed else x, x[::-1, : x.shape[1] // 2], after
+
+  def kernel(arguments):
+    return jax.tree.leaves(swiglu_kernel.swiglu_backward_fp8(*arguments))
+
+  def definition(arguments):
+    h, g, after = arguments
+    a, dh, products = swiglu_backward(
+      _values(h).astype(g.dtype) if packed else h, g, after[:, None]
+    )
+    a, dh = (jax.lax.reduce_precision(x, 8, 7) for x in (a, dh))
+    return *_rows(dh, False), *_rows(dh.T, False), *_rows(a.T, False), products
+
+  h_bytes = _MXFP4_BYTES if packed else 2
+  name = f"swiglu_backward_fp8{', h in MXFP4' if packed else ''}"
+  return Case(name, kernel, definition, h_bytes + 1 + 2.5 * _FP8_BYTES, prepare)
+
+
 CASES = (
   *(_mxfp4(rule) for rule in ("floor", "even", "rceil", "oas")),
   _mxfp4_hadamard(),
+  *(_mxfp4_both(rule) for rule in ("floor", "even", "rceil", "oas")),
   *_fp8(False),
   *_fp8(True),
   *(_narrow(rule) for rule in ("floor", "even", "rceil", "oas")),
@@ -210,4 +247,5 @@ CASES = (
     _pack_mxfp4,
   ),
 )
-SWIGLU = _swiglu(False)  # equal but for the last bit of exp
+# Equal but for the last bit of exp.
+SWIGLU = (_swiglu(False), _swiglu_backward(packed=False), _swiglu_backward(packed=True))

@@ -36,6 +36,7 @@ from fp4jax.formats import BlockFormat
 from fp4jax.grouped import Tiles, check_recipe
 from fp4jax.linear import Summaries, XlaGemms, take_rows
 from fp4jax.recipe import Recipe, Source
+from fp4jax.swiglu import swiglu, swiglu_backward
 
 Implementation = Literal["xla", "mosaic"]
 
@@ -64,8 +65,14 @@ class Gemms(Protocol):
 
   def dgrad(self, dy: Any, w: ops.Tensor) -> tuple[Float[Array, "m k"], Summaries]: ...
 
+  def swiglu_backward(
+    self, h: ops.Tensor, g: Float[Array, "m f"], after: Float32[Array, "m 1"]
+  ) -> tuple[Any, Any, Float32[Array, " m"]]:
+    """For a = SwiGLU of h as kept: a * after as `wgrad` takes it, the gradient of h that follows
+    from g * after as `gradient` returns it, and <a, g> of each row."""
+
   def wgrad(
-    self, x: ops.Tensor, dy: Any, rows: Int[Array, " m"] | None = None
+    self, x: Any, dy: Any, rows: Int[Array, " m"] | None = None
   ) -> tuple[Float[Array, "e k n"], Summaries]: ...
 
 
@@ -194,15 +201,11 @@ def _bwd(recipe, implementation, saved, dout):
   before, after = jnp.where(divisible, weight, 1), jnp.where(divisible, 1, weight)
   dy = second.gradient((take_rows(dout, token).astype(jnp.float32) * before).astype(dtype))
   g, dgrad_2 = second.dgrad(dy, w2.cast(dtype))
-  g = g.astype(dtype).astype(jnp.float32)
 
-  a, pull = jax.vjp(swiglu, _read_hidden(first, h, "residual", dtype))
-  a = a.astype(jnp.float32)
-  dweights = (jnp.sum(a * g, axis=-1) / before[:, 0])[order.row_of_choice].reshape(weights.shape)
-  a = second.keep((a * after).astype(dtype), second.recipe.residual.lhs)
+  a, dh, products = second.swiglu_backward(h, g.astype(dtype), after)
+  dweights = (products / before[:, 0])[order.row_of_choice].reshape(weights.shape)
   dw2, wgrad_2 = second.wgrad(a, dy)
 
-  dh = first.gradient(pull((g * after).astype(dtype))[0])
   dx, dgrad_1 = first.dgrad(dh, w13.cast(dtype))
   dw13, wgrad_1 = first.wgrad(x, dh, token)
   dx = dx.astype(dtype)[order.row_of_choice].reshape(*weights.shape, -1)
@@ -217,22 +220,20 @@ def _bwd(recipe, implementation, saved, dout):
 _ffn.defvjp(_fwd, _bwd)
 
 
-@jax.checkpoint  # keeps its bf16 input for the backward pass, not five float32 intermediates
-def swiglu(gate_and_up: Float[Array, "*t f2"]) -> Float[Array, "*t f"]:
-  """silu(gate) * up in float32; gate and up are the two halves of the last axis."""
-  gate, up = jnp.split(gate_and_up.astype(jnp.float32), 2, axis=-1)
-  return (jax.nn.silu(gate) * up).astype(gate_and_up.dtype)
-
-
 class XlaFfnGemms(XlaGemms):
   def activation(self, h: Float[Array, "t f2"]) -> ops.Tensor:
     return self.keep(swiglu(h), self.recipe.residual.lhs)
 
+  def swiglu_backward(
+    self, h: ops.Tensor, g: Float[Array, "m f"], after: Float32[Array, "m 1"]
+  ) -> tuple[ops.Tensor, Float[Array, "m f2"], Float32[Array, " m"]]:
+    a, dh, products = swiglu_backward(_read_hidden(self, h, "residual", g.dtype), g, after)
+    return self.keep(a, self.recipe.residual.lhs), dh, products
+
 
 def _read_hidden(gemms, h, source, dtype):
   """h as the `source` of GEMM 2's lhs says; without `residual.hidden` the kept h is h."""
-  source = "original" if gemms.recipe.residual.hidden is None else source
-  return gemms.read(h, source).astype(dtype)
+  return gemms.read(h, "original" if h.packed is None else source).astype(dtype)
 
 
 def _gemms(recipe, implementation, order, keys, tapped) -> tuple[Gemms, Gemms]:

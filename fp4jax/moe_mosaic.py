@@ -17,6 +17,7 @@ from fp4jax.formats import BlockFormat
 from fp4jax.linear import take_rows
 from fp4jax.quantization import QuantizedArray
 from fp4jax.recipe import Recipe, Source
+from fp4jax.swiglu import swiglu, swiglu_backward
 
 BLOCK = 128  # rows and columns that share a scale; d and f are multiples of it
 _SERVED = (
@@ -130,10 +131,22 @@ class Fp8Gemms:
     codes, _, scales = self._weights(w)
     return self._product(dy.rows, Scaled(codes, scales)), {}
 
-  def wgrad(self, x: ops.Tensor, dy: Gradient, rows: Int[Array, " m"] | None = None):
+  def swiglu_backward(
+    self, h: ops.Tensor, g: BFloat16[Array, "m f"], after: Float32[Array, "m 1"]
+  ) -> tuple[Scaled, Gradient, Float32[Array, " m"]]:
+    """In one read of h and g, whether h is kept as it is or in MXFP4."""
+    from pallas_kernels import swiglu
+
+    kept = h.original if h.packed is None else (h.packed.codes, h.packed.scales)
+    rows, columns, a, products = swiglu.swiglu_backward_fp8(
+      kept, g, after[:, 0], power_of_two=self.power_of_two
+    )
+    return Scaled(*a), Gradient(Scaled(*rows), Scaled(*columns)), products
+
+  def wgrad(self, x: ops.Tensor | Scaled, dy: Gradient, rows: Int[Array, " m"] | None = None):
     from pallas_kernels import grouped_matmul
 
-    lhs = self._columns(x, rows)
+    lhs = x if isinstance(x, Scaled) else self._columns(x, rows)
     return grouped_matmul.grouped_wgrad(*lhs, *dy.columns, self.group_sizes), {}
 
   def _columns(self, x, rows):
@@ -176,8 +189,7 @@ class Bf16Gemms:
     return x.read(source)
 
   def activation(self, h: BFloat16[Array, "t f2"]) -> ops.Tensor:
-    gate, up = jnp.split(h.astype(jnp.float32), 2, axis=-1)
-    return ops.Tensor.of((jax.nn.silu(gate) * up).astype(h.dtype))
+    return ops.Tensor.of(swiglu(h))
 
   def fprop(self, x: ops.Tensor, w: ops.Tensor, rows: Int[Array, " m"] | None = None):
     from pallas_kernels import bf16_matmul
@@ -192,6 +204,12 @@ class Bf16Gemms:
 
     product = bf16_matmul.grouped_matmul(dy, w.original, self.group_sizes, transpose_rhs=True)
     return product, {}
+
+  def swiglu_backward(
+    self, h: ops.Tensor, g: BFloat16[Array, "m f"], after: Float32[Array, "m 1"]
+  ) -> tuple[ops.Tensor, BFloat16[Array, "m f2"], Float32[Array, " m"]]:
+    a, dh, products = swiglu_backward(h.original, g, after)
+    return ops.Tensor.of(a), dh, products
 
   def wgrad(self, x: ops.Tensor, dy: BFloat16[Array, "m n"], rows: Int[Array, " m"] | None = None):
     from pallas_kernels import bf16_matmul

@@ -93,3 +93,28 @@ def check_array(name, x, shape, dtype):
     raise TypeError(f"{name} are {x.dtype}, not {jnp.dtype(dtype).name}")
   if x.shape != shape:
     raise ValueError(f"{name} have the shape {x.shape}, not {shape}")
+
+
+def quantize_e4m3(x, power_of_two: bool):
+  """Codes of x (row, ...) and a scale a row; in the lanes' own layout."""
+  amax = jnp.max(jnp.abs(x), axis=x.ndim - 1)
+  while amax.ndim > 1:
+    amax = jnp.max(amax, axis=1)
+  scale, inverse = e4m3_scale(amax.astype(jnp.float32), power_of_two)
+  return to_e4m3(x, lax.broadcast_in_dim(inverse, x.shape, (0,))), scale
+
+
+def mxfp4_values(words, scales, layout):
+  """bf16 values (..., 4, 8) in `layout` of words (..., 4) of eight nibbles and E8M0 codes (...).
+
+  E2M1's bits, put at 22, are a float32 2^-126 times as large. NaN where the scale is 255.
+  """
+  shape = (*words.shape, 8)
+  leading = range(len(shape) - 1)
+  shift = 4 * lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+  nibble = lax.broadcast_in_dim(words, shape, leading) >> shift
+  value = lax.bitcast_convert_type(((nibble & 7) << 22) | ((nibble & 8) << 28), jnp.float32)
+  code = scales.astype(jnp.int32)
+  scale = jnp.where(code == 0, 1 << 22, jnp.where(code == 255, 0x7FC00000, code << 23))
+  scale = lax.broadcast_in_dim(floats(scale), shape, leading[:-1])
+  return plgpu.layout_cast(value * 2.0**126 * scale, layout).astype(jnp.bfloat16)

@@ -36,16 +36,10 @@ def dequantize_mxfp4(codes, scales):
 
   def kernel(words_gmem, scales_gmem, out_gmem):
     start = jnp.minimum(lax.axis_index("span") * span, count - span)  # the last may overlap
-    here, shape = pl.ds(start, span), (span, 4, 8)
+    here = pl.ds(start, span)
     words = plgpu.load(words_gmem.at[here], layout=layout.reduce(2), optimized=False)
-    shift = 4 * lax.broadcasted_iota(jnp.uint32, shape, 2)
-    nibble = lax.broadcast_in_dim(words, shape, (0, 1)) >> shift
-    # E2M1's bits, put at 22, are a float32 2^-126 times as large.
-    value = lax.bitcast_convert_type(((nibble & 7) << 22) | ((nibble & 8) << 28), jnp.float32)
-    code = plgpu.load(scales_gmem.at[here], optimized=False).astype(jnp.int32)
-    scale = jnp.where(code == 0, 1 << 22, jnp.where(code == 255, 0x7FC00000, code << 23))
-    scale = lax.broadcast_in_dim(bl.floats(scale), shape, (0,))
-    out_gmem[here] = plgpu.layout_cast(value * 2.0**126 * scale, layout).astype(jnp.bfloat16)
+    code = plgpu.load(scales_gmem.at[here], optimized=False)
+    out_gmem[here] = bl.mxfp4_values(words, code, layout)
 
   words = lax.bitcast_convert_type(codes.reshape(count, 4, 4), jnp.uint32)
   (out,) = plgpu.kernel(

@@ -42,11 +42,7 @@ def quantize_fp8_rows(x, *, power_of_two: bool = False):
     here, block = pl.ds(start, rows), lax.axis_index("block")
     layout = bl.block_layout(16, 8)
     values = plgpu.load(x_gmem.at[here, block], layout=layout, optimized=False)
-    amax = jnp.max(jnp.max(jnp.abs(values), axis=2), axis=1).astype(jnp.float32)
-    scale, inverse = bl.e4m3_scale(amax, power_of_two)
-    inverse = lax.broadcast_in_dim(inverse, values.shape, (0,))
-    codes_gmem[here, block] = bl.to_e4m3(values, inverse)
-    scales_gmem[block, here] = scale
+    codes_gmem[here, block], scales_gmem[block, here] = bl.quantize_e4m3(values, power_of_two)
 
   codes, scales = plgpu.kernel(
     kernel,

@@ -4,7 +4,8 @@
 
 A lane holds 8 values. Rounding costs three integer instructions: x / scale is multiplied by 2^-126,
 which lays E2M1's exponents over float32's smallest ones, subnormals over subnormals, so that the
-bits from 22 up are the code and those below it the fraction to be rounded.
+bits from 22 up are the code and those below it the fraction to be rounded. bf16 values that are
+rounded to nearest fit float16, where `e2m1` does the same to two at a time.
 """
 
 from typing import Literal, get_args
@@ -21,6 +22,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import blocks as bl
+from pallas_kernels import e2m1
+from pallas_kernels import transpose as tr
 
 ScaleRule = Literal["floor", "even", "rceil", "oas"]
 
@@ -29,38 +32,48 @@ _CARRY = {"floor": 0, "even": 1 << 21, "rceil": 0x3FFFFF, "oas": 0x1FFFFF}
 
 # Runs of 32 blocks a CTA takes: 8 for the plain quantizer; the others need registers.
 TUNING = {"nearest": 8, "stochastic": 4, "hadamard": 4}
+COLUMNS = 64  # of a tile that a warpgroup holds at once, 64 or 128
 
 
-def _quantize(x, signs, seed, index, rule, layout):
-  """x (block, 4, 8) -> packed codes (block, 4) of 8 nibbles, scale codes (block,)."""
-  exact_in_8_bits = x.dtype == jnp.bfloat16 and signs is None
+def _quantize(x, rule, layout, *, signs=None, seed=None, index=None):
+  """x (..., 4, 8) in `layout` -> packed codes (..., 4) of 8 nibbles, scale codes (...)."""
+  pairs = x.dtype == jnp.bfloat16 and signs is None and seed is None
   if signs is not None:
     x = _hadamard(x.astype(jnp.float32) * lax.broadcast_in_dim(signs, x.shape, (1, 2)), layout)
-  amax = jnp.max(jnp.max(jnp.abs(x), axis=2), axis=1).astype(jnp.float32)
-  scale = jnp.maximum(((bl.bits(amax) + _CARRY[rule]) >> 23) - 2, 0)
-  finite = bl.bits(amax) < bl.INFINITY
+  lane, value = x.ndim - 2, x.ndim - 1
+  each_block = tuple(range(lane))
+  if pairs:
+    amax = jnp.max(e2m1.largest(x, layout), axis=lane)
+  else:
+    amax = bl.bits(jnp.max(jnp.max(jnp.abs(x), axis=value), axis=lane).astype(jnp.float32))
+  scale = jnp.maximum(((amax + _CARRY[rule]) >> 23) - 2, 0)
+  finite = amax < bl.INFINITY
   inverse = jnp.where(finite, bl.floats((254 - scale) << 23), 0.0)
+  if pairs:
+    packed = e2m1.rounded(x, inverse, layout, clips=rule in ("floor", "oas"))
+  else:
+    scaled = x.astype(jnp.float32) * lax.broadcast_in_dim(inverse, x.shape, each_block)
+    packed = _rounded(x, scaled, seed, index, clips=rule != "rceil" or seed is not None)
+  packed = jnp.where(lax.broadcast_in_dim(finite, packed.shape, each_block), packed, 0)
+  return packed, jnp.where(finite, scale, 255).astype(jnp.uint8)
 
-  scaled = x.astype(jnp.float32) * lax.broadcast_in_dim(inverse, x.shape, (0,))
-  j = lax.broadcasted_iota(jnp.uint32, x.shape, 2)
-  if seed is None and not exact_in_8_bits:
+
+def _rounded(x, scaled, seed, index, clips):
+  """A word of E2M1 nibbles for the eight values of a lane: x over its scale."""
+  j = lax.broadcasted_iota(jnp.uint32, x.shape, x.ndim - 1)
+  if seed is None:
     # Round here, where float32 has its full precision, and not at 2^-149.
     step = jnp.maximum(bl.bits(scaled) & bl.INFINITY, 127 << 23) + (22 << 23)
     scaled = (jnp.abs(scaled) + bl.floats(step)) - bl.floats(step)
     sign = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     rounded = lax.bitcast_convert_type(scaled * 2.0**-126, jnp.uint32)
   else:
-    rounded = sign = lax.bitcast_convert_type(scaled * 2.0**-126, jnp.uint32)
-    if seed is None:
-      rounded = rounded + (0x1FFFFF + ((rounded >> 22) & 1))
-    else:
-      rounded = rounded + _uniform(seed, index, j)
+    sign = lax.bitcast_convert_type(scaled * 2.0**-126, jnp.uint32)
+    rounded = sign + _uniform(seed, index, j)
   magnitude = (rounded >> 22) & 15
-  if rule != "rceil" or seed is not None:
-    magnitude = jnp.minimum(magnitude, 7)  # what the scale clips
-  packed = jnp.sum((magnitude | ((sign >> 28) & 8)) << (4 * j), axis=2)
-  packed = jnp.where(lax.broadcast_in_dim(finite, packed.shape, (0,)), packed, 0)
-  return packed, jnp.where(finite, scale, 255).astype(jnp.uint8)
+  if clips:
+    magnitude = jnp.minimum(magnitude, 7)
+  return jnp.sum((magnitude | ((sign >> 28) & 8)) << (4 * j), axis=x.ndim - 1)
 
 
 def _uniform(seed, index, j):
@@ -167,7 +180,9 @@ def quantize_mxfp4(
         + lax.broadcasted_iota(jnp.int32, (span, 4), 1)
       )
       index = lax.bitcast_convert_type(index, jnp.uint32)
-    codes_gmem[here], scales_gmem[here] = _quantize(values, sign, words, index, scale_rule, layout)
+    codes_gmem[here], scales_gmem[here] = _quantize(
+      values, scale_rule, layout, signs=sign, seed=words, index=index
+    )
 
   codes, scales = plgpu.kernel(
     kernel,
@@ -185,6 +200,55 @@ def quantize_mxfp4(
   )
   codes = lax.bitcast_convert_type(codes, jnp.uint8)  # four bytes a word: no data moves
   return codes.reshape(m, k // 2), scales.reshape(m, k // 32)
+
+
+def quantize_mxfp4_both(x, *, scale_rule: ScaleRule = "floor"):
+  """`quantize_mxfp4` of x and of its transpose in one read of x, rounding to nearest.
+
+  Args:
+    x: (m, k) bfloat16, both multiples of 128.
+
+  Returns:
+    uint8 codes (m, k / 2), scales (m, k / 32), codes (k, m / 2) and scales (k, m / 32).
+  """
+  if x.dtype != jnp.bfloat16:
+    raise TypeError(f"x is {x.dtype}; quantize_mxfp4_both takes bfloat16")
+  if x.ndim != 2 or x.shape[0] % tr.TILE or x.shape[1] % tr.TILE or not x.size:
+    raise ValueError(f"{x.shape=} is not (m, k) with m % 128 == k % 128 == 0")
+  _check(x, scale_rule, None, None)
+  m, k = x.shape
+
+  def kernel(x_gmem, codes_gmem, scales_gmem, codes_t_gmem, scales_t_gmem, smem):
+    i, j = lax.axis_index("row"), lax.axis_index("column")
+    here = pl.ds(i * tr.TILE, tr.TILE)
+    values = plgpu.load(x_gmem.at[here, j], layout=tr.ROWS, optimized=False)
+    tr.write([values], smem)
+    codes_gmem[here, j], scales_gmem[here, j] = _quantize(values, scale_rule, tr.ROWS)
+    plgpu.commit_smem()
+    for start in range(0, tr.TILE, COLUMNS):
+      values = tr.read(smem.at[:, pl.ds(start, COLUMNS)])
+      own = pl.ds(j * tr.TILE + start, COLUMNS)
+      codes_t_gmem[own, i], scales_t_gmem[own, i] = _quantize(values, scale_rule, tr.COLUMNS)
+
+  def out_type(m, k):
+    shape = (m, k // tr.TILE, 4)
+    return jax.ShapeDtypeStruct((*shape, 4), jnp.uint32), jax.ShapeDtypeStruct(shape, jnp.uint8)
+
+  codes, scales, codes_t, scales_t = plgpu.kernel(
+    kernel,
+    out_type=(*out_type(m, k), *out_type(k, m)),
+    grid=(m // tr.TILE, k // tr.TILE),
+    grid_names=("row", "column"),
+    scratch_types=(tr.scratch(),),
+    compiler_params=bl.WARPGROUP,
+  )(x.reshape(m, k // tr.TILE, *tr.BLOCKS))
+  codes, codes_t = (lax.bitcast_convert_type(c, jnp.uint8) for c in (codes, codes_t))
+  return (
+    codes.reshape(m, k // 2),
+    scales.reshape(m, k // 32),
+    codes_t.reshape(k, m // 2),
+    scales_t.reshape(k, m // 32),
+  )
 
 
 def _check(x, scale_rule, seed, signs):

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax.models.policy import Numerics
-from fp4jax.moe_ffn import swiglu
+from fp4jax.swiglu import swiglu
 
 
 class Routing(NamedTuple):
