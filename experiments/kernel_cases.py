@@ -185,14 +185,23 @@ def _finish(scaled, top, scale):
   return codes.reshape(len(codes), -1), jnp.where(top < 255, scale, jnp.nan).T
 
 
-def _swiglu(power_of_two):
+def _swiglu(packed):
   return Case(
-    "swiglu_fp8_rows",
-    lambda h: swiglu_kernel.swiglu_fp8_rows(h, power_of_two=power_of_two),
+    f"swiglu_fp8_rows{_of(packed)}",
+    swiglu_kernel.swiglu_fp8_rows,
     # The rounding to bf16 between the two is one that XLA would leave out.
-    lambda h: _rows(jax.lax.reduce_precision(swiglu(h), 8, 7), power_of_two),
-    2 + _FP8_BYTES / 2,
+    lambda h: _rows(jax.lax.reduce_precision(swiglu(_hidden(h)), 8, 7), False),
+    (_MXFP4_BYTES if packed else 2) + _FP8_BYTES / 2,
+    _pack_mxfp4 if packed else lambda x: x,
   )
+
+
+def _of(packed):
+  return ", h in MXFP4" if packed else ""
+
+
+def _hidden(h):
+  return _values(h).astype(jnp.bfloat16) if isinstance(h, tuple) else h
 
 
 def _swiglu_backward(packed):
@@ -214,8 +223,13 @@ def _swiglu_backward(packed):
     return *_rows(dh, False), *_rows(dh.T, False), *_rows(a.T, False), products
 
   h_bytes = _MXFP4_BYTES if packed else 2
-  name = f"swiglu_backward_fp8{', h in MXFP4' if packed else ''}"
-  return Case(name, kernel, definition, h_bytes + 1 + 2.5 * _FP8_BYTES, prepare)
+  return Case(
+    f"swiglu_backward_fp8{_of(packed)}",
+    kernel,
+    definition,
+    h_bytes + 1 + 2.5 * _FP8_BYTES,
+    prepare,
+  )
 
 
 CASES = (
@@ -248,4 +262,4 @@ CASES = (
   ),
 )
 # Equal but for the last bit of exp.
-SWIGLU = (_swiglu(False), _swiglu_backward(packed=False), _swiglu_backward(packed=True))
+SWIGLU = tuple(case(packed) for case in (_swiglu, _swiglu_backward) for packed in (False, True))

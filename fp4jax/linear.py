@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from fp4jax import operands as ops
 from fp4jax.formats import BlockFormat
-from fp4jax.recipe import Recipe, Source
+from fp4jax.recipe import Recipe
 
 Summaries = dict[str, Float32[Array, " field"] | None]  # rows of a tap, by role
 
@@ -51,9 +51,6 @@ class XlaGemms:
   def keep(self, x: Float[Array, "*s"], fmt: BlockFormat | None) -> ops.Tensor:
     """x, and packed in blocks along its last axis where `fmt` is one."""
     return ops.Tensor.of(x, fmt)
-
-  def read(self, x: ops.Tensor, source: Source) -> Float[Array, "*s"]:
-    return x.read(source)
 
   def fprop(
     self, x: ops.Tensor, w: ops.Tensor, rows: Int[Array, " m"] | None = None

@@ -51,10 +51,8 @@ class Gemms(Protocol):
 
   def keep(self, x: Float[Array, "t k"], fmt: BlockFormat | None) -> ops.Tensor: ...
 
-  def read(self, x: ops.Tensor, source: Source) -> Float[Array, "t k"]: ...
-
-  def activation(self, h: Float[Array, "t 2*f"]) -> Any:
-    """SwiGLU of h in the form that `fprop` takes."""
+  def activation(self, h: ops.Tensor, source: Source) -> Any:
+    """SwiGLU of h, or of h as kept, in the form that `fprop` takes."""
 
   def fprop(
     self, x: Any, w: ops.Tensor, rows: Int[Array, " m"] | None = None
@@ -166,7 +164,7 @@ def _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps):
   x = first.keep(x, residual.lhs)
   h, of_first = first.fprop(x, w13_read, token)
   h = first.keep(h.astype(dtype), residual.hidden)
-  a = second.activation(_read_hidden(first, h, recipe.fprop.lhs.source, dtype))
+  a = second.activation(h, recipe.fprop.lhs.source)
   y, of_second = second.fprop(a, w2_read)
   if residual.hidden is not None:
     of_second |= {"residual.lhs": ops.residual_summary(h, tapped[1])}
@@ -221,19 +219,20 @@ _ffn.defvjp(_fwd, _bwd)
 
 
 class XlaFfnGemms(XlaGemms):
-  def activation(self, h: Float[Array, "t f2"]) -> ops.Tensor:
-    return self.keep(swiglu(h), self.recipe.residual.lhs)
+  def activation(self, h: ops.Tensor, source: Source) -> ops.Tensor:
+    values = _read_hidden(h, source, h.original.dtype)
+    return self.keep(swiglu(values), self.recipe.residual.lhs)
 
   def swiglu_backward(
     self, h: ops.Tensor, g: Float[Array, "m f"], after: Float32[Array, "m 1"]
   ) -> tuple[ops.Tensor, Float[Array, "m f2"], Float32[Array, " m"]]:
-    a, dh, products = swiglu_backward(_read_hidden(self, h, "residual", g.dtype), g, after)
+    a, dh, products = swiglu_backward(_read_hidden(h, "residual", g.dtype), g, after)
     return self.keep(a, self.recipe.residual.lhs), dh, products
 
 
-def _read_hidden(gemms, h, source, dtype):
+def _read_hidden(h, source, dtype):
   """h as the `source` of GEMM 2's lhs says; without `residual.hidden` the kept h is h."""
-  return gemms.read(h, "original" if h.packed is None else source).astype(dtype)
+  return h.read("original" if h.packed is None else source).astype(dtype)
 
 
 def _gemms(recipe, implementation, order, keys, tapped) -> tuple[Gemms, Gemms]:

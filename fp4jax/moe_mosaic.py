@@ -92,17 +92,10 @@ class Fp8Gemms:
     codes, scales = mxfp4.quantize_mxfp4(x, scale_rule=fmt.scale_rule)
     return ops.Tensor(x, QuantizedArray(codes, scales, None, fmt, -1), x.shape)
 
-  def read(self, x: ops.Tensor, source: Source) -> BFloat16[Array, "t k"]:
-    if source == "original":
-      return x.original
-    from pallas_kernels import dequantize
-
-    return dequantize.dequantize_mxfp4(x.packed.codes, x.packed.scales)
-
-  def activation(self, h: BFloat16[Array, "t f2"]) -> Scaled:
+  def activation(self, h: ops.Tensor, source: Source) -> Scaled:
     from pallas_kernels import swiglu
 
-    return Scaled(*swiglu.swiglu_fp8_rows(h, power_of_two=self.power_of_two))
+    return Scaled(*swiglu.swiglu_fp8_rows(_hidden(h, source), power_of_two=self.power_of_two))
 
   def fprop(self, x: ops.Tensor | Scaled, w: ops.Tensor, rows: Int[Array, " m"] | None = None):
     """Permutes codes, not values: a row is quantized once however often it is chosen."""
@@ -137,9 +130,8 @@ class Fp8Gemms:
     """In one read of h and g, whether h is kept as it is or in MXFP4."""
     from pallas_kernels import swiglu
 
-    kept = h.original if h.packed is None else (h.packed.codes, h.packed.scales)
     rows, columns, a, products = swiglu.swiglu_backward_fp8(
-      kept, g, after[:, 0], power_of_two=self.power_of_two
+      _hidden(h, "residual"), g, after[:, 0], power_of_two=self.power_of_two
     )
     return Scaled(*a), Gradient(Scaled(*rows), Scaled(*columns)), products
 
@@ -170,6 +162,13 @@ class Fp8Gemms:
     return grouped_matmul.grouped_matmul(*lhs, *rhs, self.group_sizes)
 
 
+def _hidden(h, source):
+  """h as SwiGLU's kernels read it: in bf16, or the MXFP4 codes and scales that are kept."""
+  if h.packed is None or source == "original":
+    return h.original
+  return h.packed.codes, h.packed.scales
+
+
 def _packed_rows(x, rows):
   parts = x.packed.codes, x.packed.scales
   return tuple(take_rows(p, rows) for p in parts)
@@ -185,11 +184,9 @@ class Bf16Gemms:
   def keep(self, x: BFloat16[Array, "t k"], fmt: None) -> ops.Tensor:
     return ops.Tensor.of(x, fmt)
 
-  def read(self, x: ops.Tensor, source: Source) -> BFloat16[Array, "t k"]:
-    return x.read(source)
-
-  def activation(self, h: BFloat16[Array, "t f2"]) -> ops.Tensor:
-    return ops.Tensor.of(swiglu(h))
+  def activation(self, h: ops.Tensor, source: Source) -> ops.Tensor:
+    del source  # h is kept as it is
+    return ops.Tensor.of(swiglu(h.original))
 
   def fprop(self, x: ops.Tensor, w: ops.Tensor, rows: Int[Array, " m"] | None = None):
     from pallas_kernels import bf16_matmul

@@ -23,41 +23,38 @@ def swiglu_fp8_rows(h, *, power_of_two: bool = False):
   SwiGLU is computed in float32 and rounded to bfloat16 before it is quantized.
 
   Args:
-    h: (m, 2 f) bfloat16; m >= 8, f a multiple of 128.
+    h: (m, 2 f) bfloat16; m >= 8, f a multiple of 128. Or the same in MXFP4, uint8 codes (m, f) and
+      scales (m, f / 16).
 
   Returns:
     float8_e4m3fn codes (m, f) and float32 scales (f / 128, m).
   """
-  if h.dtype != jnp.bfloat16:
-    raise TypeError(f"h is {h.dtype}; swiglu_fp8_rows takes bfloat16")
-  if h.ndim != 2 or h.shape[0] < 8 or h.shape[1] % (2 * TILE) or not h.size:
-    raise ValueError(f"{h.shape=} is not (m, 2 f) with m >= 8 and f % 128 == 0")
-  m, f = h.shape[0], h.shape[1] // 2
+  m, f = _shape(h)
+  if m < 8 or f % TILE or not f:
+    raise ValueError(f"h with {m=}, {f=} is not (m, 2 f) with m >= 8 and f % 128 == 0")
+  blocks = f // TILE
   rows = 8 * ROW_RUNS
   while rows > m:
     rows //= 2
-  layout = bl.block_layout(16, 8)
 
-  def kernel(h_gmem, codes_gmem, scales_gmem):
+  def kernel(*refs):
+    *h_gmem, codes_gmem, scales_gmem = refs
     start = jnp.minimum(lax.axis_index("rows") * rows, m - rows)  # the last may overlap
     here, block = pl.ds(start, rows), lax.axis_index("block")
-    gate, up = (
-      plgpu.load(h_gmem.at[here, half, block], layout=layout, optimized=False).astype(jnp.float32)
-      for half in (0, 1)
-    )
+    gate, up = (_half(h_gmem, here, half, block).astype(jnp.float32) for half in (0, 1))
     activation = (gate * _sigmoid(gate) * up).astype(jnp.bfloat16)
     codes_gmem[here, block], scales_gmem[block, here] = bl.quantize_e4m3(activation, power_of_two)
 
   codes, scales = plgpu.kernel(
     kernel,
     out_type=(
-      jax.ShapeDtypeStruct((m, f // TILE, 16, 8), bl.E4M3),
-      jax.ShapeDtypeStruct((f // TILE, m), jnp.float32),
+      jax.ShapeDtypeStruct((m, blocks, *tr.BLOCKS), bl.E4M3),
+      jax.ShapeDtypeStruct((blocks, m), jnp.float32),
     ),
-    grid=(-(-m // rows), f // TILE),
+    grid=(-(-m // rows), blocks),
     grid_names=("rows", "block"),
     compiler_params=bl.WARPGROUP,
-  )(h.reshape(m, 2, f // TILE, 16, 8))
+  )(*_halves(h, blocks))
   return codes.reshape(m, f), scales
 
 
@@ -77,24 +74,15 @@ def swiglu_backward_fp8(h, g, after, *, power_of_two: bool = False):
     four pairs and an array: of dh, `quantize_fp8_rows` and `quantize_fp8_columns`; the latter of
     after * a; float32 sums (m,) of a * g along f.
   """
-  packed = isinstance(h, tuple)
-  m, f = _check_backward(h, g, after)
+  m, f = _shape(h)
+  _check_backward(m, f, g, after)
   blocks = f // TILE
   rows = TILE // WARPGROUPS
 
-  def load(ref, *place, layout=tr.ROWS):
-    return plgpu.load(ref.at[place], layout=layout, optimized=False)
-
-  def half_of_h(refs, *place):
-    if not packed:
-      return load(*refs, *place)
-    words = load(refs[0], *place, layout=tr.ROWS.reduce(3))
-    return bl.mxfp4_values(words, load(refs[1], *place, layout=tr.ROWS.reduce((2, 3))), tr.ROWS)
-
   def kernel(*refs):
-    h_gmem, refs = refs[: 1 + packed], refs[1 + packed :]
-    g_gmem, after_gmem, rows_gmem, row_scales_gmem, columns_gmem, column_scales_gmem = refs[:6]
-    a_gmem, a_scales_gmem, sums_gmem, *smem, barrier = refs[6:]
+    *h_gmem, g_gmem, after_gmem = refs[:-11]
+    rows_gmem, row_scales_gmem, columns_gmem, column_scales_gmem = refs[-11:-7]
+    a_gmem, a_scales_gmem, sums_gmem, *smem, barrier = refs[-7:]
     i, j, warpgroup = (lax.axis_index(name) for name in ("row", "column", "warpgroup"))
 
     @pl.loop(0, rows // 32)
@@ -103,9 +91,9 @@ def swiglu_backward_fp8(h, g, after, *, power_of_two: bool = False):
       runs = []
       for run in range(4):
         here = pl.ds(i * TILE + top + run * 8, 8)
-        gate, up = (half_of_h(h_gmem, here, half, j) for half in (0, 1))
-        factor = load(after_gmem, here, layout=tr.ROWS.reduce((1, 2, 3)))
-        *dh, a, product = _backward(gate, up, load(g_gmem, here, j), factor)
+        gate, up = (_half(h_gmem, here, half, j) for half in (0, 1))
+        factor = _load(after_gmem.at[here], tr.ROWS.reduce((1, 2, 3)))
+        *dh, a, product = _backward(gate, up, _load(g_gmem.at[here, j], tr.ROWS), factor)
         for half, values in enumerate(dh):
           codes, scales = bl.quantize_e4m3(values, power_of_two)
           rows_gmem[here, half, j], row_scales_gmem[half, j, here] = codes, scales
@@ -137,11 +125,6 @@ def swiglu_backward_fp8(h, g, after, *, power_of_two: bool = False):
     "a_scales": ((m // TILE, f), jnp.float32),
     "sums": ((blocks, m), jnp.float32),
   }
-  if packed:
-    words = lax.bitcast_convert_type(h[0].reshape(m, 2, blocks, 4, 4, 4), jnp.uint32)
-    h = words, h[1].reshape(m, 2, blocks, 4)
-  else:
-    h = (h.reshape(of_rows),)
   codes, scales, codes_t, scales_t, a, a_scales, sums = plgpu.kernel(
     kernel,
     out_type=tuple(jax.ShapeDtypeStruct(*spec) for spec in out.values()),
@@ -151,13 +134,35 @@ def swiglu_backward_fp8(h, g, after, *, power_of_two: bool = False):
     thread_name="warpgroup",
     scratch_types=(*[tr.scratch()] * 3, plgpu.Barrier(num_arrivals=WARPGROUPS)),
     compiler_params=bl.WARPGROUP,
-  )(*h, g.reshape(m, blocks, *tr.BLOCKS), after)
+  )(*_halves(h, blocks), g.reshape(m, blocks, *tr.BLOCKS), after)
   return (
     (codes.reshape(m, 2 * f), scales.reshape(2 * blocks, m)),
     (codes_t.reshape(2 * f, m), scales_t.reshape(m // TILE, 2 * f)),
     (a.reshape(f, m), a_scales),
     jnp.sum(sums, axis=0),
   )
+
+
+def _halves(h, blocks):
+  """h as (m, 2, block, 4, 4, 8), or its words (m, 2, block, 4, 4) and scales (m, 2, block, 4)."""
+  if not isinstance(h, tuple):
+    return (h.reshape(-1, 2, blocks, *tr.BLOCKS),)
+  codes, scales = h
+  words = lax.bitcast_convert_type(codes.reshape(-1, 2, blocks, 4, 4, 4), jnp.uint32)
+  return words, scales.reshape(-1, 2, blocks, 4)
+
+
+def _half(h_gmem, *place):
+  """bf16 values (row, 4, 4, 8) of one half of h."""
+  if len(h_gmem) == 1:
+    return _load(h_gmem[0].at[place], tr.ROWS)
+  words, scales = h_gmem
+  words = _load(words.at[place], tr.ROWS.reduce(3))
+  return bl.mxfp4_values(words, _load(scales.at[place], tr.ROWS.reduce((2, 3))), tr.ROWS)
+
+
+def _load(ref, layout):
+  return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def _backward(gate, up, g, after):
@@ -180,18 +185,31 @@ def _rounded(x):
   return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
-def _check_backward(h, g, after):
-  if g.ndim != 2 or g.shape[0] % TILE or g.shape[1] % TILE or not g.size:
-    raise ValueError(f"{g.shape=} is not (m, f) with m % 128 == f % 128 == 0")
-  m, f = g.shape
-  expected = {"g": (g, (m, f), jnp.bfloat16), "after": (after, (m,), jnp.float32)}
-  if isinstance(h, tuple):
-    expected["the codes of h"] = h[0], (m, f), jnp.uint8
-    expected["the scales of h"] = h[1], (m, f // 16), jnp.uint8
-  else:
-    expected["h"] = h, (m, 2 * f), jnp.bfloat16
-  for name, (x, shape, dtype) in expected.items():
-    if x.dtype != dtype or x.shape != shape:
-      error = TypeError if x.dtype != dtype else ValueError
-      raise error(f"{name}: {x.dtype} {x.shape}, not {jnp.dtype(dtype).name} {shape}")
+def _shape(h):
+  """m and f of h (m, 2 f)."""
+  if not isinstance(h, tuple):
+    if h.ndim != 2 or h.shape[1] % 2:
+      raise ValueError(f"{h.shape=} is not (m, 2 f)")
+    m, f = h.shape[0], h.shape[1] // 2
+    _check_array("h", h, (m, 2 * f), jnp.bfloat16)
+    return m, f
+  codes, scales = h
+  if codes.ndim != 2:
+    raise ValueError(f"the codes of h have the shape {codes.shape}, not (m, f)")
+  m, f = codes.shape
+  _check_array("the codes of h", codes, (m, f), jnp.uint8)
+  _check_array("the scales of h", scales, (m, f // 16), jnp.uint8)
   return m, f
+
+
+def _check_backward(m, f, g, after):
+  if m % TILE or f % TILE or not m * f:
+    raise ValueError(f"h with {m=}, {f=} is not (m, 2 f) with m % 128 == f % 128 == 0")
+  _check_array("g", g, (m, f), jnp.bfloat16)
+  _check_array("after", after, (m,), jnp.float32)
+
+
+def _check_array(name, x, shape, dtype):
+  if x.dtype != dtype or x.shape != shape:
+    error = TypeError if x.dtype != dtype else ValueError
+    raise error(f"{name}: {x.dtype} {x.shape}, not {jnp.dtype(dtype).name} {shape}")

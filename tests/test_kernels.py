@@ -222,9 +222,9 @@ def zeros(*shape, dtype=BF16):
     ),
     (
       ValueError,
-      r"h: bfloat16 \(128, 128\), not bfloat16 \(128, 256\)",
+      r"g: bfloat16 \(128, 256\), not bfloat16 \(128, 128\)",
       swiglu.swiglu_backward_fp8,
-      [zeros(128, 128), zeros(128, 128), zeros(128, dtype=F32)],
+      [zeros(128, 256), zeros(128, 256), zeros(128, dtype=F32)],
     ),
     (
       TypeError,

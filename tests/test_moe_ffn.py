@@ -293,6 +293,9 @@ def fake_kernels():
     q = fp4jax.QuantizedArray(codes, scales, None, fp4jax.MXFP4, -1)
     return fp4jax.dequantize(q, jnp.bfloat16)
 
+  def swiglu_fp8_rows(h, *, power_of_two):
+    return rows(swiglu(values(*h) if isinstance(h, tuple) else h), power_of_two=power_of_two)
+
   def swiglu_backward_fp8(h, g, after, *, power_of_two):
     h = values(*h) if isinstance(h, tuple) else h
     a, dh, products = swiglu_backward(h, g, after[:, None])
@@ -342,9 +345,8 @@ def fake_kernels():
       mxfp4_to_fp8_rows=lambda c, s: rows(values(c, s), power_of_two=True),
       mxfp4_to_fp8_columns=lambda c, s: columns(values(c, s), power_of_two=True),
     ),
-    "dequantize": types.SimpleNamespace(dequantize_mxfp4=values),
     "swiglu": types.SimpleNamespace(
-      swiglu_fp8_rows=lambda h, power_of_two: rows(swiglu(h), power_of_two=power_of_two),
+      swiglu_fp8_rows=swiglu_fp8_rows,
       swiglu_backward_fp8=swiglu_backward_fp8,
     ),
     "grouped_matmul": types.SimpleNamespace(grouped_matmul=matmul, grouped_wgrad=wgrad),
