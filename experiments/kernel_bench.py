@@ -8,8 +8,7 @@ same definition, torch's matmuls where torch is installed.
 """
 
 import functools
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,68 +16,49 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax import lax
-from jax.experimental.mosaic.gpu import profiler
 
 from experiments import kernel_cases as cases
 from experiments import kernel_peers as peers
 from experiments import logs
 from experiments.environment import describe_environment
+from experiments.kernel_timing import (
+  COLUMNS,
+  CONTRACTION,
+  GEMMS,
+  ROWS,
+  bf16_tensor,
+  grouped,
+  time_us,
+)
 from fp4jax import recipes
 from fp4jax.moe_ffn import moe_ffn
-from pallas_kernels import bf16_matmul, grouped_matmul, mxfp4
 
 _OUT = flags.DEFINE_string("out", "results/kernel_bench.jsonl", "JSONL file to write.")
 _ONLY = flags.DEFINE_list("only", ["elementwise", "matmul", "moe_ffn"], "Which parts to run.")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit of the code, where git can't say.")
 _LARGE = flags.DEFINE_boolean("large", True, "moe_ffn also at 64 experts, top-8.")
-_M, _K, _N = 32768, 7168, 2048
 _SKEW = np.array([9001, 1, 127, 6144, 0, 3333, 12034, 2128])
 Row = dict
-
-
-def time_us(f: Callable, *sets: tuple, repeats: int = 10) -> dict[str, float]:
-  """Device time of f, the sets of inputs in turns."""
-  f = jax.jit(f)
-  times = []
-  for arguments in sets:
-    jax.block_until_ready(f(*arguments))
-    _, ms = profiler.measure(f, iterations=repeats)(*arguments)
-    times += [1000 * t for t in ms]
-  low, median, high = statistics.quantiles(times, n=4)
-  return {"time_us": median, "time_us_quartiles": [low, high]}
-
-
-def bf16_tensor(seed: int, shape: tuple[int, ...]):
-  return jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))(jax.random.key(seed))
 
 
 def elementwise() -> Iterator[Row]:
   copy = peers.copy_bytes_per_second()
   yield {"kind": "copy", "tb_per_s": copy / 1e12}
-  for name, time in peers.measure(peers.quantizers(_M, _K)):
+  for name, time in peers.measure(peers.quantizers(ROWS, CONTRACTION)):
     yield {"kind": "peer", "name": name, "library": "torchao", "time_us": time}
-  tensors = [bf16_tensor(seed, (_M, _K)) for seed in (0, 1)]
-  seed = jnp.uint32([1, 2])
-  stochastic = [
-    cases.Case(
-      f"quantize_mxfp4 rceil, stochastic{suffix}",
-      functools.partial(mxfp4.quantize_mxfp4, scale_rule="rceil", seed=seed, signs=signs),
-      None,
-      2 + 17 / 32,
-    )
-    for suffix, signs in (("", None), (", Hadamard", cases.SIGNS))
-  ]
-  for case in (*cases.CASES, *cases.SWIGLU, *stochastic):
+  tensors = [bf16_tensor(seed, (ROWS, CONTRACTION)) for seed in (0, 1)]
+  for case in (*cases.CASES, *cases.SWIGLU, *cases.STOCHASTIC):
     small = jax.jit(case.prepare)(tensors[0][:512])
     exact = case.definition and _same(jax.jit(case.kernel)(small), jax.jit(case.definition)(small))
     sets = [(jax.jit(case.prepare)(x),) for x in tensors]
     row = time_us(case.kernel, *sets)
-    rate = case.bytes_per_value * _M * _K / row["time_us"] * 1e6
+    rate = case.bytes_per_value * ROWS * CONTRACTION / row["time_us"] * 1e6
     row |= {"tb_per_s": rate / 1e12, "of_copy": rate / copy}
     if case.definition:
       xla = time_us(case.definition, sets[0], repeats=3)["time_us"]
       row |= {"xla_time_us": xla, "times_xla": xla / row["time_us"]}
-    yield {"kind": "elementwise", "name": case.name, "shape": [_M, _K], "equal": exact} | row
+    what = {"kind": "elementwise", "name": case.name, "shape": [ROWS, CONTRACTION]}
+    yield what | {"equal": exact} | row
 
 
 def _same(actual, expected):
@@ -90,50 +70,23 @@ def _same(actual, expected):
 
 def matmuls() -> Iterator[Row]:
   """Peers are timed on the very shape and groups; ratios are of speeds."""
-  for n, k in ((_N, _K), (_K, _N)):
-    flops = 2 * _M * n * k
-    for load, sizes in (("even", np.full(8, _M // 8)), ("skewed", _SKEW)):
-      where = {"groups": load, "m": _M, "n": n, "k": k}
+  for n, k in GEMMS:
+    flops = 2 * ROWS * n * k
+    for load, sizes in (("even", np.full(8, ROWS // 8)), ("skewed", _SKEW)):
+      where = {"groups": load, "m": ROWS, "n": n, "k": k}
       peer_times = {
-        gemm: dict(peers.measure(peers.matmuls(gemm, _M, n, k, sizes)))
+        gemm: dict(peers.measure(peers.matmuls(gemm, ROWS, n, k, sizes)))
         for gemm in ("fprop", "dgrad", "wgrad")
       }
       for gemm, times in peer_times.items():
         for name, time in times.items():
           tflops = flops / time * 1e-6
           yield {"kind": "matmul_peer", "gemm": gemm, "name": name, "tflops": tflops} | where
-      for name, gemm, f, arguments in _grouped(n, k, jnp.asarray(sizes, jnp.int32)):
+      for name, gemm, f, arguments in grouped(n, k, jnp.asarray(sizes, jnp.int32)):
         row = time_us(f, *arguments)
         row |= {"tflops": flops / row["time_us"] * 1e-6}
         row |= {f"times_{peer}": t / row["time_us"] for peer, t in peer_times[gemm].items()}
         yield {"kind": "matmul", "name": name, "gemm": gemm} | where | row
-
-
-def _grouped(n, k, sizes):
-  """(name, gemm, function, sets of inputs); freed one after the other."""
-  e = len(sizes)
-  rows = 128 * (_M // 128 + e)
-  fp8 = lambda seed, *shape: bf16_tensor(seed, shape).astype(jnp.float8_e4m3fn)  # noqa: E731
-  scales = lambda *shape: jax.random.uniform(jax.random.key(9), shape, minval=0.5)  # noqa: E731
-  for gemm, i, o in (("fprop", k, n), ("dgrad", n, k)):
-    sets = [
-      (fp8(s, _M, i), scales(i // 128, _M), fp8(s + 2, e, o, i), scales(e, o // 128, i // 128))
-      for s in (0, 1)
-    ]
-    yield f"fp8 {gemm}", gemm, lambda *a: grouped_matmul.grouped_matmul(*a, sizes), sets
-  sets = [
-    (fp8(s, k, rows), scales(rows // 128, k), fp8(s + 2, n, rows), scales(rows // 128, n))
-    for s in (0, 1)
-  ]
-  for dtype in (jnp.float32, jnp.bfloat16):
-    wgrad = functools.partial(grouped_matmul.grouped_wgrad, out_dtype=dtype)
-    name = f"fp8 wgrad, {jnp.dtype(dtype).name} result"
-    yield name, "wgrad", lambda *a, wgrad=wgrad: wgrad(*a, sizes), sets
-  x, w, dy = bf16_tensor(0, (_M, k)), bf16_tensor(1, (e, k, n)), bf16_tensor(2, (_M, n))
-  yield "bf16 fprop", "fprop", lambda x, w: bf16_matmul.grouped_matmul(x, w, sizes), [(x, w)]
-  dgrad = functools.partial(bf16_matmul.grouped_matmul, transpose_rhs=True)
-  yield "bf16 dgrad", "dgrad", lambda dy, w: dgrad(dy, w, sizes), [(dy, w)]
-  yield "bf16 wgrad", "wgrad", lambda x, dy: bf16_matmul.grouped_wgrad(x, dy, sizes), [(x, dy)]
 
 
 def moe_ffns() -> Iterator[Row]:
@@ -160,7 +113,7 @@ def moe_ffns() -> Iterator[Row]:
       yield row
 
 
-def _moe_inputs(e, top_k, tokens=_M, d=_K, f=_N):
+def _moe_inputs(e, top_k, tokens=ROWS, d=CONTRACTION, f=COLUMNS):
   x, w13, w2 = (bf16_tensor(i, s) for i, s in enumerate(((tokens, d), (e, d, 2 * f), (e, f, d))))
   w13, w2 = jax.jit(lambda a, b: (a * d**-0.5, b * f**-0.5))(w13, w2)
   logits = jax.random.normal(jax.random.key(3), (tokens, e))

@@ -1,6 +1,7 @@
 """What each element-wise kernel computes, in the words of fp4jax: its tests and its benchmark."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -263,3 +264,13 @@ CASES = (
 )
 # Equal but for the last bit of exp.
 SWIGLU = tuple(case(packed) for case in (_swiglu, _swiglu_backward) for packed in (False, True))
+# Their draws are the kernel's own: no definition gives the same.
+STOCHASTIC = tuple(
+  Case(
+    f"quantize_mxfp4 rceil, stochastic{suffix}",
+    functools.partial(mxfp4.quantize_mxfp4, scale_rule="rceil", seed=(1, 2), signs=signs),
+    None,
+    2 + 17 / 32,
+  )
+  for suffix, signs in (("", None), (", Hadamard", SIGNS))
+)

@@ -157,7 +157,7 @@ def _ffn(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps):
 
 def _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps):
   tapped, dtype, residual = [tap is not None for tap in taps], x.dtype, recipe.residual
-  first, second = _gemms(recipe, implementation, order, keys, tapped)
+  first, second = _gemms(recipe, implementation, order, keys, tapped, (w13.dtype, w2.dtype))
   token = order.choice_of_row // weights.shape[1]
   w13_read, w2_read = (ops.Tensor.of(w.astype(dtype), residual.rhs, -2) for w in (w13, w2))
 
@@ -189,7 +189,8 @@ def _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps):
 def _bwd(recipe, implementation, saved, dout):
   x, h, (w13, w2), (w13_like, w2_like), (weights, order, keys), summaries = saved
   tapped, dtype = [s is not None for s in summaries], dout.dtype
-  first, second = _gemms(recipe, implementation, order, keys, tapped)
+  dtypes = w13_like.dtype, w2_like.dtype
+  first, second = _gemms(recipe, implementation, order, keys, tapped, dtypes)
   token = order.choice_of_row // weights.shape[1]
 
   # g = dgrad(weight * dout) has the numbers of the composed layers, but a weight of zero would hide
@@ -235,13 +236,14 @@ def _read_hidden(h, source, dtype):
   return h.read("original" if h.packed is None else source).astype(dtype)
 
 
-def _gemms(recipe, implementation, order, keys, tapped) -> tuple[Gemms, Gemms]:
+def _gemms(recipe, implementation, order, keys, tapped, dtypes) -> tuple[Gemms, Gemms]:
   second = recipe
   if recipe.residual.hidden is not None:  # a is made from the right h already
     sources = {f"{gemm}.lhs.source": "original" for gemm in ("fprop", "wgrad")}
     second = recipe.replace(sources | {"residual.lhs": None, "residual.hidden": None})
   if implementation == "mosaic":
-    return tuple(moe_mosaic.gemms(r, order.group_sizes) for r in (recipe, second))
+    layers = zip((recipe, second), dtypes, strict=True)
+    return tuple(moe_mosaic.gemms(r, order.group_sizes, dtype) for r, dtype in layers)
   tiles = Tiles.of(order.group_sizes, order.choice_of_row.size)
   return tuple(
     XlaFfnGemms(*args) for args in zip((recipe, second), (tiles, tiles), keys, tapped, strict=True)

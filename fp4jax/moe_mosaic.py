@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, Float32, Int
 
 from fp4jax import operands as ops
@@ -53,10 +54,13 @@ def _numerics(recipe):
   return dataclasses.replace(recipe, name="", citation="")
 
 
-def gemms(recipe: Recipe, group_sizes: Int[Array, " e"]) -> "Fp8Gemms | Bf16Gemms":
+def gemms(
+  recipe: Recipe, group_sizes: Int[Array, " e"], weight_dtype: DTypeLike
+) -> "Fp8Gemms | Bf16Gemms":
   """For a recipe, or the one of GEMM 2, that `obstacle` let pass."""
-  kind = Fp8Gemms if recipe.fprop.lhs.is_quantized else Bf16Gemms
-  return kind(recipe, group_sizes)
+  if not recipe.fprop.lhs.is_quantized:
+    return Bf16Gemms(recipe, group_sizes)
+  return Fp8Gemms(recipe, group_sizes, jnp.dtype(weight_dtype))
 
 
 class Scaled(NamedTuple):
@@ -79,6 +83,7 @@ class Fp8Gemms:
 
   recipe: Recipe
   group_sizes: Int[Array, " e"]
+  weight_dtype: jnp.dtype  # of dw: bf16 is written as such, anything else as float32
 
   @property
   def power_of_two(self) -> bool:
@@ -139,7 +144,9 @@ class Fp8Gemms:
     from pallas_kernels import grouped_matmul
 
     lhs = x if isinstance(x, Scaled) else self._columns(x, rows)
-    return grouped_matmul.grouped_wgrad(*lhs, *dy.columns, self.group_sizes), {}
+    out_dtype = jnp.bfloat16 if self.weight_dtype == jnp.bfloat16 else jnp.float32
+    dw = grouped_matmul.grouped_wgrad(*lhs, *dy.columns, self.group_sizes, out_dtype=out_dtype)
+    return dw, {}
 
   def _columns(self, x, rows):
     if self.recipe.wgrad.lhs.source == "residual":

@@ -7,12 +7,13 @@ out[g] = lhs[rows of g].T @ rhs[rows of g]            `grouped_wgrad`
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
 
-# What the sweep found best at 32768 rows, 8 groups, 2048 x 7168 and 7168 x 2048.
-MATMUL = dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=8)
-WGRAD = dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=8)
+TUNING = {
+  "matmul": dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=8),
+  "wgrad": dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=8),
+}
 
 
-def grouped_matmul(lhs, rhs, group_sizes, *, transpose_rhs=False, **config):
+def grouped_matmul(lhs, rhs, group_sizes, *, transpose_rhs=False):
   """Rows of lhs in consecutive groups, each times its rhs; what lies past them is unspecified.
 
   Args:
@@ -25,16 +26,16 @@ def grouped_matmul(lhs, rhs, group_sizes, *, transpose_rhs=False, **config):
   """
   _check(lhs, rhs)
   return ragged_dot_mgpu.ragged_dot(
-    lhs, rhs, group_sizes=group_sizes, transpose_rhs=transpose_rhs, **(MATMUL | config)
+    lhs, rhs, group_sizes=group_sizes, transpose_rhs=transpose_rhs, **TUNING["matmul"]
   )
 
 
-def grouped_wgrad(lhs, rhs, group_sizes, **config):
+def grouped_wgrad(lhs, rhs, group_sizes):
   """(e, k, n) bfloat16 of lhs (m, k) and rhs (m, n); zeros for a group of size 0."""
   _check(lhs, rhs)
   # The kernel leaves an accumulator that nothing was added to as it found it.
   out = transposed_ragged_dot_mgpu.transposed_ragged_dot(
-    lhs, rhs, group_sizes=group_sizes, **(WGRAD | config)
+    lhs, rhs, group_sizes=group_sizes, **TUNING["wgrad"]
   )
   return jnp.where((group_sizes > 0)[:, None, None], out, 0)
 

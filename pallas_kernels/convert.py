@@ -25,7 +25,10 @@ from pallas_kernels.widen import mxfp4_to_fp8_columns, mxfp4_to_fp8_rows
 __all__ = ["fp8_to_mxfp4", "mxfp4_to_fp8_columns", "mxfp4_to_fp8_rows"]
 
 TILE = 128
-TUNING = {"rows": 64, "tiles": 1}  # a CTA takes tiles of so many rows of 128 values
+# A CTA takes so many tiles of so many rows of 128 values.
+TUNING = {
+  "narrow": {"rows": 16, "tiles": 4},
+}
 
 # Added to a code, what carries into its exponent where the rule takes the next scale: never, or
 # from the mantissa 7 up (7.5 of 8), 6 (7) or 5 (6.5).
@@ -125,7 +128,8 @@ def fp8_to_mxfp4(codes, scales, *, scale_rule: ScaleRule = "floor"):
   bl.check_array("scales", scales, (k // TILE, m), jnp.float32)
   if scale_rule not in _CARRY:
     raise ValueError(f"{scale_rule=} is not one of {get_args(ScaleRule)}")
-  rows, tiles = bl.fit(TUNING["rows"], m), math.gcd(TUNING["tiles"], k // TILE)
+  tuning = TUNING["narrow"]
+  rows, tiles = bl.fit(tuning["rows"], m), math.gcd(tuning["tiles"], k // TILE)
   layout = _layout(4)
 
   @plgpu.inline_mgpu(

@@ -8,7 +8,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks as bl
 
-RUNS = 4  # runs of 32 blocks a CTA takes
+# Runs of 32 blocks that a CTA takes.
+TUNING = {
+  "rows": {"runs": 4},
+}
 
 
 def dequantize_mxfp4(codes, scales):
@@ -29,7 +32,7 @@ def dequantize_mxfp4(codes, scales):
     raise ValueError(f"{scales.shape=} does not fit {codes.shape=}: a scale for 16 bytes")
   m, k = codes.shape[0], 2 * codes.shape[1]
   count = m * k // 32
-  span = 32 * RUNS
+  span = 32 * TUNING["rows"]["runs"]
   while span > count:
     span //= 2
   layout = bl.block_layout(4, 8)

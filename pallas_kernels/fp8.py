@@ -14,7 +14,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks as bl
 
-ROW_RUNS = 4  # runs of 8 rows a CTA of the row quantizer takes
+# Runs of 8 rows that a CTA of the row quantizer takes.
+TUNING = {
+  "rows": {"runs": 4},
+}
 TILE = 128
 
 
@@ -33,7 +36,7 @@ def quantize_fp8_rows(x, *, power_of_two: bool = False):
   if x.ndim != 2 or x.shape[0] < 8 or x.shape[1] % TILE or not x.size:
     raise ValueError(f"{x.shape=} is not (m, k) with m >= 8 and k % 128 == 0")
   m, k = x.shape
-  rows = 8 * ROW_RUNS
+  rows = 8 * TUNING["rows"]["runs"]
   while rows > m:
     rows //= 2
 

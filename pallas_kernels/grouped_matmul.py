@@ -41,7 +41,6 @@ class TuningConfig:
   tile_n: int = 128
   stages: int = 3
   out_buffers: int = 1  # slices of columns on their way through SMEM to memory at a time
-  early: int = 0
   cluster: int = 2  # CTAs with neighbouring columns that load their rows of lhs together
   grid_tile_width: int = 8  # columns of output tiles that neighbouring CTAs sweep together
 
@@ -493,15 +492,13 @@ def grouped_wgrad(
         plgpu.barrier_wait(ring["full"].at[slot])
         product = _issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
         row_scales = _load_rows(ring["lhs_scales"].at[slot, own])
-        load = lambda s: plgpu.load(  # noqa: E731
-          ring["rhs_scales"].at[slot, s], layout=plgpu.Layout.WGMMA.reduce(0)
-        )
-        loaded = [load(s) for s in _slices(config)[: config.early]]
         plgpu.wgmma_wait(0)
         new = []
         # Only now and by slices: a scale for each of a thread's columns takes many registers.
-        for i, (s, total) in enumerate(zip(_slices(config), sums, strict=True)):
-          column_scales = loaded[i] if i < len(loaded) else load(s)
+        for s, total in zip(_slices(config), sums, strict=True):
+          column_scales = plgpu.load(
+            ring["rhs_scales"].at[slot, s], layout=plgpu.Layout.WGMMA.reduce(0)
+          )
           part = product[:, s.start : s.start + SLICE] * _by_row(row_scales)
           new.append(total + part * lax.broadcast_in_dim(column_scales, (WAVE, SLICE), (1,)))
         _release(ring, config, slot)

@@ -30,9 +30,13 @@ ScaleRule = Literal["floor", "even", "rceil", "oas"]
 # What is added to the bits of amax so that its exponent field becomes that of the rule.
 _CARRY = {"floor": 0, "even": 1 << 21, "rceil": 0x3FFFFF, "oas": 0x1FFFFF}
 
-# Runs of 32 blocks a CTA takes: 8 for the plain quantizer; the others need registers.
-TUNING = {"nearest": 8, "stochastic": 4, "hadamard": 4}
-COLUMNS = 64  # of a tile that a warpgroup holds at once, 64 or 128
+# Runs of 32 blocks that a CTA takes; columns of a tile that a warpgroup holds at once, 64 or 128.
+TUNING = {
+  "nearest": {"runs": 8},
+  "stochastic": {"runs": 4},
+  "hadamard": {"runs": 4},
+  "both": {"columns": 64},
+}
 
 
 def _quantize(x, rule, layout, *, signs=None, seed=None, index=None):
@@ -158,7 +162,7 @@ def quantize_mxfp4(
   m, k = x.shape
   count = m * k // 32
   kind = "hadamard" if signs is not None else "nearest" if seed is None else "stochastic"
-  runs = TUNING[kind]
+  runs = TUNING[kind]["runs"]
   while 32 * runs > count:
     runs //= 2
   span = 32 * runs
@@ -216,7 +220,7 @@ def quantize_mxfp4_both(x, *, scale_rule: ScaleRule = "floor"):
   if x.ndim != 2 or x.shape[0] % tr.TILE or x.shape[1] % tr.TILE or not x.size:
     raise ValueError(f"{x.shape=} is not (m, k) with m % 128 == k % 128 == 0")
   _check(x, scale_rule, None, None)
-  m, k = x.shape
+  (m, k), width = x.shape, TUNING["both"]["columns"]
 
   def kernel(x_gmem, codes_gmem, scales_gmem, codes_t_gmem, scales_t_gmem, smem):
     i, j = lax.axis_index("row"), lax.axis_index("column")
@@ -225,9 +229,9 @@ def quantize_mxfp4_both(x, *, scale_rule: ScaleRule = "floor"):
     tr.write([values], smem)
     codes_gmem[here, j], scales_gmem[here, j] = _quantize(values, scale_rule, tr.ROWS)
     plgpu.commit_smem()
-    for start in range(0, tr.TILE, COLUMNS):
-      values = tr.read(smem.at[:, pl.ds(start, COLUMNS)])
-      own = pl.ds(j * tr.TILE + start, COLUMNS)
+    for start in range(0, tr.TILE, width):
+      values = tr.read(smem.at[:, pl.ds(start, width)])
+      own = pl.ds(j * tr.TILE + start, width)
       codes_t_gmem[own, i], scales_t_gmem[own, i] = _quantize(values, scale_rule, tr.COLUMNS)
 
   def out_type(m, k):

@@ -13,8 +13,11 @@ from pallas_kernels import blocks as bl
 from pallas_kernels import transpose as tr
 
 TILE = tr.TILE
-ROW_RUNS = 2  # runs of 8 rows a CTA takes
-WARPGROUPS = 2  # that share a tile of the backward pass, 96 KiB of SMEM
+# Runs of 8 rows that a CTA takes; warpgroups that share a tile, 96 KiB of SMEM.
+TUNING = {
+  "forward": {"runs": 2},
+  "backward": {"warpgroups": 2},
+}
 
 
 def swiglu_fp8_rows(h, *, power_of_two: bool = False):
@@ -33,7 +36,7 @@ def swiglu_fp8_rows(h, *, power_of_two: bool = False):
   if m < 8 or f % TILE or not f:
     raise ValueError(f"h with {m=}, {f=} is not (m, 2 f) with m >= 8 and f % 128 == 0")
   blocks = f // TILE
-  rows = 8 * ROW_RUNS
+  rows = 8 * TUNING["forward"]["runs"]
   while rows > m:
     rows //= 2
 
@@ -77,7 +80,8 @@ def swiglu_backward_fp8(h, g, after, *, power_of_two: bool = False):
   m, f = _shape(h)
   _check_backward(m, f, g, after)
   blocks = f // TILE
-  rows = TILE // WARPGROUPS
+  warpgroups = TUNING["backward"]["warpgroups"]
+  rows = TILE // warpgroups
 
   def kernel(*refs):
     *h_gmem, g_gmem, after_gmem = refs[:-11]
@@ -130,9 +134,9 @@ def swiglu_backward_fp8(h, g, after, *, power_of_two: bool = False):
     out_type=tuple(jax.ShapeDtypeStruct(*spec) for spec in out.values()),
     grid=(m // TILE, blocks),
     grid_names=("row", "column"),
-    num_threads=WARPGROUPS,
+    num_threads=warpgroups,
     thread_name="warpgroup",
-    scratch_types=(*[tr.scratch()] * 3, plgpu.Barrier(num_arrivals=WARPGROUPS)),
+    scratch_types=(*[tr.scratch()] * 3, plgpu.Barrier(num_arrivals=warpgroups)),
     compiler_params=bl.WARPGROUP,
   )(*_halves(h, blocks), g.reshape(m, blocks, *tr.BLOCKS), after)
   return (

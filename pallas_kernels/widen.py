@@ -17,8 +17,11 @@ from pallas_kernels import blocks as bl
 from pallas_kernels import packed as pk
 
 TILE = 128
-ROWS_TUNING = {"rows": 64, "tiles": 1}  # a CTA takes tiles of so many rows of 128 values
-COLUMNS_TUNING = {"tiles": 1}  # of 128 x 128
+# A CTA takes so many tiles of so many rows of 128 values, or of 128 x 128.
+TUNING = {
+  "rows": {"rows": 64, "tiles": 2},
+  "columns": {"tiles": 2},
+}
 
 _NAN = 0x7FC00000  # float32
 _LEAST_SHIFT = -5  # that leaves 0.5 a normal number of E4M3
@@ -137,7 +140,8 @@ def mxfp4_to_fp8_rows(codes, scales):
   m, k = bl.check_rows("codes", codes, jnp.uint8, TILE // 2, 8)
   k *= 2
   bl.check_array("scales", scales, (m, k // 32), jnp.uint8)
-  rows, tiles = bl.fit(ROWS_TUNING["rows"], m), math.gcd(ROWS_TUNING["tiles"], k // TILE)
+  tuning = TUNING["rows"]
+  rows, tiles = bl.fit(tuning["rows"], m), math.gcd(tuning["tiles"], k // TILE)
   each = 2 if rows >= 16 else 1  # words of a lane: a load of 8 bytes, a store of 16
   lanes = 16 // each
   layout, wide = bl.block_layout(lanes, each), bl.block_layout(lanes, 2 * each)
@@ -209,7 +213,7 @@ def mxfp4_to_fp8_columns(codes, scales):
   bl.check_array("scales", scales, (m, k // 32), jnp.uint8)
   if m % TILE:
     raise ValueError(f"{m=} rows are no multiple of 128")
-  tiles = math.gcd(COLUMNS_TUNING["tiles"], k // TILE)
+  tiles = math.gcd(TUNING["columns"]["tiles"], k // TILE)
 
   # Warps take a block of 32 columns each, lanes four rows each: (lane, row, block, word) become
   # (column, lane), where a warp stores 128 bytes of a column at once, and (column,).

@@ -313,12 +313,13 @@ def fake_kernels():
     product = jnp.einsum("mk,enk->men", x, w, precision="highest")
     return product[jnp.arange(len(x)), owner].astype(jnp.bfloat16)
 
-  def wgrad(lhs, lhs_scales, rhs, rhs_scales, group_sizes):
+  def wgrad(lhs, lhs_scales, rhs, rhs_scales, group_sizes, out_dtype=jnp.float32):
     x, dy = spread(lhs, lhs_scales.T), spread(rhs, rhs_scales.T)
     tiles = -(-group_sizes // 128)
     owner = jnp.repeat(jnp.arange(len(tiles)), tiles, total_repeat_length=len(lhs_scales))
     belongs = jnp.repeat(owner, 128)[None] == jnp.arange(len(tiles))[:, None]
-    return jnp.einsum("kt,nt,et->ekn", x, dy, belongs.astype(jnp.float32), precision="highest")
+    product = jnp.einsum("kt,nt,et->ekn", x, dy, belongs.astype(jnp.float32), precision="highest")
+    return product.astype(out_dtype)
 
   def bf16_matmul(lhs, rhs, group_sizes, transpose_rhs=False):
     rhs = rhs if transpose_rhs else rhs.swapaxes(1, 2)

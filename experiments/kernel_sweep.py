@@ -1,0 +1,191 @@
+"""Times every candidate of the kernels' tuning tables on a Hopper GPU and writes the fastest there.
+
+python -m experiments.kernel_sweep --out=results/kernel_sweep.jsonl
+
+Each kernel's file has its table, TUNING. A candidate is timed through the public wrapper, with its
+entry of the table in place, at 32768 x 7168; the matmuls at both shapes of the benchmark.
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import itertools
+import pprint
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from experiments import kernel_cases as cases
+from experiments import kernel_timing as timing
+from experiments import logs
+from experiments.environment import describe_environment
+from pallas_kernels.grouped_matmul import TuningConfig
+
+_OUT = flags.DEFINE_string("out", "results/kernel_sweep.jsonl", "JSONL file to write.")
+_WRITE = flags.DEFINE_boolean("write", True, "Write the fastest into the tables.")
+_ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One entry of a table: its candidates, and the calls that it decides."""
+
+  module: str
+  key: str
+  candidates: Sequence[Any]
+  time: Callable[[], float]  # of all calls, in us, with the candidate in place
+
+
+def grid(**choices) -> list[dict]:
+  return [
+    dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
+  ]
+
+
+def _case(name: str) -> Callable[[], float]:
+  case = next(c for c in (*cases.CASES, *cases.SWIGLU, *cases.STOCHASTIC) if c.name == name)
+  return lambda: timing.time_us(case.kernel, (_prepared(case),))["time_us"]
+
+
+@functools.cache
+def _prepared(case):
+  return jax.jit(case.prepare)(timing.bf16_tensor(0, (timing.ROWS, timing.CONTRACTION)))
+
+
+def _gemms(*names: str) -> Callable[[], float]:
+  return lambda: sum(timing.time_us(f, *sets[:1])["time_us"] for f, sets in _calls(names))
+
+
+@functools.cache
+def _calls(names):
+  sizes = jnp.full(8, timing.ROWS // 8, jnp.int32)
+  found = []
+  for n, k in timing.GEMMS:
+    found += [(f, sets) for name, _, f, sets in timing.grouped(n, k, sizes) if name in names]
+  return found
+
+
+_BF16 = [
+  dict(block_m=m, block_n=n, block_k=64, max_concurrent_steps=steps, grid_block_n=8)
+  for m, n, steps in ((128, 128, 4), (128, 128, 5), (64, 256, 4), (128, 192, 4), (64, 128, 4))
+]
+ENTRIES = (
+  Entry("mxfp4", "nearest", grid(runs=(4, 8, 16)), _case("quantize_mxfp4 floor")),
+  Entry("mxfp4", "stochastic", grid(runs=(2, 4, 8)), _case("quantize_mxfp4 rceil, stochastic")),
+  Entry("mxfp4", "hadamard", grid(runs=(2, 4, 8)), _case("quantize_mxfp4 rceil, Hadamard")),
+  Entry("mxfp4", "both", grid(columns=(64, 128)), _case("quantize_mxfp4_both floor")),
+  Entry("fp8", "rows", grid(runs=(2, 4, 8)), _case("quantize_fp8_rows float32")),
+  Entry("dequantize", "rows", grid(runs=(2, 4, 8)), _case("dequantize_mxfp4")),
+  Entry("convert", "narrow", grid(rows=(16, 32, 64), tiles=(1, 2, 4)), _case("fp8_to_mxfp4 floor")),
+  Entry("widen", "rows", grid(rows=(16, 32, 64), tiles=(1, 2)), _case("mxfp4_to_fp8_rows")),
+  Entry("widen", "columns", grid(tiles=(1, 2, 4)), _case("mxfp4_to_fp8_columns")),
+  Entry("swiglu", "forward", grid(runs=(1, 2, 4)), _case("swiglu_fp8_rows")),
+  Entry("swiglu", "backward", grid(warpgroups=(1, 2)), _case("swiglu_backward_fp8")),
+  Entry(
+    "grouped_matmul",
+    "matmul",
+    [
+      TuningConfig(**c)
+      for c in (
+        *grid(stages=(3, 4), cluster=(1, 2), grid_tile_width=(4, 8)),
+        *grid(stages=(3,), out_buffers=(2,), cluster=(1, 2)),
+      )
+    ],
+    _gemms("fp8 fprop", "fp8 dgrad"),
+  ),
+  Entry(
+    "grouped_matmul",
+    "wgrad",
+    [TuningConfig(**c) for c in grid(stages=(4,), cluster=(1, 2), grid_tile_width=(4, 8))],
+    _gemms("fp8 wgrad, float32 result", "fp8 wgrad, bfloat16 result"),
+  ),
+  Entry("bf16_matmul", "matmul", _BF16, _gemms("bf16 fprop", "bf16 dgrad")),
+  Entry("bf16_matmul", "wgrad", _BF16, _gemms("bf16 wgrad")),
+)
+
+
+def sweep(entry: Entry):
+  """Rows of all candidates; those that do not fit the chip have no time."""
+  table = importlib.import_module(f"pallas_kernels.{entry.module}").TUNING
+  for candidate in entry.candidates:
+    with mock.patch.dict(table, {entry.key: candidate}):
+      try:
+        time_us, error = entry.time(), None
+      except (ValueError, RuntimeError) as e:  # too much SMEM, a shape that JAX's kernel lacks
+        time_us, error = None, str(e).splitlines()[0][:200]
+    yield {
+      "kind": "sweep",
+      "table": f"{entry.module}.{entry.key}",
+      "candidate": _plain(candidate),
+      "time_us": time_us,
+      "error": error,
+    }
+
+
+def _plain(candidate) -> dict[str, Any]:
+  if dataclasses.is_dataclass(candidate):
+    return dataclasses.asdict(candidate)
+  return dict(candidate)
+
+
+def source_of(candidate) -> str:
+  """A dataclass with the fields that differ from its defaults, a dict as it is."""
+  if not dataclasses.is_dataclass(candidate):
+    return pprint.pformat(dict(candidate), sort_dicts=False, width=10**6).replace("'", '"')
+  changed = [
+    f"{f.name}={getattr(candidate, f.name)!r}"
+    for f in dataclasses.fields(candidate)
+    if getattr(candidate, f.name) != f.default
+  ]
+  return f"{type(candidate).__name__}({', '.join(changed)})"
+
+
+def with_table(source: str, table: dict[str, Any]) -> str:
+  """The module's source with its TUNING replaced; what stands beside it stays."""
+  (assignment,) = [
+    node
+    for node in ast.parse(source).body
+    if isinstance(node, ast.Assign | ast.AnnAssign)
+    and ast.unparse(node).startswith(("TUNING =", "TUNING:"))
+  ]
+  entries = "".join(f'  "{key}": {source_of(value)},\n' for key, value in table.items())
+  lines = source.splitlines(keepends=True)
+  old = assignment.value
+  before = lines[old.lineno - 1][: old.col_offset]
+  after = lines[old.end_lineno - 1][old.end_col_offset :]
+  lines[old.lineno - 1 : old.end_lineno] = [f"{before}{{\n{entries}}}{after}"]
+  return "".join(lines)
+
+
+def main(argv) -> None:
+  del argv
+  log = logs.JsonLines(Path(_OUT.value), 0)
+  log.write({"kind": "environment"} | describe_environment())
+  best = {}
+  for entry in ENTRIES:
+    rows = list(sweep(entry))
+    for row, candidate in zip(rows, entry.candidates, strict=True):
+      log.write(row)
+      took = row["error"] or f"{row['time_us']:9.1f} us"
+      print(f"{row['table']:22s} {source_of(candidate):70s} {took}", flush=True)
+    timed = [(r["time_us"], i) for i, r in enumerate(rows) if r["time_us"] is not None]
+    if timed:
+      best[entry.module, entry.key] = entry.candidates[min(timed)[1]]
+  log.close()
+  if not _WRITE.value:
+    return
+  for module in dict.fromkeys(module for module, _ in best):
+    table = importlib.import_module(f"pallas_kernels.{module}").TUNING
+    table |= {key: value for (m, key), value in best.items() if m == module}
+    path = _ROOT / "pallas_kernels" / f"{module}.py"
+    path.write_text(with_table(path.read_text(), table))
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,52 @@
+"""The tables that the sweep writes, and what it finds to time."""
+
+import importlib
+
+import pytest
+
+from experiments import kernel_sweep
+from pallas_kernels.grouped_matmul import TuningConfig
+
+MODULES = sorted({entry.module for entry in kernel_sweep.ENTRIES})
+
+
+def module(name):
+  return importlib.import_module(f"pallas_kernels.{name}")
+
+
+def tuning_of(source):
+  names = {"TuningConfig": TuningConfig, "dict": dict, "Literal": dict, "str": str}
+  assignment = source[source.index("\nTUNING") :].split("\n}\n")[0] + "\n}\n"
+  exec("from typing import Literal\n" + assignment, names)
+  return names["TUNING"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_table_is_replaced_and_nothing_else(name):
+  with open(module(name).__file__) as file:
+    source = file.read()
+  table = module(name).TUNING
+  same = kernel_sweep.with_table(source, table)
+  assert tuning_of(same) == table
+  changed = {
+    entry.key: entry.candidates[-1] for entry in kernel_sweep.ENTRIES if entry.module == name
+  }
+  written = kernel_sweep.with_table(source, table | changed)
+  assert tuning_of(written) == table | changed
+  assert kernel_sweep.with_table(written, table) == same
+  before, after = source.split("\nTUNING")[0], source.split("\nTUNING")[1].split("\n\n", 1)[1]
+  assert written.startswith(before) and written.endswith(after)
+
+
+def test_every_entry_of_every_table_is_swept():
+  swept = {(entry.module, entry.key) for entry in kernel_sweep.ENTRIES}
+  assert swept == {(name, key) for name in MODULES for key in module(name).TUNING}
+
+
+@pytest.mark.parametrize("entry", kernel_sweep.ENTRIES, ids=lambda e: f"{e.module}.{e.key}")
+def test_candidates_are_of_the_kind_in_the_table(entry):
+  now = module(entry.module).TUNING[entry.key]
+  for candidate in entry.candidates:
+    assert type(candidate) is type(now)
+    if isinstance(now, dict):
+      assert candidate.keys() == now.keys()
