@@ -109,14 +109,11 @@ def validate(config: Experiment) -> None:
   for name in ("seeds", "steps", "log_every", "eval_every", "eval_batches"):
     if getattr(config, name) < 1:
       raise ValueError(f"{name}={getattr(config, name)} is not at least 1")
-  if config.bf16_seeds is not None:
-    if "bf16" not in config.recipes:
-      raise ValueError(f"bf16_seeds={config.bf16_seeds}, but recipes has no bf16")
-    if config.bf16_seeds < config.seeds:
-      raise ValueError(
-        f"bf16_seeds={config.bf16_seeds} is below seeds={config.seeds}: "
-        "a seed without its bf16 run has no gap"
-      )
+  if config.bf16_seeds is not None and config.bf16_seeds < config.seeds:
+    raise ValueError(
+      f"bf16_seeds={config.bf16_seeds} is below seeds={config.seeds}: "
+      "a seed without its bf16 run has no gap"
+    )
   for name in ("probe_every", "checkpoint_every"):
     if getattr(config, name) < 0:
       raise ValueError(f"{name}={getattr(config, name)} is negative; 0 is never")
