@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from fp4jax import recipes as fp4_recipes
 from fp4jax.models import ModelConfig
+from fp4jax.moe_ffn import Implementation
 
 
 class Names(tuple):
@@ -78,17 +79,23 @@ class Experiment:
 
   recipes: Names = ALL_RECIPES
   seeds: int = 1  # runs of every recipe, seeded 0, 1, ...
+  bf16_seeds: int | None = None  # runs of bf16, whose spread is the noise of a gap; None: `seeds`
   steps: int = 100
   log_every: int = 1
   eval_every: int = 20
   eval_batches: int = 8
   probe_every: int = 20  # 0: never
-  checkpoint_every: int = 50
+  checkpoint_every: int = 50  # 0: never, so that a stopped run begins again
   checkpoints_kept: int = 2
+  implementation: str | None = None  # of `moe_ffn`: "mosaic" or "xla"; None: "mosaic" if it can run
   data: Data = dataclasses.field(default_factory=Data)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   quantize: Quantize = dataclasses.field(default_factory=Quantize)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+
+  def seeds_of(self, recipe: str) -> int:
+    """Runs of one recipe."""
+    return self.bf16_seeds if recipe == "bf16" and self.bf16_seeds is not None else self.seeds
 
 
 def validate(config: Experiment) -> None:
@@ -99,11 +106,24 @@ def validate(config: Experiment) -> None:
     fp4_recipes.by_name(name)
   if len(set(config.recipes)) < len(config.recipes):
     raise ValueError(f"recipes {','.join(config.recipes)} names one twice")
-  for name in ("seeds", "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every"):
+  for name in ("seeds", "steps", "log_every", "eval_every", "eval_batches"):
     if getattr(config, name) < 1:
       raise ValueError(f"{name}={getattr(config, name)} is not at least 1")
-  if config.probe_every < 0:
-    raise ValueError(f"probe_every={config.probe_every} is negative; 0 turns probes off")
+  if config.bf16_seeds is not None and config.bf16_seeds < config.seeds:
+    raise ValueError(
+      f"bf16_seeds={config.bf16_seeds} is below seeds={config.seeds}: "
+      "a seed without its bf16 run has no gap"
+    )
+  for name in ("probe_every", "checkpoint_every"):
+    if getattr(config, name) < 0:
+      raise ValueError(f"{name}={getattr(config, name)} is negative; 0 is never")
+  if config.implementation not in (None, *typing.get_args(Implementation)):
+    raise ValueError(f"implementation={config.implementation!r} is not 'mosaic' or 'xla'")
+  if config.implementation == "mosaic" and config.probe_every:
+    raise ValueError(
+      f"probe_every={config.probe_every}: probes read the tensors of implementation='xla'; "
+      "set probe_every=0 for implementation='mosaic'"
+    )
   if config.optimizer.warmup_steps >= config.steps:
     raise ValueError(
       f"optimizer.warmup_steps={config.optimizer.warmup_steps} is not below steps={config.steps}"

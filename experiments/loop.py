@@ -18,7 +18,7 @@ from experiments.workdir import Offsets, Run
 
 
 class Interrupted(Exception):
-  """The run was asked to stop, and has saved."""
+  """The run was asked to stop, and has saved if it saves at all."""
 
 
 def train_run(
@@ -73,22 +73,24 @@ def train_run(
 
     def save(step: int) -> Offsets:
       lengths = {name: log.sync() for name, log in rows.items()}
-      if checkpoints.latest_step() != step:
+      if config.checkpoint_every and checkpoints.latest_step() != step:
         checkpoints.save(step, state, {"offsets": lengths})
       return lengths
 
     progress.start(run.name, config.steps, start)
     if start == 0:
       evaluate(0)
+    batch = train[start]
     for step in range(start, config.steps):
       if config.probe_every and step % config.probe_every == 0:
         probe(step, validation[0])
       began = time.perf_counter()
-      state, scalars = trainer.step(state, train[step], seed)
+      state, scalars = trainer.step(state, batch, seed)
+      following = train[step + 1]  # gathered while the device computes
       scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
       step_time = time.perf_counter() - began
       if not (math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])):
-        where = probes.first_non_finite(probe(step, train[step]))
+        where = probes.first_non_finite(probe(step, batch)) if config.probe_every else None
         where = where and {"step": step} | where
         write("metrics", step, {"split": "event", "event": "diverged", "probe": where})
         logging.warning("%s diverged at step %d: %s", run.name, step, scalars)
@@ -107,11 +109,18 @@ def train_run(
         evaluate(done)
       if config.probe_every and last:
         probe(done, validation[0])
+      batch = following
       stop = asked_to_stop()
-      if done % config.checkpoint_every == 0 or last or stop:
+      if last or stop or (config.checkpoint_every and done % config.checkpoint_every == 0):
         offsets = save(done)
       if stop and not last:
-        raise Interrupted(f"{run.name} saved its state after step {done} and stopped")
+        raise Interrupted(
+          f"{run.name} saved its state after step {done} and stopped; "
+          "the same command goes on from there"
+          if config.checkpoint_every
+          else f"{run.name} stopped after step {done} without a checkpoint; "
+          "the same command begins it again"
+        )
     progress.end()
   run.finish(offsets)
   return offsets

@@ -70,6 +70,7 @@ def render(records: Records, name: str) -> str:
     styles=recipe_styles(records.recipes),
     window=smoothing_window(records),
     runs_finished=sum(recipe["seeds_finished"] for recipe in summary["recipes"].values()),
+    runs_planned=sum(recipe["seeds"] or 1 for recipe in summary["recipes"].values()),
     config=flatten(records.config),
     environment=flatten(records.environment),
     device=records.environment.get("device"),

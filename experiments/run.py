@@ -3,7 +3,8 @@
     python -m experiments.run --config=configs/demo.py --workdir=runs/demo
     ... --config.recipes=bf16,mxfp4 --config.seeds=3 --config.model.num_layers=6
 
-The same command goes on where a stopped one left off. SIGTERM and Ctrl-C save first.
+The same command goes on where a stopped one left off. SIGTERM and Ctrl-C save first, unless
+`checkpoint_every` is 0.
 """
 
 import contextlib
@@ -21,7 +22,12 @@ from experiments.environment import describe_environment
 from experiments.loop import Interrupted, train_run
 from experiments.report import write_report
 from experiments.summary import write_summary
-from experiments.train import make_trainer, policy_of, saved_activation_bytes
+from experiments.train import (
+  make_trainer,
+  parameter_counts,
+  policy_of,
+  saved_activation_bytes,
+)
 from experiments.workdir import WorkDir
 from fp4jax import recipes
 
@@ -38,7 +44,7 @@ def main(_) -> None:
     logging.debug("", exc_info=True)
     sys.exit(f"error: {error}")
   except Interrupted as stopped:
-    print(f"\n{stopped}; the same command goes on from there", file=sys.stderr)
+    print(f"\n{stopped}", file=sys.stderr)
     sys.exit(128 + signal.SIGTERM)
 
 
@@ -47,7 +53,10 @@ def run(config, workdir: str) -> None:
   validate(config)
   folder = WorkDir(workdir, config)
   corpus = data.load_corpus(config.data)
-  policies = {name: policy_of(recipes.by_name(name), config.quantize) for name in config.recipes}
+  policies = {
+    name: policy_of(recipes.by_name(name), config.quantize, config.implementation)
+    for name in config.recipes
+  }
   trainers = {
     name: make_trainer(config, corpus.vocab_size, policy) for name, policy in policies.items()
   }
@@ -55,6 +64,7 @@ def run(config, workdir: str) -> None:
   costs = {name: saved_activation_bytes(t, batch, length) for name, t in trainers.items()}
   folder.begin(
     describe_environment()
+    | parameter_counts(config, corpus.vocab_size)
     | {"corpus": corpus.describe(), "saved_activation_bytes_per_token": costs}
   )
   runs, offsets = folder.unfinished()

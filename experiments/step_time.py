@@ -2,8 +2,9 @@
 
     python -m experiments.step_time --config=configs/demo.py --out=results/step_time.jsonl
 
-Recipes take turns, a step each, so that a busy machine slows them alike. `mxfp4:fprop` is MXFP4 in
-that GEMM and BF16 in the other two. `make tables` puts the rows into the README.
+Recipes take turns, a step each, so that a busy machine slows them alike; one state goes from hand
+to hand. `mxfp4:fprop` is MXFP4 in that GEMM and BF16 in the other two; `--split=` times none.
+`make tables` puts the rows into the README.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from fp4jax.recipe import Recipe
 _CONFIG = config_flags.DEFINE_config_file("config")
 _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "Timed steps of each recipe.", lower_bound=3)
+_COMMIT = flags.DEFINE_string("commit", None, "Commit of the code, where git can't say.")
 _SPLIT = flags.DEFINE_list("split", ["mxfp4"], "Recipes to time GEMM by GEMM too.")
 
 
@@ -40,17 +42,16 @@ def time_steps(config: Experiment, policies: dict, rounds: int) -> dict[str, lis
   corpus = data.load_corpus(config.data)
   batches = data.batches(corpus, config.data, 0, "train")
   seed = jnp.int32(0)
-  steps, states = {}, {}
-  for name, policy in policies.items():
-    trainer = make_trainer(config, corpus.vocab_size, policy)
-    steps[name] = trainer.step
-    states[name] = jax.block_until_ready(trainer.step(trainer.init(seed), batches[0], seed)[0])
+  trainers = {name: make_trainer(config, corpus.vocab_size, p) for name, p in policies.items()}
+  state = next(iter(trainers.values())).init(seed)
   times = {name: [] for name in policies}
-  for i in range(rounds):
-    for name, step in steps.items():
+  for i in range(rounds + 1):
+    batch = batches[i]
+    for name, trainer in trainers.items():
       began = time.perf_counter()
-      states[name], _ = jax.block_until_ready(step(states[name], batches[i + 1], seed))
-      times[name].append((time.perf_counter() - began) * 1e3)
+      state, _ = jax.block_until_ready(trainer.step(state, batch, seed))
+      if i > 0:
+        times[name].append((time.perf_counter() - began) * 1e3)
   return times
 
 
@@ -62,9 +63,14 @@ def main(_) -> None:
     for gemm in ("fprop", "dgrad", "wgrad"):
       recipe = single_gemm(recipes.by_name(name), gemm)
       chosen[recipe.name] = recipe
-  policies = {name: policy_of(recipe, config.quantize) for name, recipe in chosen.items()}
+  policies = {
+    name: policy_of(recipe, config.quantize, config.implementation)
+    for name, recipe in chosen.items()
+  }
   times = time_steps(config, policies, _ROUNDS.value)
   environment = describe_environment()
+  environment["git_commit"] = environment["git_commit"] or _COMMIT.value
+  tokens = config.data.batch_size * config.data.sequence_length
   Path(_OUT.value).parent.mkdir(parents=True, exist_ok=True)
   log = logs.JsonLines(_OUT.value, 0)
   base = times["bf16"]
@@ -76,10 +82,14 @@ def main(_) -> None:
       "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
       "step_time_ms": statistics.median(steps),
       "rounds": len(steps),
-      "tokens_per_step": config.data.batch_size * config.data.sequence_length,
+      "tokens_per_step": tokens,
+      "tokens_per_s": tokens / statistics.median(steps) * 1e3,
     }
     low, high = row["ratio_quartiles"]
-    print(f"{name:20s} {row['ratio_to_bf16']:5.2f} times bf16  ({low:.2f} to {high:.2f})")
+    print(
+      f"{name:20s} {row['ratio_to_bf16']:5.2f} times bf16  ({low:.2f} to {high:.2f})"
+      f"  {row['step_time_ms']:.1f} ms  {row['tokens_per_s']:,.0f} tokens/s"
+    )
     log.write(
       row | {key: environment[key] for key in ("device", "git_commit", "git_dirty", "versions")}
     )

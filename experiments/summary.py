@@ -72,6 +72,7 @@ def summarize_records(records: Records) -> dict[str, Any]:
   for recipe in records.recipes:
     loss = _over_seeds(runs[recipe], "validation_loss", "validation_step")
     recipes[recipe] = {
+      "seeds": _planned_seeds(records.config, recipe),
       "seeds_finished": sum(run["finished"] for run in runs[recipe]),
       "last_step": max((run["last_step"] for run in runs[recipe]), default=None),
       "runs": runs[recipe],
@@ -89,6 +90,7 @@ def summarize_records(records: Records) -> dict[str, Any]:
     "steps": steps,
     "seeds": records.config.get("seeds"),
     "parameters": records.environment.get("parameters"),
+    "active_parameters": records.environment.get("active_parameters"),
     "unigram_entropy_nats": entropy,
     "notes": _notes(records, runs),
     "recipes": recipes,
@@ -190,6 +192,11 @@ def _runs(records: Records, recipe: str) -> list[Row]:
       }
     )
   return runs
+
+
+def _planned_seeds(config: dict[str, Any], recipe: str) -> int | None:
+  own = config.get("bf16_seeds") if recipe == BASELINE else None
+  return config.get("seeds") if own is None else own
 
 
 def _over_seeds(runs: list[Row], name: str, step_name: str) -> Row:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float32, Int32
 from experiments.config import Experiment, Optimizer, Quantize
 from fp4jax import operands
 from fp4jax.models import LanguageModel, Policy
+from fp4jax.moe_ffn import Implementation
 from fp4jax.recipe import Recipe
 
 Scalars = dict[str, Float32[Array, ""]]
@@ -42,10 +43,12 @@ class Trainer:
   saved_bytes: Callable[[Tokens], int]
 
 
-def policy_of(recipe: Recipe, quantize: Quantize) -> Policy:
+def policy_of(
+  recipe: Recipe, quantize: Quantize, implementation: Implementation | None = None
+) -> Policy:
   """The recipe where `quantize` says so, high precision elsewhere."""
   kinds = [f.name for f in dataclasses.fields(Quantize) if getattr(quantize, f.name)]
-  return Policy(**dict.fromkeys(kinds, recipe))
+  return Policy(**dict.fromkeys(kinds, recipe), implementation=implementation)
 
 
 def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer:
@@ -137,6 +140,18 @@ def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
     decay_steps=steps,
     end_value=config.final_fraction * config.learning_rate,
   )
+
+
+def parameter_counts(config: Experiment, vocab_size: int) -> dict[str, int]:
+  """All parameters, and those that one token meets: the embedding table not, top_k experts each."""
+  model = nnx.eval_shape(lambda: LanguageModel(config.model, vocab_size, nnx.Rngs(0)))
+  count = lambda state: sum(leaf.size for leaf in jax.tree.leaves(state))  # noqa: E731
+  total = count(nnx.state(model))
+  active = total - count(nnx.state(model.embedding))
+  if config.model.num_experts:
+    experts = model.blocks.feed_forward.w13.size + model.blocks.feed_forward.w2.size
+    active -= experts // config.model.num_experts * (config.model.num_experts - config.model.top_k)
+  return {"parameters": total, "active_parameters": active}
 
 
 def saved_activation_bytes(trainer: Trainer, batch: int, length: int) -> float:

@@ -54,8 +54,9 @@ class WorkDir:
         )
     self.runs = [
       Run(recipe, seed, self.path / "runs" / f"{recipe}-{seed}")
-      for seed in range(config.seeds)
+      for seed in range(max(map(config.seeds_of, config.recipes)))
       for recipe in config.recipes
+      if seed < config.seeds_of(recipe)
     ]
     self._wanted = wanted
 

@@ -169,7 +169,8 @@ def _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps):
   if residual.hidden is not None:
     of_second |= {"residual.lhs": ops.residual_summary(h, tapped[1])}
   choices = y.astype(dtype)[order.row_of_choice].reshape(*weights.shape, -1)
-  out = jnp.einsum("tkd,tk->td", choices.astype(jnp.float32), weights).astype(dtype)
+  # Not an einsum: a GPU would round float32 to TF32 there.
+  out = jnp.sum(choices.astype(jnp.float32) * weights[..., None], axis=1).astype(dtype)
 
   def keep_weights(w, read):  # as they were passed, not their copy in x's dtype
     return ops.Tensor(w, read.packed, w.shape).kept_for(recipe.dgrad.rhs.source)

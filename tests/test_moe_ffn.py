@@ -160,7 +160,7 @@ def composed(recipe, x, w13, w2, experts, weights, dout, taps):
   def choices(rows):
     return rows[back].reshape(len(x), k, -1).astype(jnp.float32)
 
-  out = jnp.einsum("tkd,tk->td", choices(y), weights).astype(x.dtype)
+  out = jnp.sum(choices(y) * weights[..., None], axis=1).astype(x.dtype)
   da, dw2, tap2 = pull_second((dout[order // k].astype(jnp.float32) * weight).astype(x.dtype))
   dweights = choices(jnp.sum(a.astype(jnp.float32) * da.astype(jnp.float32), 1, keepdims=True))
   drows, dw13, tap1 = pull_first(pull_a(da)[0])

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax import operands, recipes
 from fp4jax.dot import dot_general
-from fp4jax.moe_ffn import moe_ffn
+from fp4jax.moe_ffn import Implementation, moe_ffn
 from fp4jax.recipe import Recipe
 
 
@@ -22,6 +22,7 @@ class Policy:
   scores: Recipe = recipes.BF16  # q k^T, and probabilities times v
   router: Recipe = recipes.FP32
   head: Recipe = recipes.BF16
+  implementation: Implementation | None = None  # of `moe_ffn`
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +52,10 @@ class Numerics:
     """`names` are those of its two GEMMs, which are of one kind."""
     recipe = self._recipe(names[0])
     keys, taps = tuple(map(self._key, names)), tuple(map(self._tap, names))
-    return moe_ffn(x, w13, w2, experts, weights, recipe, keys=keys, taps=taps)
+    implementation = self.policy.implementation
+    return moe_ffn(
+      x, w13, w2, experts, weights, recipe, keys=keys, taps=taps, implementation=implementation
+    )
 
   def matmul(self, name: str, x: Float[Array, "*t k"], w: Float[Array, "k n"]) -> Array:
     """x @ w, with w cast to x's dtype."""

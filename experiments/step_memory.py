@@ -1,0 +1,77 @@
+"""Device memory of a training step of every recipe, each in a process of its own.
+
+    python -m experiments.step_memory --config=configs/moe_1b.py --out=results/moe_1b_memory.jsonl
+
+A device counts the peak of a process and never resets it, hence the processes.
+"""
+
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import data, logs
+from experiments.config import Experiment, validate
+from experiments.environment import describe_environment
+from experiments.train import make_trainer, policy_of
+from fp4jax import recipes
+
+_CONFIG = config_flags.DEFINE_config_file("config")
+_OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
+_COMMIT = flags.DEFINE_string("commit", None, "Commit of the code, where git can't say.")
+_STEPS = 3
+
+
+def measure(config: Experiment, recipe: str) -> dict:
+  """Bytes: of the state, of what the compiler plans beside it, and the device's peak over steps.
+
+  The peak is None on a device that does not count, such as a CPU.
+  """
+  corpus = data.load_corpus(config.data)
+  batches = data.batches(corpus, config.data, 0, "train")
+  policy = policy_of(recipes.by_name(recipe), config.quantize, config.implementation)
+  trainer = make_trainer(config, corpus.vocab_size, policy)
+  seed = jnp.int32(0)
+  state = jax.eval_shape(trainer.init, seed)
+  # Compiled before anything is on the device, so that no tuning run adds to the peak.
+  step = trainer.step.lower(state, batches[0], seed).compile()
+  state = trainer.init(seed)
+  for i in range(_STEPS):
+    state, _ = jax.block_until_ready(step(state, batches[i], seed))
+  environment = describe_environment()
+  return {
+    "recipe": recipe,
+    "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+    "temp_bytes": step.memory_analysis().temp_size_in_bytes,
+    "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+    "tokens_per_step": config.data.batch_size * config.data.sequence_length,
+  } | {key: environment[key] for key in ("device", "git_commit", "git_dirty", "versions")}
+
+
+def main(_) -> None:
+  config = _CONFIG.value
+  validate(config)
+  # A child takes what it uses, so that there may be others on the device.
+  os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+  Path(_OUT.value).parent.mkdir(parents=True, exist_ok=True)
+  log = logs.JsonLines(_OUT.value, 0)
+  processes = concurrent.futures.ProcessPoolExecutor(
+    1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+  )
+  with processes as pool:
+    for row in pool.map(functools.partial(measure, config), config.recipes):
+      row["git_commit"] = row["git_commit"] or _COMMIT.value
+      log.write(row)
+      peak = "uncounted" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f} GB"
+      print(f"{row['recipe']:20s} peak {peak}, temporaries {row['temp_bytes'] / 1e9:.2f} GB")
+  log.close()
+
+
+if __name__ == "__main__":
+  app.run(main)
