@@ -1,0 +1,99 @@
+"""Whole training steps of the language model: the Hopper kernels against XLA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.config import Experiment, Optimizer, Quantize
+from experiments.train import make_trainer, parameter_counts, policy_of
+from fp4jax import recipes
+from fp4jax.models import ModelConfig
+
+CONFIG = Experiment(
+  steps=10,
+  quantize=Quantize(attention=False),
+  model=ModelConfig(
+    num_layers=2,
+    d_model=256,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=128,
+    num_experts=4,
+    top_k=2,
+    d_ff=128,
+  ),
+  optimizer=Optimizer(learning_rate=1e-4, warmup_steps=0),
+)
+
+
+@functools.cache
+def trainer_of(name, implementation):
+  policy = policy_of(recipes.by_name(name), CONFIG.quantize, implementation)
+  return make_trainer(CONFIG, 256, policy)
+
+
+@functools.cache
+def trained(name, implementation, moved=0.0):
+  """Losses and gradient norms of three steps, and Adam's first moments after them in one vector.
+
+  The moments are sums of the three gradients, so errors show in them as they are; in the weights
+  Adam makes a step of the full rate of every small gradient, whatever its sign. `moved` multiplies
+  every weight by 1 +- moved first.
+  """
+  trainer, rng = trainer_of(name, implementation), np.random.default_rng(0)
+  state, scalars = trainer.init(jnp.int32(0)), []
+  move = lambda p: p * (1 + moved * rng.choice([-1, 1], p.shape)).astype(np.float32)  # noqa: E731
+  state = type(state)(state.step, jax.tree.map(move, state.params), state.opt_state)
+  for tokens in np.random.default_rng(1).integers(0, 256, (3, 8, 129)).astype(np.int32):
+    state, row = trainer.step(state, tokens, jnp.int32(0))
+    scalars.append([float(row["loss"]), float(row["grad_norm"])])
+  moments = jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))
+  return np.array(scalars), np.concatenate([np.float64(leaf).ravel() for leaf in moments])
+
+
+# Two right programs add in different orders. That moves a bf16 or FP8 value here and there to its
+# neighbour, and a token between two experts that it likes as well, and from layer to layer that
+# grows. So XLA with weights moved by 2^-20, which is as little, says on any machine what the bounds
+# leave room for: of the first moments it changes, for BF16, FP8 and HOPPER_FP4, 6, 12 and 27 %;
+# their distance to BF16, the noise of the products, is 14 (FP8) and 38 %.
+MOVED = {"implementation": "xla", "moved": 2.0**-20}
+
+
+@pytest.mark.parametrize(
+  "other",
+  [
+    pytest.param(MOVED, id="xla, weights moved"),
+    pytest.param({"implementation": "mosaic"}, id="mosaic", marks=pytest.mark.gpu),
+  ],
+)
+@pytest.mark.parametrize("name", ["bf16", "fp8", "hopper_fp4"])
+def test_three_steps_agree_within_the_noise_of_the_products(name, other):
+  scalars, moments = trained(name, **other)
+  expected, expected_moments = trained(name, "xla")
+  bf16, fp8 = trained("bf16", "xla")[1], trained("fp8", "xla")[1]
+  noise = np.linalg.norm((fp8 if name == "bf16" else expected_moments) - bf16)
+  assert np.linalg.norm(moments - expected_moments) < noise
+  if name != "bf16":  # and it is as far from BF16: each does round its operands
+    assert np.linalg.norm(moments - bf16) == pytest.approx(noise, rel=0.2)
+  # The loss of a token so moves by 0.2 nats (HOPPER_FP4, standard deviation) at the first step, the
+  # mean of 1024 by 0.006; by the third step it is three times that. The norm moves by up to 1 %.
+  np.testing.assert_allclose(scalars[:, 0], expected[:, 0], atol=0.05)
+  np.testing.assert_allclose(scalars[:, 1], expected[:, 1], rtol=0.03)
+
+
+def test_active_parameters_are_those_that_a_token_meets():
+  config = Experiment(model=ModelConfig(num_layers=3, d_model=32, num_experts=8, top_k=2, d_ff=16))
+  config.model.num_heads, config.model.num_kv_heads, config.model.head_dim = 4, 2, 8
+  counts = parameter_counts(config, 50)
+  attention = 32 * (4 + 2 + 2) * 8 + 4 * 8 * 32
+  rest = 3 * (attention + 2 * 32 + 32 * 8) + 32 + 32 * 50  # norms, router, last norm, head
+  expert = 3 * 32 * 16
+  assert counts["parameters"] == rest + 3 * 8 * expert + 50 * 32
+  assert counts["active_parameters"] == rest + 3 * 2 * expert
+  config.model.num_experts = 0
+  dense = parameter_counts(config, 50)
+  assert dense["parameters"] - dense["active_parameters"] == 50 * 32
