@@ -13,8 +13,11 @@ import jax
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_dtypes", "numpy", "grain")
 
 
-def describe_environment() -> dict[str, Any]:
-  """Versions, device, git commit and whether the tree differs from it, and the command line."""
+def describe_environment(commit: str | None = None) -> dict[str, Any]:
+  """Versions, device, git commit and whether the tree differs from it, and the command line.
+
+  `commit` is that of the code where it runs from a copy that git knows nothing of.
+  """
   device = jax.devices()[0]
   kind = platform.machine() if device.platform == "cpu" else device.device_kind
   return {
@@ -22,8 +25,8 @@ def describe_environment() -> dict[str, Any]:
     "versions": {"python": platform.python_version()}
     | {name: _version(name) for name in _PACKAGES},
     "device": f"{device.platform} {kind} x{jax.device_count()}, {os.cpu_count()} CPU cores",
-    "git_commit": _git("rev-parse", "HEAD"),
-    "git_dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+    "git_commit": commit or _git("rev-parse", "HEAD"),
+    "git_dirty": None if commit else _is_dirty(),
   }
 
 
@@ -33,6 +36,11 @@ def _version(name: str) -> str | None:
     return importlib.metadata.version(name)
   except importlib.metadata.PackageNotFoundError:
     return None
+
+
+def _is_dirty() -> bool | None:
+  status = _git("status", "--porcelain")
+  return None if status is None else bool(status)
 
 
 def _git(*arguments: str) -> str | None:

@@ -27,6 +27,7 @@ from experiments.kernel_timing import (
   GEMMS,
   ROWS,
   bf16_tensor,
+  compiled,
   grouped,
   time_us,
 )
@@ -35,7 +36,7 @@ from fp4jax.moe_ffn import moe_ffn
 
 _OUT = flags.DEFINE_string("out", "results/kernel_bench.jsonl", "JSONL file to write.")
 _ONLY = flags.DEFINE_list("only", ["elementwise", "matmul", "moe_ffn"], "Which parts to run.")
-_COMMIT = flags.DEFINE_string("commit", None, "Commit of the code, where git can't say.")
+_COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
 _LARGE = flags.DEFINE_boolean("large", True, "moe_ffn also at 64 experts, top-8.")
 _SKEW = np.array([9001, 1, 127, 6144, 0, 3333, 12034, 2128])
 Row = dict
@@ -48,29 +49,40 @@ def elementwise() -> Iterator[Row]:
     yield {"kind": "peer", "name": name, "library": "torchao", "time_us": time}
   tensors = [bf16_tensor(seed, (ROWS, CONTRACTION)) for seed in (0, 1)]
   for case in (*cases.CASES, *cases.SWIGLU, *cases.STOCHASTIC):
-    small = jax.jit(case.prepare)(tensors[0][:512])
-    exact = case.definition and _same(jax.jit(case.kernel)(small), jax.jit(case.definition)(small))
+    if not case.benchmarked:
+      continue
     sets = [(jax.jit(case.prepare)(x),) for x in tensors]
-    row = time_us(case.kernel, *sets)
-    rate = case.bytes_per_value * ROWS * CONTRACTION / row["time_us"] * 1e6
-    row |= {"tb_per_s": rate / 1e12, "of_copy": rate / copy}
-    if case.definition:
-      xla = time_us(case.definition, sets[0], repeats=3)["time_us"]
-      row |= {"xla_time_us": xla, "times_xla": xla / row["time_us"]}
+    kernel = compiled(case.kernel, *sets[0])
     what = {"kind": "elementwise", "name": case.name, "shape": [ROWS, CONTRACTION]}
-    yield what | {"equal": exact} | row
+    xla = {}
+    if case.definition:
+      definition = compiled(case.definition, *sets[0])
+      what["equal"] = _equal(kernel(*sets[0]), definition(*sets[0]))
+      xla = {"xla_time_us": time_us(definition, sets[0], repeats=3)["time_us"]}
+    row = time_us(kernel, *sets)
+    rate = case.bytes_per_value * ROWS * CONTRACTION / row["time_us"] * 1e6
+    row |= xla | {"tb_per_s": rate / 1e12, "of_copy": rate / copy}
+    if xla:
+      row["times_xla"] = xla["xla_time_us"] / row["time_us"]
+    yield what | row
 
 
-def _same(actual, expected):
-  def bits(x):
-    return np.asarray(x).view(np.uint8 if x.dtype.itemsize == 1 else np.uint16)
+@jax.jit
+def _differences(actual, expected):
+  bits = lambda x: lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")  # noqa: E731
+  return jax.tree.map(lambda a, e: jnp.sum(bits(a) != bits(e), dtype=jnp.int32), actual, expected)
 
-  return all(bool((bits(a) == bits(e)).all()) for a, e in zip(actual, expected, strict=True))
+
+def _equal(actual, expected) -> bool:
+  """Every bit of every result."""
+  found = _differences(*(tuple(jax.tree.leaves(x)) for x in (actual, expected)))
+  return not any(map(int, found))
 
 
 def matmuls() -> Iterator[Row]:
   """Peers are timed on the very shape and groups; ratios are of speeds."""
   for n, k in GEMMS:
+    programs = {}  # group sizes are arguments: both loads run the same ones
     flops = 2 * ROWS * n * k
     for load, sizes in (("even", np.full(8, ROWS // 8)), ("skewed", _SKEW)):
       where = {"groups": load, "m": ROWS, "n": n, "k": k}
@@ -83,28 +95,30 @@ def matmuls() -> Iterator[Row]:
           tflops = flops / time * 1e-6
           yield {"kind": "matmul_peer", "gemm": gemm, "name": name, "tflops": tflops} | where
       for name, gemm, f, arguments in grouped(n, k, jnp.asarray(sizes, jnp.int32)):
-        row = time_us(f, *arguments)
+        if name not in programs:
+          programs[name] = compiled(f, *arguments[0])
+        row = time_us(programs[name], *arguments)
         row |= {"tflops": flops / row["time_us"] * 1e-6}
         row |= {f"times_{peer}": t / row["time_us"] for peer, t in peer_times[gemm].items()}
         yield {"kind": "matmul", "name": name, "gemm": gemm} | where | row
 
 
 def moe_ffns() -> Iterator[Row]:
-  sizes = ((8, 2), (64, 8)) if _LARGE.value else ((8, 2),)
-  for experts, top_k in sizes:
+  for experts, top_k in ((8, 2), (64, 8)) if _LARGE.value else ((8, 2),):
     arguments = _moe_inputs(experts, top_k)
     reference = None
     for recipe in (recipes.BF16, recipes.FP8, recipes.HOPPER_FP4):
-      step = jax.jit(functools.partial(_step, recipe))
+      forward = compiled(functools.partial(_forward, recipe), *arguments[:5])
+      step = compiled(functools.partial(_step, recipe), *arguments)
       row = {
         "kind": "moe_ffn",
         "recipe": recipe.name,
         "experts": experts,
         "top_k": top_k,
-        "forward_us": time_us(functools.partial(_forward, recipe), arguments, repeats=5)["time_us"],
+        "forward_us": time_us(forward, arguments[:5], repeats=5)["time_us"],
         **time_us(step, arguments, repeats=5),
-        "temp_bytes": step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes,
-        **_saved_bytes(recipe, arguments),
+        "temp_bytes": step.memory_analysis().temp_size_in_bytes,
+        **_saved_bytes(forward, arguments[:5]),
       }
       reference = reference or row
       row["speed_to_bf16"] = reference["time_us"] / row["time_us"]
@@ -121,8 +135,10 @@ def _moe_inputs(e, top_k, tokens=ROWS, d=CONTRACTION, f=COLUMNS):
   return x, w13, w2, experts, weights, bf16_tensor(4, (tokens, d))
 
 
-def _forward(recipe, x, w13, w2, experts, weights, dout):
-  return moe_ffn(x, w13, w2, experts, weights, recipe, implementation="mosaic")
+def _forward(recipe, x, w13, w2, experts, weights):
+  """The output, and what is kept but for the weights of the experts."""
+  y, pull = _pull(recipe, x, w13, w2, experts, weights)
+  return y, [kept for kept in jax.tree.leaves(pull) if kept.shape not in (w13.shape, w2.shape)]
 
 
 def _pull(recipe, x, w13, w2, experts, weights):
@@ -137,23 +153,15 @@ def _step(recipe, x, w13, w2, experts, weights, dout):
   return y, *pull(dout)
 
 
-def _saved_bytes(recipe, arguments):
-  """What the forward pass keeps for the backward pass beside the weights of the experts.
-
-  As outputs of the compiled forward pass (the weights are its inputs and no new outputs), and as
-  what the device holds after it more than before.
-  """
-  forward = jax.jit(functools.partial(_pull, recipe))
-  analysis = forward.lower(*arguments[:5]).compile().memory_analysis()
+def _saved_bytes(forward, arguments):
+  """By the compiled program's own analysis, and as what the device holds more after it ran."""
   in_use = lambda: jax.devices()[0].memory_stats()["bytes_in_use"]  # noqa: E731
   before = in_use()
-  y, pull = jax.block_until_ready(forward(*arguments[:5]))
+  y, kept = jax.block_until_ready(forward(*arguments))
   held = in_use() - before - y.nbytes
-  del pull
-  return {
-    "saved_bytes": analysis.output_size_in_bytes - y.nbytes,
-    "saved_on_device_bytes": held,
-  }
+  del kept
+  outputs = forward.memory_analysis().output_size_in_bytes
+  return {"saved_bytes": outputs - y.nbytes, "saved_on_device_bytes": held}
 
 
 _PARTS = {"elementwise": elementwise, "matmul": matmuls, "moe_ffn": moe_ffns}
@@ -162,8 +170,7 @@ _PARTS = {"elementwise": elementwise, "matmul": matmuls, "moe_ffn": moe_ffns}
 def main(argv):
   del argv
   log = logs.JsonLines(Path(_OUT.value), 0)
-  environment = describe_environment()
-  environment["git_commit"] = environment["git_commit"] or _COMMIT.value
+  environment = describe_environment(_COMMIT.value)
   log.write({"kind": "environment"} | environment)
   for part in _ONLY.value:
     for row in _PARTS[part]():

@@ -2,11 +2,12 @@
 
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import profiler
+from jaxtyping import Array, Int
 
 from pallas_kernels import bf16_matmul, grouped_matmul
 
@@ -14,44 +15,49 @@ ROWS, CONTRACTION, COLUMNS = 32768, 7168, 2048
 GEMMS = (COLUMNS, CONTRACTION), (CONTRACTION, COLUMNS)  # columns and contraction of fprop
 
 
-def time_us(f: Callable, *sets: tuple, repeats: int = 10) -> dict[str, float]:
-  """Device time of f, the sets of inputs in turns."""
-  compiled = jax.jit(lambda *arguments: f(*arguments))  # anew: a table may have changed
+def compiled(f: Callable, *arguments):
+  """f, traced anew: a tuning table may have changed since it was last."""
+  return jax.jit(lambda *a: f(*a)).lower(*arguments).compile()
+
+
+def time_us(program: Callable, *sets: tuple, repeats: int = 10) -> dict[str, float]:
+  """Device time of a compiled program, the sets of inputs in turns."""
   times = []
   for arguments in sets:
-    jax.block_until_ready(compiled(*arguments))
-    _, ms = profiler.measure(compiled, iterations=repeats)(*arguments)
+    jax.block_until_ready(program(*arguments))
+    _, ms = profiler.measure(program, iterations=repeats)(*arguments)
     times += [1000 * t for t in ms]
   low, median, high = statistics.quantiles(times, n=4)
   return {"time_us": median, "time_us_quartiles": [low, high]}
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random(key, shape, dtype):
+  return jax.random.normal(key, shape, jnp.bfloat16).astype(dtype)
+
+
 def bf16_tensor(seed: int, shape: tuple[int, ...]):
-  return jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))(jax.random.key(seed))
+  return _random(jax.random.key(seed), shape, jnp.bfloat16)
 
 
-def grouped(n, k, sizes):
-  """(name, gemm, function, sets of inputs); freed one after the other."""
+def grouped(n: int, k: int, sizes: Int[Array, " e"]) -> Iterator[tuple[str, str, Callable, list]]:
+  """(name, gemm, function, sets of its inputs); the inputs are freed one after the other."""
   e = len(sizes)
   rows = 128 * (ROWS // 128 + e)
-  fp8 = lambda seed, *shape: bf16_tensor(seed, shape).astype(jnp.float8_e4m3fn)  # noqa: E731
+  fp8 = lambda seed, *shape: _random(jax.random.key(seed), shape, jnp.float8_e4m3fn)  # noqa: E731
   scales = lambda *shape: jax.random.uniform(jax.random.key(9), shape, minval=0.5)  # noqa: E731
   for gemm, i, o in (("fprop", k, n), ("dgrad", n, k)):
-    sets = [
-      (fp8(s, ROWS, i), scales(i // 128, ROWS), fp8(s + 2, e, o, i), scales(e, o // 128, i // 128))
-      for s in (0, 1)
-    ]
-    yield f"fp8 {gemm}", gemm, lambda *a: grouped_matmul.grouped_matmul(*a, sizes), sets
-  sets = [
-    (fp8(s, k, rows), scales(rows // 128, k), fp8(s + 2, n, rows), scales(rows // 128, n))
-    for s in (0, 1)
-  ]
+    weights = lambda s, i=i, o=o: (fp8(s, e, o, i), scales(e, o // 128, i // 128))  # noqa: E731
+    sets = [(fp8(s, ROWS, i), scales(i // 128, ROWS), *weights(s + 2), sizes) for s in (0, 1)]
+    yield f"fp8 {gemm}", gemm, grouped_matmul.grouped_matmul, sets
+  sides = lambda s: (fp8(s, k, rows), scales(rows // 128, k))  # noqa: E731
+  other = lambda s: (fp8(s, n, rows), scales(rows // 128, n))  # noqa: E731
+  sets = [(*sides(s), *other(s + 2), sizes) for s in (0, 1)]
   for dtype in (jnp.float32, jnp.bfloat16):
     wgrad = functools.partial(grouped_matmul.grouped_wgrad, out_dtype=dtype)
-    name = f"fp8 wgrad, {jnp.dtype(dtype).name} result"
-    yield name, "wgrad", lambda *a, wgrad=wgrad: wgrad(*a, sizes), sets
+    yield f"fp8 wgrad, {jnp.dtype(dtype).name} result", "wgrad", wgrad, sets
   x, w, dy = bf16_tensor(0, (ROWS, k)), bf16_tensor(1, (e, k, n)), bf16_tensor(2, (ROWS, n))
-  yield "bf16 fprop", "fprop", lambda x, w: bf16_matmul.grouped_matmul(x, w, sizes), [(x, w)]
+  yield "bf16 fprop", "fprop", bf16_matmul.grouped_matmul, [(x, w, sizes)]
   dgrad = functools.partial(bf16_matmul.grouped_matmul, transpose_rhs=True)
-  yield "bf16 dgrad", "dgrad", lambda dy, w: dgrad(dy, w, sizes), [(dy, w)]
-  yield "bf16 wgrad", "wgrad", lambda x, dy: bf16_matmul.grouped_wgrad(x, dy, sizes), [(x, dy)]
+  yield "bf16 dgrad", "dgrad", dgrad, [(dy, w, sizes)]
+  yield "bf16 wgrad", "wgrad", bf16_matmul.grouped_wgrad, [(x, dy, sizes)]

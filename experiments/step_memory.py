@@ -24,11 +24,11 @@ from fp4jax import recipes
 
 _CONFIG = config_flags.DEFINE_config_file("config")
 _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
-_COMMIT = flags.DEFINE_string("commit", None, "Commit of the code, where git can't say.")
+_COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
 _STEPS = 3
 
 
-def measure(config: Experiment, recipe: str) -> dict:
+def measure(config: Experiment, commit: str | None, recipe: str) -> dict:
   """Bytes: of the state, of what the compiler plans beside it, and the device's peak over steps.
 
   The peak is None on a device that does not count, such as a CPU.
@@ -44,7 +44,7 @@ def measure(config: Experiment, recipe: str) -> dict:
   state = trainer.init(seed)
   for i in range(_STEPS):
     state, _ = jax.block_until_ready(step(state, batches[i], seed))
-  environment = describe_environment()
+  environment = describe_environment(commit)
   return {
     "recipe": recipe,
     "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
@@ -65,8 +65,7 @@ def main(_) -> None:
     1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
   )
   with processes as pool:
-    for row in pool.map(functools.partial(measure, config), config.recipes):
-      row["git_commit"] = row["git_commit"] or _COMMIT.value
+    for row in pool.map(functools.partial(measure, config, _COMMIT.value), config.recipes):
       log.write(row)
       peak = "uncounted" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f} GB"
       print(f"{row['recipe']:20s} peak {peak}, temporaries {row['temp_bytes'] / 1e9:.2f} GB")

@@ -27,7 +27,7 @@ from fp4jax.recipe import Recipe
 _CONFIG = config_flags.DEFINE_config_file("config")
 _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "Timed steps of each recipe.", lower_bound=3)
-_COMMIT = flags.DEFINE_string("commit", None, "Commit of the code, where git can't say.")
+_COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
 _SPLIT = flags.DEFINE_list("split", ["mxfp4"], "Recipes to time GEMM by GEMM too.")
 
 
@@ -68,8 +68,7 @@ def main(_) -> None:
     for name, recipe in chosen.items()
   }
   times = time_steps(config, policies, _ROUNDS.value)
-  environment = describe_environment()
-  environment["git_commit"] = environment["git_commit"] or _COMMIT.value
+  environment = describe_environment(_COMMIT.value)
   tokens = config.data.batch_size * config.data.sequence_length
   Path(_OUT.value).parent.mkdir(parents=True, exist_ok=True)
   log = logs.JsonLines(_OUT.value, 0)

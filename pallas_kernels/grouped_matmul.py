@@ -42,6 +42,7 @@ class TuningConfig:
   stages: int = 3
   out_buffers: int = 1  # slices of columns on their way through SMEM to memory at a time
   cluster: int = 2  # CTAs with neighbouring columns that load their rows of lhs together
+  skip_idle: bool = False  # waves without a row of the group multiply nothing
   grid_tile_width: int = 8  # columns of output tiles that neighbouring CTAs sweep together
 
   @property
@@ -57,7 +58,7 @@ TUNING: dict[Literal["matmul", "wgrad"], TuningConfig] = {
 # What the tests run besides: every way through the kernels.
 VARIANTS = {
   "3 warpgroups": TuningConfig(cluster=1),
-  "2 warpgroups": TuningConfig(compute_warpgroups=2, tile_n=192, cluster=1),
+  "2 warpgroups": TuningConfig(compute_warpgroups=2, tile_n=192, cluster=1, skip_idle=True),
   "cluster": TuningConfig(),
 }
 
@@ -111,31 +112,27 @@ def _issue(lhs_smem, rhs_smem):
   return pl.run_scoped(scope, plgpu.ACC((WAVE, rhs_smem.shape[0]), jnp.float32))
 
 
-def _slices(config):
-  return [pl.ds(c, SLICE) for c in range(0, config.tile_n, SLICE)]
+def _pieces(config, width):
+  """The columns of a tile by `width`."""
+  return [pl.ds(c, width) for c in range(0, config.tile_n, width)]
 
 
-def _blocks(config, column, n):
-  """(index, slices) of the blocks of rhs that a column tile runs through.
-
-  A tile whose width is no multiple of theirs may begin inside one, so that each slice is asked for
-  its own; past the last block it is the last one's.
-  """
-  width = BLOCK if config.tile_n % BLOCK == 0 else SLICE
-  places = range(0, config.tile_n, width)
-  last = n // BLOCK - 1
-  return [
-    (jnp.minimum((column * config.tile_n + c) // BLOCK, last), width // SLICE) for c in places
-  ]
+def _block_width(config):
+  """Columns of a tile that certainly share a block of rhs: a tile may begin inside one."""
+  return BLOCK if config.tile_n % BLOCK == 0 else SLICE
 
 
-def _zeros(config):
-  zeros = plgpu.layout_cast(jnp.zeros((WAVE, SLICE), jnp.float32), plgpu.Layout.WGMMA)
-  return (zeros,) * (config.tile_n // SLICE)
+def _zeros(config, width):
+  zeros = plgpu.layout_cast(jnp.zeros((WAVE, width), jnp.float32), plgpu.Layout.WGMMA)
+  return (zeros,) * (config.tile_n // width)
 
 
-def _by_row(scale):
-  return lax.broadcast_in_dim(scale, (WAVE, SLICE), (0,))
+def _columns_of(product, piece):
+  return product[:, piece.start : piece.start + piece.size]
+
+
+def _by_row(scale, width):
+  return lax.broadcast_in_dim(scale, (WAVE, width), (0,))
 
 
 def _load_rows(ref):
@@ -172,10 +169,12 @@ def _fill(ring, config, step, copies):
   @pl.when(step >= config.stages)
   def _():
     plgpu.barrier_wait(ring["empty"].at[slot])
-    if config.cluster == 1:
-      # The scales were read by loads, and TMA is another proxy: PTX orders its writes after those
-      # loads only past a proxy fence. Here, off the critical path, one serves all readers.
-      plgpu.commit_smem()
+    # The scales were read by loads, and TMA is another proxy: PTX orders its writes after those
+    # loads only past a proxy fence. Here, off the critical path, one serves all readers.
+    plgpu.commit_smem()
+    if config.cluster > 1:  # what this CTA loads goes into the slots of both
+      plgpu.barrier_arrive(ring["free"].at[slot])
+      plgpu.barrier_wait(ring["free"].at[slot])
 
   for src, name in copies:
     shared = config.cluster > 1 and name == "lhs"
@@ -187,15 +186,6 @@ def _fill(ring, config, step, copies):
     )
 
 
-def _release(ring, config, slot):
-  """Compute warpgroup: done with a slot."""
-  if config.cluster > 1:
-    # One thread arrives for its warpgroup at the barriers of both CTAs: the others must have read
-    # their scales and seen `full`, and what TMA writes next is ordered after that by the fence.
-    plgpu.commit_smem()
-  plgpu.barrier_arrive(ring["empty"].at[slot])
-
-
 def _drain(ring, config, steps):
   """Every barrier must be waited for as often as it completes."""
 
@@ -204,14 +194,20 @@ def _drain(ring, config, steps):
     plgpu.barrier_wait(ring["empty"].at[lax.rem(step, jnp.int32(config.stages))])
 
 
-def _skip(ring, config, first_step, steps):
-  """For a wave with nothing to store: passes the slots on."""
+def _unless_idle(ring, config, busy, work, first_step, steps):
+  """work(), or, for a wave with nothing to store, only passes the slots on."""
+  if not config.skip_idle:
+    work()
+    return
+  pl.when(busy)(work)
 
-  @pl.loop(first_step, first_step + steps)
-  def _(step):
-    slot = lax.rem(step, jnp.int32(config.stages))
-    plgpu.barrier_wait(ring["full"].at[slot])
-    _release(ring, config, slot)
+  @pl.when(~busy)
+  def _():
+    @pl.loop(first_step, first_step + steps)
+    def _(step):
+      slot = lax.rem(step, jnp.int32(config.stages))
+      plgpu.barrier_wait(ring["full"].at[slot])
+      plgpu.barrier_arrive(ring["empty"].at[slot])
 
 
 def _call(fill, multiply, out_type, config, interpret, copies, wgrad=False):
@@ -243,9 +239,7 @@ def _call(fill, multiply, out_type, config, interpret, copies, wgrad=False):
   )
   shape = dict(grid=(_num_sms(interpret) // config.cluster,), grid_names=("sm",))
   if config.cluster > 1:
-    scratch["empty"] = plgpu.ClusterBarrier(
-      collective_axes=("cluster",), num_arrivals=wgs, num_barriers=slots
-    )
+    scratch["free"] = plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=slots)
     shape |= dict(cluster=(config.cluster,), cluster_names=("cluster",))
   if wgrad:
     scratch["rhs_scales"] = plgpu.SMEM((slots, config.tile_n), jnp.float32)
@@ -268,10 +262,11 @@ def _store(ring, config, wg, sums, out, row, rows, column):
   Copies have static shapes, so a wave cut by the ends of its group takes one for each bit of its
   number of rows. A slice of columns at a time keeps the buffers small.
   """
-  begin, end = rows
-  for i, total in enumerate(sums):
+  (begin, end), width = rows, sums[0].shape[1]
+  for i, piece in enumerate(_pieces(config, SLICE)):
     out_smem = ring["out"].at[wg, i % config.out_buffers]
-    columns = pl.ds(column + i * SLICE, SLICE)
+    columns = pl.ds(column + piece.start, SLICE)
+    total = _columns_of(sums[piece.start // width], pl.ds(piece.start % width, SLICE))
     plgpu.wait_smem_to_gmem(config.out_buffers - 1, wait_read_only=True)
     out_smem[...] = total.astype(out.dtype)
     plgpu.commit_smem()
@@ -363,44 +358,41 @@ def grouped_matmul(
 
   def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
     del lhs, lhs_scales, rhs
-    own = pl.ds(wg * WAVE, WAVE)
+    own, width = pl.ds(wg * WAVE, WAVE), _block_width(config)
+    pieces = _pieces(config, width)
 
     def tile(entry, first_step):
       group, row, pair, begin, end = entry
       column = _column(config, pair)
 
-      blocks = _blocks(config, column, n)
+      # Past the last block of rhs the scale is the last one's, and nothing is stored.
+      blocks = [
+        jnp.minimum((column * config.tile_n + piece.start) // BLOCK, n // BLOCK - 1)
+        for piece in pieces
+      ]
       offset = wg * WAVE
       begin, end = jnp.clip(begin - offset, 0, WAVE), jnp.clip(end - offset, 0, WAVE)
 
       def step(b, sums):
         slot = lax.rem(first_step + b, jnp.int32(config.stages))
         # Read early: their latency hides in the wait.
-        block_scales = [rhs_scales[group, block, b] for block, _ in blocks]
+        block_scales = [rhs_scales[group, block, b] for block in blocks]
         plgpu.barrier_wait(ring["full"].at[slot])
         product = _issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
         plgpu.wgmma_wait(0)
         row_scales = _load_rows(ring["lhs_scales"].at[slot, own])
-        _release(ring, config, slot)
-        scales = [
-          _by_row(row_scales * scale)
-          for scale, (_, slices) in zip(block_scales, blocks, strict=True)
-          for _ in range(slices)
-        ]
+        scales = [_by_row(row_scales * scale, width) for scale in block_scales]
+        plgpu.barrier_arrive(ring["empty"].at[slot])
         return tuple(
-          total + product[:, s.start : s.start + SLICE] * scale
-          for s, scale, total in zip(_slices(config), scales, sums, strict=True)
+          total + _columns_of(product, piece) * scale
+          for piece, scale, total in zip(pieces, scales, sums, strict=True)
         )
 
-      @pl.when(begin < end)
-      def _():
-        sums = lax.fori_loop(0, k_steps, step, _zeros(config))
+      def work():
+        sums = lax.fori_loop(0, k_steps, step, _zeros(config, width))
         _store(ring, config, wg, sums, out, row + offset, (begin, end), column * config.tile_n)
 
-      @pl.when(begin >= end)
-      def _():
-        _skip(ring, config, first_step, k_steps)
-
+      _unless_idle(ring, config, begin < end, work, first_step, k_steps)
       return first_step + k_steps
 
     _persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
@@ -495,24 +487,20 @@ def grouped_wgrad(
         plgpu.wgmma_wait(0)
         new = []
         # Only now and by slices: a scale for each of a thread's columns takes many registers.
-        for s, total in zip(_slices(config), sums, strict=True):
+        for piece, total in zip(_pieces(config, SLICE), sums, strict=True):
           column_scales = plgpu.load(
-            ring["rhs_scales"].at[slot, s], layout=plgpu.Layout.WGMMA.reduce(0)
+            ring["rhs_scales"].at[slot, piece], layout=plgpu.Layout.WGMMA.reduce(0)
           )
-          part = product[:, s.start : s.start + SLICE] * _by_row(row_scales)
+          part = _columns_of(product, piece) * _by_row(row_scales, SLICE)
           new.append(total + part * lax.broadcast_in_dim(column_scales, (WAVE, SLICE), (1,)))
-        _release(ring, config, slot)
+        plgpu.barrier_arrive(ring["empty"].at[slot])
         return tuple(new)
 
-      @pl.when(end > 0)
-      def _():
-        sums = lax.fori_loop(0, count, step, _zeros(config))
+      def work():
+        sums = lax.fori_loop(0, count, step, _zeros(config, SLICE))
         _store(ring, config, wg, sums, out.at[group], offset, (0, end), column * config.tile_n)
 
-      @pl.when(end <= 0)
-      def _():
-        _skip(ring, config, first_step, count)
-
+      _unless_idle(ring, config, end > 0, work, first_step, count)
       return first_step + count
 
     _persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
