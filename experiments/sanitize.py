@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments import kernel_cases as cases
-from pallas_kernels import grouped_matmul, mxfp4
+from pallas_kernels import grouped_matmul
 
 _SHAPES = ((100, 512), (128, 512))  # rows that no tile divides, unless a kernel refuses them
 _SIZES = (130, 0, 1, 127)  # ends inside a wave, no rows, one row; 43 of 301 rows are nobody's
@@ -20,13 +19,7 @@ _SIZES = (130, 0, 1, 127)  # ends inside a wave, no rows, one row; 43 of 301 row
 
 def launches() -> Iterator[tuple[str, Callable, tuple]]:
   """Name, kernel and arguments of every launch."""
-  seeded = cases.Case(
-    "quantize_mxfp4, seeded",
-    lambda x: mxfp4.quantize_mxfp4(x, seed=np.uint32([3, 5])),
-    lambda x: None,
-    0,
-  )
-  for case in (*cases.CASES, cases.SWIGLU, seeded):
+  for case in (*cases.CASES, *cases.SWIGLU, *cases.STOCHASTIC):
     shape = _SHAPES[0] if _accepts(case, _SHAPES[0]) else _SHAPES[1]
     x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
     yield f"{case.name} {shape}", case.kernel, (case.prepare(x),)

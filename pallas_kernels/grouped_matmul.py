@@ -51,8 +51,8 @@ class TuningConfig:
 
 
 TUNING: dict[Literal["matmul", "wgrad"], TuningConfig] = {
-  "matmul": TuningConfig(),
-  "wgrad": TuningConfig(),
+  "matmul": TuningConfig(stages=4, cluster=1),
+  "wgrad": TuningConfig(stages=4, cluster=1),
 }
 
 # What the tests run besides: every way through the kernels.

@@ -16,7 +16,7 @@ TILE = tr.TILE
 # Runs of 8 rows that a CTA takes; warpgroups that share a tile, 96 KiB of SMEM.
 TUNING = {
   "forward": {"runs": 2},
-  "backward": {"warpgroups": 2},
+  "backward": {"warpgroups": 1},
 }
 
 
