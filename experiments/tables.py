@@ -1,6 +1,7 @@
 """The README's numbers, from committed rows: `make tables` rebuilds its tables and its picture.
 
-python -m experiments.tables --collect=runs/demo    # a finished run becomes results/demo.jsonl
+python -m experiments.tables --collect=runs/demo    # a finished run becomes results/demo.jsonl,
+                                                    # one of configs/moe_1b.py results/moe_1b.jsonl
 python -m experiments.tables                        # results/*.jsonl become README and docs/
 """
 
@@ -16,7 +17,9 @@ from matplotlib import pyplot as plt
 from experiments import kernel_tables, logs
 from experiments.summary import read_records, summarize_records
 
-_COLLECT = flags.DEFINE_string("collect", None, "Workdir of a finished run of configs/demo.py.")
+_COLLECT = flags.DEFINE_string(
+  "collect", None, "Workdir of a finished run: its name is the results'."
+)
 _ROOT = Path(__file__).parent.parent
 _GREY, _ORANGE, _SKY = "#808080", "#e69f00", "#56b4e9"
 _COLOURS = dict(
@@ -43,7 +46,7 @@ def collect(workdir: Path, out: Path) -> None:
   log.close()
 
 
-def demo_table(rows: list[Row]) -> str:
+def losses_table(rows: list[Row]) -> str:
   lines = [
     "| recipe | validation loss, nats/token | gap to BF16 | BF16 seed spread | reads as |"
     " saved activations, bytes/token |",
@@ -73,6 +76,19 @@ def step_time_table(rows: list[Row]) -> str:
     low, high = row["ratio_quartiles"]
     lines.append(f"| `{row['recipe']}` | {row['ratio_to_bf16']:.2f} | {low:.2f} to {high:.2f} |")
   return "\n".join(lines) + f"\n\n{rows[0]['rounds']} rounds. {_source(rows[0])}"
+
+
+def cost_table(times: list[Row], memory: list[Row]) -> str:
+  """Speed and memory of a training step, side by side."""
+  peak = {row["recipe"]: row["peak_bytes"] for row in memory}
+  lines = ["| recipe | tokens/s | step time, BF16 = 1 | peak memory, GB |", "|---|---|---|---|"]
+  for row in times:
+    lines.append(
+      f"| `{row['recipe']}` | {row['tokens_per_s']:,.0f} | {row['ratio_to_bf16']:.2f} |"
+      f" {peak[row['recipe']] / 1e9:.1f} |"
+    )
+  tokens = times[0]["tokens_per_step"]
+  return "\n".join(lines) + f"\n\n{tokens} tokens a step. {_source(times[0])}"
 
 
 def _source(row: Row) -> str:
@@ -134,11 +150,15 @@ def fill(text: str, name: str, content: str) -> str:
 def main(_) -> None:
   results = _ROOT / "results"
   if _COLLECT.value:
-    collect(Path(_COLLECT.value), results / "demo.jsonl")
+    workdir = Path(_COLLECT.value)
+    collect(workdir, results / f"{workdir.name}.jsonl")
   demo = logs.read_rows(results / "demo.jsonl")
   readme = _ROOT / "README.md"
-  text = fill(readme.read_text(), "demo", demo_table(demo))
+  text = fill(readme.read_text(), "demo", losses_table(demo))
   text = fill(text, "step_time", step_time_table(logs.read_rows(results / "step_time.jsonl")))
+  text = fill(text, "moe_1b", losses_table(logs.read_rows(results / "moe_1b.jsonl")))
+  times, memory = (logs.read_rows(results / f"moe_1b_{n}.jsonl") for n in ("step_time", "memory"))
+  text = fill(text, "moe_1b_step", cost_table(times, memory))
   readme.write_text(text)
   demo_picture(demo, _ROOT / "docs" / "demo.svg")
 
@@ -148,7 +168,7 @@ def main(_) -> None:
   for name, content in (
     ("elementwise", kernel_tables.elementwise_table(bench)),
     ("matmul", kernel_tables.matmul_table(bench)),
-    ("moe_ffn", kernel_tables.moe_ffn_table(bench)),
+    ("moe_ffn", kernel_tables.moe_ffn_table(logs.read_rows(results / "moe_ffn_profile.jsonl"))),
     ("source", _source(bench[0])),
   ):
     text = fill(text, name, content)

@@ -313,7 +313,7 @@ rng = np.random.default_rng(0)
 state = {str(i): jax.numpy.asarray(rng.integers(0, 256, 500_000, np.uint8)) for i in range(3)}
 manager.save(1, state, {"n": 1})
 if kind == "size limit":
-  resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, resource.RLIM_INFINITY))
+  resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
 elif kind == "full, unforeseen":
   shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12)
 try:

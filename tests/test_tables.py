@@ -1,0 +1,43 @@
+"""The tables in the READMEs are what the committed rows say."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import kernel_tables, logs, tables
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows(name):
+  return logs.read_rows(ROOT / "results" / f"{name}.jsonl")
+
+
+@pytest.mark.parametrize(
+  "readme, name, content",
+  [
+    ("README.md", "demo", lambda: tables.losses_table(rows("demo"))),
+    ("README.md", "step_time", lambda: tables.step_time_table(rows("step_time"))),
+    ("README.md", "moe_1b", lambda: tables.losses_table(rows("moe_1b"))),
+    (
+      "README.md",
+      "moe_1b_step",
+      lambda: tables.cost_table(rows("moe_1b_step_time"), rows("moe_1b_memory")),
+    ),
+    (
+      "pallas_kernels/README.md",
+      "elementwise",
+      lambda: kernel_tables.elementwise_table(rows("kernel_bench")),
+    ),
+    ("pallas_kernels/README.md", "matmul", lambda: kernel_tables.matmul_table(rows("kernel_bench"))),
+    (
+      "pallas_kernels/README.md",
+      "moe_ffn",
+      lambda: kernel_tables.moe_ffn_table(rows("moe_ffn_profile")),
+    ),
+  ],
+)
+def test_readmes_hold_the_tables_of_the_rows(readme, name, content):
+  text = (ROOT / readme).read_text()
+  assert tables.fill(text, name, content()) == text
+  assert tables.fill(text, name, "something else") != text
