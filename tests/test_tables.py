@@ -29,7 +29,11 @@ def rows(name):
       "elementwise",
       lambda: kernel_tables.elementwise_table(rows("kernel_bench")),
     ),
-    ("pallas_kernels/README.md", "matmul", lambda: kernel_tables.matmul_table(rows("kernel_bench"))),
+    (
+      "pallas_kernels/README.md",
+      "matmul",
+      lambda: kernel_tables.matmul_table(rows("kernel_bench")),
+    ),
     (
       "pallas_kernels/README.md",
       "moe_ffn",
