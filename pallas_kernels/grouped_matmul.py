@@ -9,12 +9,9 @@
   out[g, i, j] = sum_b lhs_scales[b, i] * rhs_scales[b, j] * <lhs[i, b], rhs[j, b]>
 
 where x[i, b] is block b of 128 elements of row i. Every block product is promoted to a float32 sum
-in registers. One CTA stays on each SM and takes every `num_sms`-th output tile. One warpgroup keeps
-a ring of SMEM slots full and the others multiply; the ring does not stop between output tiles, so
-the next tile's operands arrive while the last tile is stored.
+in registers; `ring` has how the kernels run.
 """
 
-import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -24,30 +21,28 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-BLOCK = 128  # elements along the contraction that share a scale; also the k step and the n tile
-WAVE = 64  # rows of one wgmma
+from pallas_kernels.ring import (
+  BLOCK,
+  SLICE,
+  WAVE,
+  TuningConfig,
+  block_width,
+  by_row,
+  column_of,
+  columns_of,
+  count_sms,
+  fill_slot,
+  issue,
+  launch,
+  load_rows,
+  persistent,
+  split_columns,
+  store,
+  unless_idle,
+  zeros,
+)
+
 ALIGNMENT = 8  # rows of one swizzle pattern, which TMA copies whole
-NUM_SMS = 132  # of an H100 or H200, for lowering where there is none
-
-
-@dataclasses.dataclass(frozen=True)
-class TuningConfig:
-  """A schedule. Each compute warpgroup owns one wgmma tile of 64 x tile_n: tile_n / 2 registers of
-  products in flight and as many of sums, of the 152 (three warpgroups) or 232 (two) that a thread
-  can have.
-  """
-
-  compute_warpgroups: int = 3
-  tile_n: int = 128
-  stages: int = 3
-  out_buffers: int = 1  # slices of columns on their way through SMEM to memory at a time
-  cluster: int = 2  # CTAs with neighbouring columns that load their rows of lhs together
-  skip_idle: bool = False  # waves without a row of the group multiply nothing
-  grid_tile_width: int = 8  # columns of output tiles that neighbouring CTAs sweep together
-
-  @property
-  def tile_m(self) -> int:
-    return WAVE * self.compute_warpgroups
 
 
 TUNING: dict[Literal["matmul", "wgrad"], TuningConfig] = {
@@ -61,16 +56,6 @@ VARIANTS = {
   "2 warpgroups": TuningConfig(compute_warpgroups=2, tile_n=192, cluster=1, skip_idle=True),
   "cluster": TuningConfig(),
 }
-
-SLICE = 64  # columns of a product that are scaled and stored together
-OPERAND = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
-
-
-def _num_sms(interpret) -> int:
-  if interpret:
-    return 2  # enough for tiles to be shared out, few enough to be emulated
-  device = jax.devices()[0]
-  return device.core_count if device.platform == "gpu" else NUM_SMS
 
 
 def _schedule(tiles_per_group, n_tiles: int, max_tiles: int, width: int):
@@ -93,195 +78,8 @@ def _schedule(tiles_per_group, n_tiles: int, max_tiles: int, width: int):
   return group, row, column, ends[-1:].astype(jnp.int32)
 
 
-def _column(config, pair):
-  """The column tile of this CTA among those that its cluster takes."""
-  return pair * config.cluster + (lax.axis_index("cluster") if config.cluster > 1 else 0)
-
-
 def _starts(sizes):
   return jnp.cumsum(sizes) - sizes
-
-
-def _issue(lhs_smem, rhs_smem):
-  """Starts a fresh product of 64 rows. Its value holds once wgmma_wait says so."""
-
-  def scope(acc):
-    plgpu.wgmma(acc, lhs_smem, rhs_smem.transpose((1, 0)))
-    return plgpu.wgmma_accumulator_load(acc, wait_n=None)
-
-  return pl.run_scoped(scope, plgpu.ACC((WAVE, rhs_smem.shape[0]), jnp.float32))
-
-
-def _pieces(config, width):
-  """The columns of a tile by `width`."""
-  return [pl.ds(c, width) for c in range(0, config.tile_n, width)]
-
-
-def _block_width(config):
-  """Columns of a tile that certainly share a block of rhs: a tile may begin inside one."""
-  return BLOCK if config.tile_n % BLOCK == 0 else SLICE
-
-
-def _zeros(config, width):
-  zeros = plgpu.layout_cast(jnp.zeros((WAVE, width), jnp.float32), plgpu.Layout.WGMMA)
-  return (zeros,) * (config.tile_n // width)
-
-
-def _columns_of(product, piece):
-  return product[:, piece.start : piece.start + piece.size]
-
-
-def _by_row(scale, width):
-  return lax.broadcast_in_dim(scale, (WAVE, width), (0,))
-
-
-def _load_rows(ref):
-  return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
-
-
-def _persistent(num_sms, num_items, schedule, body, init):
-  """carry = body(entry, carry) for the entries of the schedule that are this CTA's.
-
-  Entries are dealt out back and forth, so that no CTA gets the longer one each time. The next
-  entry is read before a tile is begun: its latency passes behind the tile.
-  """
-  sm = lax.axis_index("sm")
-  rounds = lax.div(num_items, jnp.int32(num_sms))
-  place = lambda i: jnp.where(i % 2 == 0, sm, num_sms - 1 - sm)  # noqa: E731
-  count = rounds + jnp.where(rounds * num_sms + place(rounds) < num_items, 1, 0)
-
-  def read(i):
-    item = jnp.minimum(i * num_sms + place(i), schedule.shape[1] - 1)
-    return tuple(schedule[j, item] for j in range(schedule.shape[0]))
-
-  def step(i, carry):
-    entry, state = carry
-    following = read(i + 1)
-    return following, body(entry, state)
-
-  return lax.fori_loop(0, count, step, (read(0), init))[1]
-
-
-def _fill(ring, config, step, copies):
-  """Memory warpgroup: wait for the slot of `step` to be free, then start its copies."""
-  slot = lax.rem(step, jnp.int32(config.stages))
-
-  @pl.when(step >= config.stages)
-  def _():
-    plgpu.barrier_wait(ring["empty"].at[slot])
-    # The scales were read by loads, and TMA is another proxy: PTX orders its writes after those
-    # loads only past a proxy fence. Here, off the critical path, one serves all readers.
-    plgpu.commit_smem()
-    if config.cluster > 1:  # what this CTA loads goes into the slots of both
-      plgpu.barrier_arrive(ring["free"].at[slot])
-      plgpu.barrier_wait(ring["free"].at[slot])
-
-  for src, name in copies:
-    shared = config.cluster > 1 and name == "lhs"
-    plgpu.copy_gmem_to_smem(
-      src,
-      ring[name].at[slot],
-      ring["full"].at[slot],
-      collective_axes="cluster" if shared else None,
-    )
-
-
-def _drain(ring, config, steps):
-  """Every barrier must be waited for as often as it completes."""
-
-  @pl.loop(jnp.maximum(steps - config.stages, 0), steps)
-  def _(step):
-    plgpu.barrier_wait(ring["empty"].at[lax.rem(step, jnp.int32(config.stages))])
-
-
-def _unless_idle(ring, config, busy, work, first_step, steps):
-  """work(), or, for a wave with nothing to store, only passes the slots on."""
-  if not config.skip_idle:
-    work()
-    return
-  pl.when(busy)(work)
-
-  @pl.when(~busy)
-  def _():
-    @pl.loop(first_step, first_step + steps)
-    def _(step):
-      slot = lax.rem(step, jnp.int32(config.stages))
-      plgpu.barrier_wait(ring["full"].at[slot])
-      plgpu.barrier_arrive(ring["empty"].at[slot])
-
-
-def _call(fill, multiply, out_type, config, interpret, copies, wgrad=False):
-  """A persistent kernel: `fill` in the last warpgroup, `multiply` in the others."""
-  wgs, slots = config.compute_warpgroups, config.stages
-  registers = min(232, (512 - 40) // wgs // 8 * 8)  # of 512 a thread of each SM quarter
-
-  def kernel(*refs, **ring):
-    wg = lax.axis_index("wg")
-
-    @pl.when(wg < wgs)
-    def _():
-      plgpu.set_max_registers(registers, action="increase")
-      multiply(*refs, ring, wg)
-      plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(wg == wgs)
-    def _():
-      plgpu.set_max_registers(40, action="decrease")
-      _drain(ring, config, fill(*refs, ring))
-
-  scratch = dict(
-    lhs=plgpu.SMEM((slots, config.tile_m, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
-    rhs=plgpu.SMEM((slots, config.tile_n, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
-    lhs_scales=plgpu.SMEM((slots, config.tile_m), jnp.float32),
-    out=plgpu.SMEM((wgs, config.out_buffers, WAVE, SLICE), out_type.dtype),
-    full=plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
-    empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=slots),
-  )
-  shape = dict(grid=(_num_sms(interpret) // config.cluster,), grid_names=("sm",))
-  if config.cluster > 1:
-    scratch["free"] = plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=slots)
-    shape |= dict(cluster=(config.cluster,), cluster_names=("cluster",))
-  if wgrad:
-    scratch["rhs_scales"] = plgpu.SMEM((slots, config.tile_n), jnp.float32)
-  return plgpu.kernel(
-    kernel,
-    out_type=out_type,
-    **shape,
-    num_threads=wgs + 1,
-    thread_name="wg",
-    scratch_types=scratch,
-    # No thread reads what it wrote to SMEM, so loads and stores need no barriers of their own.
-    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    interpret=interpret or None,
-  )
-
-
-def _store(ring, config, wg, sums, out, row, rows, column):
-  """Stores rows[0]:rows[1] of a wave's sums, which belong at out[row:, column:].
-
-  Copies have static shapes, so a wave cut by the ends of its group takes one for each bit of its
-  number of rows. A slice of columns at a time keeps the buffers small.
-  """
-  (begin, end), width = rows, sums[0].shape[1]
-  for i, piece in enumerate(_pieces(config, SLICE)):
-    out_smem = ring["out"].at[wg, i % config.out_buffers]
-    columns = pl.ds(column + piece.start, SLICE)
-    total = _columns_of(sums[piece.start // width], pl.ds(piece.start % width, SLICE))
-    plgpu.wait_smem_to_gmem(config.out_buffers - 1, wait_read_only=True)
-    out_smem[...] = total.astype(out.dtype)
-    plgpu.commit_smem()
-    start, count = begin, end - begin
-    for size in (64, 32, 16, 8, 4, 2, 1):
-      # The full wave is the common case: its static start lets it be one plain copy.
-      begins = 0 if size == WAVE else start
-
-      @pl.when(count & size != 0)
-      def _(start=begins, size=size, columns=columns, out_smem=out_smem):
-        target = out.at[pl.ds(row + start, size), columns]
-        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(start, size)], target, commit_group=False)
-
-      start = start + (count & size)
-    plgpu.commit_smem_to_gmem_group()
 
 
 def grouped_matmul(
@@ -313,7 +111,7 @@ def grouped_matmul(
   _check_sizes(group_sizes, m)
   config = config or TUNING["matmul"]
   tile_m, k_steps = config.tile_m, k // BLOCK
-  num_sms = _num_sms(interpret) // config.cluster
+  num_sms = count_sms(interpret) // config.cluster
 
   # TMA reads the swizzled lhs in units of 8 rows, and strides of multiples of 16 bytes: a group's
   # first tile starts up to 7 rows early, and those rows are not stored.
@@ -336,12 +134,12 @@ def grouped_matmul(
 
     def tile(entry, first_step):
       group, row, pair, *_ = entry
-      row, column = pl.multiple_of(row, ALIGNMENT), _column(config, pair)
+      row, column = pl.multiple_of(row, ALIGNMENT), column_of(config, pair)
 
       @pl.loop(0, k_steps)
       def _(b):
         contraction = pl.ds(b * BLOCK, BLOCK)
-        _fill(
+        fill_slot(
           ring,
           config,
           first_step + b,
@@ -354,16 +152,16 @@ def grouped_matmul(
 
       return first_step + k_steps
 
-    return _persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
+    return persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
 
   def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
     del lhs, lhs_scales, rhs
-    own, width = pl.ds(wg * WAVE, WAVE), _block_width(config)
-    pieces = _pieces(config, width)
+    own, width = pl.ds(wg * WAVE, WAVE), block_width(config)
+    pieces = split_columns(config, width)
 
     def tile(entry, first_step):
       group, row, pair, begin, end = entry
-      column = _column(config, pair)
+      column = column_of(config, pair)
 
       # Past the last block of rhs the scale is the last one's, and nothing is stored.
       blocks = [
@@ -378,27 +176,27 @@ def grouped_matmul(
         # Read early: their latency hides in the wait.
         block_scales = [rhs_scales[group, block, b] for block in blocks]
         plgpu.barrier_wait(ring["full"].at[slot])
-        product = _issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
+        product = issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
         plgpu.wgmma_wait(0)
-        row_scales = _load_rows(ring["lhs_scales"].at[slot, own])
-        scales = [_by_row(row_scales * scale, width) for scale in block_scales]
+        row_scales = load_rows(ring["lhs_scales"].at[slot, own])
+        scales = [by_row(row_scales * scale, width) for scale in block_scales]
         plgpu.barrier_arrive(ring["empty"].at[slot])
         return tuple(
-          total + _columns_of(product, piece) * scale
+          total + columns_of(product, piece) * scale
           for piece, scale, total in zip(pieces, scales, sums, strict=True)
         )
 
       def work():
-        sums = lax.fori_loop(0, k_steps, step, _zeros(config, width))
-        _store(ring, config, wg, sums, out, row + offset, (begin, end), column * config.tile_n)
+        sums = lax.fori_loop(0, k_steps, step, zeros(config, width))
+        store(ring, config, wg, sums, out, row + offset, (begin, end), column * config.tile_n)
 
-      _unless_idle(ring, config, begin < end, work, first_step, k_steps)
+      unless_idle(ring, config, begin < end, work, first_step, k_steps)
       return first_step + k_steps
 
-    _persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
+    persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
 
   out_type = jax.ShapeDtypeStruct((m, n), out_dtype)
-  kernel = _call(fill, multiply, out_type, config, interpret, copies=3)
+  kernel = launch(fill, multiply, out_type, config, interpret, copies=3)
   return kernel(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items)
 
 
@@ -429,7 +227,7 @@ def grouped_wgrad(
   _check("group_sizes", group_sizes, (e,), jnp.int32)
   _check_sizes(group_sizes, t, tile=BLOCK)
   config = config or TUNING["wgrad"]
-  tile_m, num_sms = config.tile_m, _num_sms(interpret) // config.cluster
+  tile_m, num_sms = config.tile_m, count_sms(interpret) // config.cluster
   k_tiles = pl.cdiv(k, tile_m)
 
   n_tiles = pl.cdiv(n, config.tile_n * config.cluster)
@@ -446,14 +244,14 @@ def grouped_wgrad(
 
     def tile(entry, first_step):
       _, row, pair, first, count = entry
-      column = _column(config, pair)
+      column = column_of(config, pair)
       rows = pl.ds(row * tile_m, tile_m)
       columns = pl.ds(column * config.tile_n, config.tile_n)
 
       @pl.loop(0, count)
       def _(i):
         contraction = pl.ds((first + i) * BLOCK, BLOCK)
-        _fill(
+        fill_slot(
           ring,
           config,
           first_step + i,
@@ -467,7 +265,7 @@ def grouped_wgrad(
 
       return first_step + count
 
-    return _persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
+    return persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
 
   def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
     del lhs, lhs_scales, rhs, rhs_scales
@@ -475,38 +273,38 @@ def grouped_wgrad(
 
     def tile(entry, first_step):
       group, row, pair, _, count = entry
-      column = _column(config, pair)
+      column = column_of(config, pair)
       offset = row * tile_m + wg * WAVE
       end = jnp.clip(k - offset, 0, WAVE)  # the last row tile may reach past k
 
       def step(i, sums):
         slot = lax.rem(first_step + i, jnp.int32(config.stages))
         plgpu.barrier_wait(ring["full"].at[slot])
-        product = _issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
-        row_scales = _load_rows(ring["lhs_scales"].at[slot, own])
+        product = issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
+        row_scales = load_rows(ring["lhs_scales"].at[slot, own])
         plgpu.wgmma_wait(0)
         new = []
         # Only now and by slices: a scale for each of a thread's columns takes many registers.
-        for piece, total in zip(_pieces(config, SLICE), sums, strict=True):
+        for piece, total in zip(split_columns(config, SLICE), sums, strict=True):
           column_scales = plgpu.load(
             ring["rhs_scales"].at[slot, piece], layout=plgpu.Layout.WGMMA.reduce(0)
           )
-          part = _columns_of(product, piece) * _by_row(row_scales, SLICE)
+          part = columns_of(product, piece) * by_row(row_scales, SLICE)
           new.append(total + part * lax.broadcast_in_dim(column_scales, (WAVE, SLICE), (1,)))
         plgpu.barrier_arrive(ring["empty"].at[slot])
         return tuple(new)
 
       def work():
-        sums = lax.fori_loop(0, count, step, _zeros(config, SLICE))
-        _store(ring, config, wg, sums, out.at[group], offset, (0, end), column * config.tile_n)
+        sums = lax.fori_loop(0, count, step, zeros(config, SLICE))
+        store(ring, config, wg, sums, out.at[group], offset, (0, end), column * config.tile_n)
 
-      _unless_idle(ring, config, end > 0, work, first_step, count)
+      unless_idle(ring, config, end > 0, work, first_step, count)
       return first_step + count
 
-    _persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
+    persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
 
   out_type = jax.ShapeDtypeStruct((e, k, n), out_dtype)
-  kernel = _call(fill, multiply, out_type, config, interpret, copies=4, wgrad=True)
+  kernel = launch(fill, multiply, out_type, config, interpret, copies=4, wgrad=True)
   return kernel(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items)
 
 

@@ -1,0 +1,236 @@
+"""A persistent kernel around a ring of SMEM slots: how the grouped matmuls run.
+
+One CTA stays on each SM and takes every `num_sms`-th output tile, or a pair of CTAs two of them.
+One warpgroup keeps the slots full and the others multiply; the ring does not stop between output
+tiles, so the next tile's operands arrive while the last tile is stored. A slot is `full` when its
+copies have landed and `empty` when every compute warpgroup is done with it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+BLOCK = 128  # elements along the contraction that share a scale; also the k step and the n tile
+WAVE = 64  # rows of one wgmma
+SLICE = 64  # columns of a product that are scaled and stored together
+NUM_SMS = 132  # of an H100 or H200, for lowering where there is none
+
+OPERAND = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+  """A schedule. Each compute warpgroup owns one wgmma tile of 64 x tile_n: tile_n / 2 registers of
+  products in flight and as many of sums, of the 152 (three warpgroups) or 232 (two) that a thread
+  can have.
+  """
+
+  compute_warpgroups: int = 3
+  tile_n: int = 128
+  stages: int = 3
+  out_buffers: int = 1  # slices of columns on their way through SMEM to memory at a time
+  cluster: int = 2  # CTAs with neighbouring columns that load their rows of lhs together
+  skip_idle: bool = False  # waves without a row of the group multiply nothing
+  grid_tile_width: int = 8  # columns of output tiles that neighbouring CTAs sweep together
+
+  @property
+  def tile_m(self) -> int:
+    return WAVE * self.compute_warpgroups
+
+
+def count_sms(interpret) -> int:
+  if interpret:
+    return 2  # enough for tiles to be shared out, few enough to be emulated
+  device = jax.devices()[0]
+  return device.core_count if device.platform == "gpu" else NUM_SMS
+
+
+def column_of(config, pair):
+  """The column tile of this CTA among those that its cluster takes."""
+  return pair * config.cluster + (lax.axis_index("cluster") if config.cluster > 1 else 0)
+
+
+def issue(lhs_smem, rhs_smem):
+  """Starts a fresh product of 64 rows. Its value holds once wgmma_wait says so."""
+
+  def scope(acc):
+    plgpu.wgmma(acc, lhs_smem, rhs_smem.transpose((1, 0)))
+    return plgpu.wgmma_accumulator_load(acc, wait_n=None)
+
+  return pl.run_scoped(scope, plgpu.ACC((WAVE, rhs_smem.shape[0]), jnp.float32))
+
+
+def split_columns(config, width):
+  """The columns of a tile by `width`."""
+  return [pl.ds(c, width) for c in range(0, config.tile_n, width)]
+
+
+def block_width(config):
+  """Columns of a tile that certainly share a block of rhs: a tile may begin inside one."""
+  return BLOCK if config.tile_n % BLOCK == 0 else SLICE
+
+
+def zeros(config, width):
+  zeros = plgpu.layout_cast(jnp.zeros((WAVE, width), jnp.float32), plgpu.Layout.WGMMA)
+  return (zeros,) * (config.tile_n // width)
+
+
+def columns_of(product, piece):
+  return product[:, piece.start : piece.start + piece.size]
+
+
+def by_row(scale, width):
+  return lax.broadcast_in_dim(scale, (WAVE, width), (0,))
+
+
+def load_rows(ref):
+  return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
+
+
+def persistent(num_sms, num_items, schedule, body, init):
+  """carry = body(entry, carry) for the entries of the schedule that are this CTA's.
+
+  Entries are dealt out back and forth, so that no CTA gets the longer one each time. The next
+  entry is read before a tile is begun: its latency passes behind the tile.
+  """
+  sm = lax.axis_index("sm")
+  rounds = lax.div(num_items, jnp.int32(num_sms))
+  place = lambda i: jnp.where(i % 2 == 0, sm, num_sms - 1 - sm)  # noqa: E731
+  count = rounds + jnp.where(rounds * num_sms + place(rounds) < num_items, 1, 0)
+
+  def read(i):
+    item = jnp.minimum(i * num_sms + place(i), schedule.shape[1] - 1)
+    return tuple(schedule[j, item] for j in range(schedule.shape[0]))
+
+  def step(i, carry):
+    entry, state = carry
+    following = read(i + 1)
+    return following, body(entry, state)
+
+  return lax.fori_loop(0, count, step, (read(0), init))[1]
+
+
+def fill_slot(ring, config, step, copies):
+  """Memory warpgroup: wait for the slot of `step` to be free, then start its copies."""
+  slot = lax.rem(step, jnp.int32(config.stages))
+
+  @pl.when(step >= config.stages)
+  def _():
+    plgpu.barrier_wait(ring["empty"].at[slot])
+    # The scales were read by loads, and TMA is another proxy: PTX orders its writes after those
+    # loads only past a proxy fence. Here, off the critical path, one serves all readers.
+    plgpu.commit_smem()
+    if config.cluster > 1:  # what this CTA loads goes into the slots of both
+      plgpu.barrier_arrive(ring["free"].at[slot])
+      plgpu.barrier_wait(ring["free"].at[slot])
+
+  for src, name in copies:
+    shared = config.cluster > 1 and name == "lhs"
+    plgpu.copy_gmem_to_smem(
+      src,
+      ring[name].at[slot],
+      ring["full"].at[slot],
+      collective_axes="cluster" if shared else None,
+    )
+
+
+def drain(ring, config, steps):
+  """Every barrier must be waited for as often as it completes."""
+
+  @pl.loop(jnp.maximum(steps - config.stages, 0), steps)
+  def _(step):
+    plgpu.barrier_wait(ring["empty"].at[lax.rem(step, jnp.int32(config.stages))])
+
+
+def unless_idle(ring, config, busy, work, first_step, steps):
+  """work(), or, for a wave with nothing to store, only passes the slots on."""
+  if not config.skip_idle:
+    work()
+    return
+  pl.when(busy)(work)
+
+  @pl.when(~busy)
+  def _():
+    @pl.loop(first_step, first_step + steps)
+    def _(step):
+      slot = lax.rem(step, jnp.int32(config.stages))
+      plgpu.barrier_wait(ring["full"].at[slot])
+      plgpu.barrier_arrive(ring["empty"].at[slot])
+
+
+def launch(fill, multiply, out_type, config, interpret, copies, wgrad=False):
+  """A persistent kernel: `fill` in the last warpgroup, `multiply` in the others."""
+  wgs, slots = config.compute_warpgroups, config.stages
+  registers = min(232, (512 - 40) // wgs // 8 * 8)  # of 512 a thread of each SM quarter
+
+  def kernel(*refs, **ring):
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg < wgs)
+    def _():
+      plgpu.set_max_registers(registers, action="increase")
+      multiply(*refs, ring, wg)
+      plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(wg == wgs)
+    def _():
+      plgpu.set_max_registers(40, action="decrease")
+      drain(ring, config, fill(*refs, ring))
+
+  scratch = dict(
+    lhs=plgpu.SMEM((slots, config.tile_m, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
+    rhs=plgpu.SMEM((slots, config.tile_n, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
+    lhs_scales=plgpu.SMEM((slots, config.tile_m), jnp.float32),
+    out=plgpu.SMEM((wgs, config.out_buffers, WAVE, SLICE), out_type.dtype),
+    full=plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
+    empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=slots),
+  )
+  shape = dict(grid=(count_sms(interpret) // config.cluster,), grid_names=("sm",))
+  if config.cluster > 1:
+    scratch["free"] = plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=slots)
+    shape |= dict(cluster=(config.cluster,), cluster_names=("cluster",))
+  if wgrad:
+    scratch["rhs_scales"] = plgpu.SMEM((slots, config.tile_n), jnp.float32)
+  return plgpu.kernel(
+    kernel,
+    out_type=out_type,
+    **shape,
+    num_threads=wgs + 1,
+    thread_name="wg",
+    scratch_types=scratch,
+    # No thread reads what it wrote to SMEM, so loads and stores need no barriers of their own.
+    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    interpret=interpret or None,
+  )
+
+
+def store(ring, config, wg, sums, out, row, rows, column):
+  """Stores rows[0]:rows[1] of a wave's sums, which belong at out[row:, column:].
+
+  Copies have static shapes, so a wave cut by the ends of its group takes one for each bit of its
+  number of rows. A slice of columns at a time keeps the buffers small.
+  """
+  (begin, end), width = rows, sums[0].shape[1]
+  for i, piece in enumerate(split_columns(config, SLICE)):
+    out_smem = ring["out"].at[wg, i % config.out_buffers]
+    columns = pl.ds(column + piece.start, SLICE)
+    total = columns_of(sums[piece.start // width], pl.ds(piece.start % width, SLICE))
+    plgpu.wait_smem_to_gmem(config.out_buffers - 1, wait_read_only=True)
+    out_smem[...] = total.astype(out.dtype)
+    plgpu.commit_smem()
+    start, count = begin, end - begin
+    for size in (64, 32, 16, 8, 4, 2, 1):
+      # The full wave is the common case: its static start lets it be one plain copy.
+      begins = 0 if size == WAVE else start
+
+      @pl.when(count & size != 0)
+      def _(start=begins, size=size, columns=columns, out_smem=out_smem):
+        target = out.at[pl.ds(row + start, size), columns]
+        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(start, size)], target, commit_group=False)
+
+      start = start + (count & size)
+    plgpu.commit_smem_to_gmem_group()
