@@ -1,13 +1,14 @@
 """BF16, FP8 and HOPPER_FP4 on a mixture of experts of a billion parameters, on one Hopper GPU.
 
-Claim: over 2000 steps FP8 and HOPPER_FP4 in the experts' GEMMs stay within the noise between two
-BF16 seeds, while HOPPER_FP4 keeps two thirds of the bytes of activations that BF16 keeps.
+Claim: over 2000 steps HOPPER_FP4 in the experts' GEMMs can't be told from BF16 by the distance of
+two BF16 seeds on the way, while it keeps two thirds of the bytes of activations that BF16 keeps.
 Command: .venv/bin/python -m experiments.run --config=configs/moe_1b.py --workdir=runs/moe_1b
-Cost: 4 runs of 2000 steps, 8192 tokens each, 16 million in all: half of the standard library once.
-Made for less than 10 minutes and 40 GB on one H100; no checkpoints (13 GB each), so a stopped run
-begins again. `--config.checkpoint_every=500` keeps them.
-Expected: losses near 0.99 nats, 2 below the unigram entropy of the validation bytes. One run, half
-this batch (README): HOPPER_FP4 +0.3 %, the distance of two BF16 seeds; FP8 +2.0 %, unexplained.
+Cost: 4 runs of 2000 steps of 8192 tokens, 16 million a run: the standard library once or twice, by
+how much of it is installed. At 56 to 61 ms a step 8 minutes on one H100 beside the compiling, and
+20 GB; no checkpoints (12 GB each), so a stopped run begins again. `--config.checkpoint_every=500`
+keeps them.
+Expected: at half this batch (README) losses near 0.99 nats, 2 below the unigram entropy of the
+validation bytes; HOPPER_FP4 +0.3 %, FP8 +2.0 %, which is unexplained.
 
 1,033 million parameters, 126 million of them active: each expert is 1024 x 2048 and 1024 x 1024,
 40 a layer, 4 a token, so that the experts alone are 1,007 million and 101 million active. Attention
