@@ -46,15 +46,15 @@ ALIGNMENT = 8  # rows of one swizzle pattern, which TMA copies whole
 
 
 TUNING: dict[Literal["matmul", "wgrad"], TuningConfig] = {
-  "matmul": TuningConfig(stages=4, cluster=1),
-  "wgrad": TuningConfig(stages=4, cluster=1),
+  "matmul": TuningConfig(stages=4),
+  "wgrad": TuningConfig(stages=4),
 }
 
 # What the tests run besides: every way through the kernels.
 VARIANTS = {
-  "3 warpgroups": TuningConfig(cluster=1),
-  "2 warpgroups": TuningConfig(compute_warpgroups=2, tile_n=192, cluster=1, skip_idle=True),
-  "cluster": TuningConfig(),
+  "3 warpgroups": TuningConfig(),
+  "2 warpgroups": TuningConfig(compute_warpgroups=2, tile_n=192, skip_idle=True),
+  "cluster": TuningConfig(cluster=2),
 }
 
 

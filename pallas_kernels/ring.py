@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-BLOCK = 128  # elements along the contraction that share a scale; also the k step and the n tile
+BLOCK = 128  # elements along the contraction that share a scale; also the k step
 WAVE = 64  # rows of one wgmma
 SLICE = 64  # columns of a product that are scaled and stored together
 NUM_SMS = 132  # of an H100 or H200, for lowering where there is none
@@ -33,7 +33,7 @@ class TuningConfig:
   tile_n: int = 128
   stages: int = 3
   out_buffers: int = 1  # slices of columns on their way through SMEM to memory at a time
-  cluster: int = 2  # CTAs with neighbouring columns that load their rows of lhs together
+  cluster: int = 1  # CTAs with neighbouring columns that load their rows of lhs together
   skip_idle: bool = False  # waves without a row of the group multiply nothing
   grid_tile_width: int = 8  # columns of output tiles that neighbouring CTAs sweep together
 
