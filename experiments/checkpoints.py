@@ -74,7 +74,7 @@ class Checkpoints:
       os.replace(partial, self._path(step))
       logs.sync_folder(self._folder)
     except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
-      shutil.rmtree(partial, ignore_errors=True)
+      shutil.rmtree(partial, ignore_errors=True)  # Orbax's threads may still be writing there
       raise OSError(
         f"cannot save the checkpoint of step {step} in {self._folder}: {_reason(error)}"
       ) from error
