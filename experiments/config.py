@@ -13,8 +13,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from fp4jax import recipes as fp4_recipes
+from fp4jax.implementation import Implementation
 from fp4jax.models import ModelConfig
-from fp4jax.moe_ffn import Implementation
 
 
 class Names(tuple):

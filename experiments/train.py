@@ -13,8 +13,8 @@ from jaxtyping import Array, Float32, Int32
 
 from experiments.config import Experiment, Optimizer, Quantize
 from fp4jax import operands
+from fp4jax.implementation import Implementation
 from fp4jax.models import LanguageModel, Policy
-from fp4jax.moe_ffn import Implementation
 from fp4jax.recipe import Recipe
 
 Scalars = dict[str, Float32[Array, ""]]

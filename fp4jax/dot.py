@@ -19,12 +19,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from fp4jax import operands as ops
+from fp4jax.implementation import Implementation, choose, device_obstacle
 from fp4jax.linear import linear
+from fp4jax.mosaic import gemms as mosaic_gemms
+from fp4jax.mosaic import linear as mosaic_linear
 from fp4jax.recipe import Recipe
 
 
 def dot_general(
-  recipe: Recipe, *, key: jax.Array | None = None, tap: ops.Tap | None = None
+  recipe: Recipe,
+  *,
+  key: jax.Array | None = None,
+  tap: ops.Tap | None = None,
+  implementation: Implementation | None = None,
 ) -> Callable[..., Array]:
   """A drop-in for `lax.dot_general` that computes forward and backward as `recipe` says.
 
@@ -32,12 +39,14 @@ def dot_general(
     recipe: the numerics.
     key: seeds stochastic rounding; give each call of each step its own. Operands and GEMMs of one
       call draw apart from each other.
-    tap: see `operands.new_tap`.
+    tap: see `operands.new_tap`; read by "xla" alone.
+    implementation: see `fp4jax.implementation`. "mosaic" serves recipes with FP8 operands, in
+      bfloat16 without batch axes; plain dtypes are left to XLA's own matmul.
   Returns:
     A function of (lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None). Its
     result has the dtype that `lax.dot_general` would give it; `precision` must be left None.
   Raises:
-    ValueError: a stochastic recipe without a key.
+    ValueError: a stochastic recipe without a key, or what makes `implementation` impossible.
     TypeError: operands that are not float32, bfloat16 or float16.
   """
 
@@ -56,8 +65,13 @@ def dot_general(
       if value is not None:
         raise ValueError(f"dot_general with a recipe does not support {name}={value!r}")
     lhs3, rhs3, out_shape = _canonical(lhs, rhs, dimension_numbers)
-    dtype = preferred_element_type or jnp.result_type(lhs, rhs)
-    return linear(recipe, jnp.dtype(dtype), _OneMatrix(), lhs3, rhs3, key, tap).reshape(out_shape)
+    dtype = jnp.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
+    if choose(implementation, _obstacle(recipe, tap, lhs3, rhs3, dtype)) == "mosaic":
+      slots = mosaic_linear.Slots.of_one_matrix(len(lhs3))
+      out = mosaic_linear.linear(recipe, slots, lhs3, rhs3[None])
+    else:
+      out = linear(recipe, dtype, _OneMatrix(), lhs3, rhs3, key, tap)
+    return out.reshape(out_shape)
 
   return apply
 
@@ -82,6 +96,20 @@ def _canonical(lhs, rhs, dimension_numbers):
   lhs3 = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract).reshape(*batch, size(lhs, lhs_free), k)
   rhs3 = rhs.transpose(*rhs_batch, *rhs_contract, *rhs_free).reshape(*batch, k, size(rhs, rhs_free))
   return lhs3, rhs3, out_shape
+
+
+def _obstacle(recipe, tap, lhs, rhs, dtype):
+  """Why the kernels can't compute lhs (*b, m, k) @ rhs (*b, k, n) in `dtype`."""
+  if why := device_obstacle():
+    return why
+  if lhs.ndim == 3:
+    return "the kernels take no batch axes"
+  if not recipe.fprop.lhs.is_quantized:
+    return f"recipe {recipe.name!r} quantizes nothing: XLA's own matmul serves it"
+  if dtype != jnp.bfloat16:
+    return f"the kernels return bfloat16, not {dtype.name}"
+  (m, k), n = lhs.shape, rhs.shape[1]
+  return mosaic_gemms.obstacle(recipe, (tap,), m, {"k": k, "n": n}, lhs=lhs, rhs=rhs)
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from fp4jax import operands as ops
+from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import linear
+from fp4jax.mosaic import gemms as mosaic_gemms
+from fp4jax.mosaic import linear as mosaic_linear
 from fp4jax.recipe import Recipe
 
 TILE = 128  # rows; a multiple of every block and Hadamard group along the tokens
@@ -27,15 +30,17 @@ def grouped_dot(
   *,
   key: jax.Array | None = None,
   tap: ops.Tap | None = None,
+  implementation: Implementation | None = None,
 ) -> Float[Array, "m n"]:
   """Rows of lhs in consecutive groups, group i times rhs[i], all three GEMMs as `recipe` says.
 
   Rows past the last group are never read, whatever they hold; they and their gradients are zero in
-  the result. Sizes may be zero. Args `key` and `tap` are those of `dot_general`.
+  the result. Sizes may be zero. Args `key`, `tap` and `implementation` are those of `dot_general`.
 
   Raises:
-    ValueError: shapes that do not fit, sizes that are negative or sum to more than m. Under jit,
-      where sizes have no values yet, such sizes make the whole result NaN instead.
+    ValueError: shapes that do not fit, sizes that are negative or sum to more than m, or what makes
+      `implementation` impossible. Under jit, where sizes have no values yet, such sizes make the
+      whole result NaN instead.
   """
   ops.check_call(recipe, key, lhs, rhs)
   if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1]:
@@ -50,8 +55,13 @@ def grouped_dot(
     _check_sizes(np.asarray(group_sizes), lhs.shape[0])
   group_sizes = jnp.asarray(group_sizes, jnp.int32)  # narrow or unsigned ones would wrap around
   valid = jnp.all(group_sizes >= 0) & (jnp.sum(group_sizes) <= lhs.shape[0])
-  dtype = jnp.result_type(lhs, rhs)
-  out = linear(recipe, dtype, Tiles.of(group_sizes, lhs.shape[0]), lhs, rhs, key, tap)
+  tiles = Tiles.of(jnp.where(valid, group_sizes, 0), lhs.shape[0])
+  widths = {"k": rhs.shape[1], "n": rhs.shape[2]}
+  obstacle = mosaic_gemms.obstacle(recipe, (tap,), lhs.shape[0], widths, lhs=lhs, rhs=rhs)
+  if choose(implementation, obstacle) == "mosaic":
+    out = mosaic_linear.linear(recipe, tiles.slots(), lhs, rhs)
+  else:
+    out = linear(recipe, jnp.result_type(lhs, rhs), tiles, lhs, rhs, key, tap)
   return jnp.where(valid, out, jnp.nan)
 
 
@@ -93,7 +103,7 @@ class Tiles:
   filled: Bool[Array, " slot"]
   slot_of_row: Int[Array, " m"]  # 0 past the last group
   used: Bool[Array, " m"]
-  num_experts: int = dataclasses.field(metadata={"static": True})
+  group_sizes: Int[Array, " e"]
 
   @classmethod
   def of(cls, group_sizes: Int[Array, " e"], rows: int) -> "Tiles":
@@ -113,7 +123,15 @@ class Tiles:
     used = row < row_end[-1]
     owner = jnp.minimum(_group_of(row, row_end), experts - 1)
     slot_of_row = jnp.where(used, tile_start[owner] * TILE + row - row_start[owner], 0)
-    return cls(expert, row_of_slot.ravel(), filled.ravel(), slot_of_row, used, experts)
+    return cls(expert, row_of_slot.ravel(), filled.ravel(), slot_of_row, used, group_sizes)
+
+  def slots(self) -> mosaic_linear.Slots:
+    """The same as the kernels read it, whose tiles are as long."""
+    return mosaic_linear.Slots(
+      row_of_slot=jnp.where(self.filled, self.row_of_slot, self.used.size),
+      slot_of_row=jnp.where(self.used, self.slot_of_row, self.filled.size),
+      group_sizes=-(-self.group_sizes // TILE) * TILE,
+    )
 
   def rows(self, x: Float[Array, "m c"]) -> Float[Array, "m c"]:
     return jnp.where(self.used[:, None], x, 0)
@@ -130,7 +148,8 @@ class Tiles:
 
   def wgrad(self, x: ops.Prepared, dy: ops.Prepared) -> Float32[Array, "e k n"]:
     by_tile = ops.gemm(x, dy, (((1,), (1,)), ((0,), (0,))))
-    return jax.ops.segment_sum(by_tile, self.expert, self.num_experts, indices_are_sorted=True)
+    experts = self.group_sizes.size
+    return jax.ops.segment_sum(by_tile, self.expert, experts, indices_are_sorted=True)
 
   def _rows_times_weights(self, rows, weights, contract):
     tiles = dataclasses.replace(rows, values=self.groups(rows.values))

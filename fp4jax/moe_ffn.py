@@ -23,22 +23,21 @@ backward pass see one a. y is not kept: with g = dout @ w2.T from dgrad, a weigh
 """
 
 import functools
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from fp4jax import moe_mosaic
 from fp4jax import operands as ops
 from fp4jax.formats import BlockFormat
 from fp4jax.grouped import Tiles, check_recipe
+from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import Summaries, XlaGemms, take_rows
+from fp4jax.mosaic import gemms as mosaic
 from fp4jax.recipe import Recipe, Source
 from fp4jax.swiglu import swiglu, swiglu_backward
-
-Implementation = Literal["xla", "mosaic"]
 
 # A weight below this is multiplied in after dgrad: before it, dgrad's result is divided by it.
 SMALLEST_DIVISOR = 2.0**-64
@@ -122,8 +121,7 @@ def moe_ffn(
   Args:
     keys, taps: of GEMM 1 and GEMM 2, as in `dot_general`. The tap's row `residual.lhs` of GEMM 2 is
       the error of h as it is kept, where the recipe has `residual.hidden`.
-    implementation: "mosaic" runs the Hopper kernels, "xla" everything anywhere; a named one runs or
-      raises. None: "mosaic" where it can run, and no tap is asked for.
+    implementation: see `fp4jax.implementation`; taps are read by "xla" alone.
   Raises:
     ValueError: shapes that do not fit, an expert that does not exist (under jit the result is NaN
       instead), or what makes `implementation` impossible.
@@ -135,17 +133,9 @@ def moe_ffn(
   num_experts = w13.shape[0]
   if not isinstance(experts, jax.core.Tracer):
     _check_experts(np.asarray(experts), num_experts)
-  match implementation:
-    case None:
-      implementation = "xla" if moe_mosaic.obstacle(recipe, x, w13, taps) else "mosaic"
-    case "mosaic":
-      if why := moe_mosaic.obstacle(recipe, x, w13, taps):
-        raise ValueError(f'implementation="mosaic": {why}')
-    case "xla":
-      pass
-    case _:
-      raise ValueError(f"{implementation=} is not one of {get_args(Implementation)} or None")
-  order = Order.of(experts, num_experts, 1 if implementation == "xla" else moe_mosaic.BLOCK)
+  obstacle = mosaic.obstacle(recipe, taps, len(x), {"d": x.shape[1], "f": w2.shape[1]}, x=x)
+  implementation = choose(implementation, obstacle)
+  order = Order.of(experts, num_experts, 1 if implementation == "xla" else mosaic.BLOCK)
   valid = jnp.all((experts >= 0) & (experts < num_experts))
   return _ffn(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps)
 
@@ -244,7 +234,7 @@ def _gemms(recipe, implementation, order, keys, tapped, dtypes) -> tuple[Gemms, 
     second = recipe.replace(sources | {"residual.lhs": None, "residual.hidden": None})
   if implementation == "mosaic":
     layers = zip((recipe, second), dtypes, strict=True)
-    return tuple(moe_mosaic.gemms(r, order.group_sizes, dtype) for r, dtype in layers)
+    return tuple(mosaic.gemms(r, order.group_sizes, dtype) for r, dtype in layers)
   tiles = Tiles.of(order.group_sizes, order.choice_of_row.size)
   return tuple(
     XlaFfnGemms(*args) for args in zip((recipe, second), (tiles, tiles), keys, tapped, strict=True)

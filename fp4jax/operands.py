@@ -56,15 +56,17 @@ class Tensor:
   @classmethod
   def of(cls, x: Float[Array, "*s"], residual: BlockFormat | None = None, axis: int = -1):
     """x with its residual in the format `residual`, in blocks along `axis`."""
-    packed = (
-      None if residual is None else qz.quantize(pad_to_blocks(x, residual, axis), residual, axis)
-    )
+    packed = None
+    if residual is not None:
+      padded = pad_to_blocks(x, residual, axis)
+      packed = qz.quantize(padded, residual, axis, implementation="xla")
     return cls(x, packed, x.shape)
 
   def read(self, source: Source) -> Float[Array, "*s"]:
     if source == "original":
       return self.original
-    values = qz.dequantize(self.packed, self.packed.fmt.dequantized_dtype)
+    dtype = self.packed.fmt.dequantized_dtype
+    values = qz.dequantize(self.packed, dtype, implementation="xla")
     return values[tuple(slice(n) for n in self.shape)]
 
   def cast(self, dtype: DTypeLike) -> "Tensor":

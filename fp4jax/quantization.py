@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
 from fp4jax import float_bits as fb
 from fp4jax import scales as scale_codec
 from fp4jax.formats import E8M0, BlockFormat, Rounding
+from fp4jax.implementation import Implementation, choose
+from fp4jax.mosaic import quantize as mosaic
 
 _INPUT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -60,18 +62,29 @@ def quantize(
   *,
   rounding: Rounding = "nearest",
   key: jax.Array | None = None,
+  implementation: Implementation | None = None,
 ) -> QuantizedArray:
   """Quantizes x in blocks along `axis` (and, for a 2-D block, the other one of the last two axes).
 
   "nearest" ties to even. "stochastic" rounds up with the probability of the distance to the element
   below, so that its mean is x wherever the scale does not clip; the same key gives the same draws.
 
+  Args:
+    implementation: see `fp4jax.implementation`. "mosaic" serves MXFP4 of any scale rule, FP8_BLOCK
+      and FP8_BLOCK_POW2 along the last axis. Its stochastic rounding makes draws of its own, so
+      that None leaves that to "xla".
   Raises:
-    ValueError: an axis out of range, one that the block does not divide, an unknown rounding, or
-      stochastic rounding without a key.
+    ValueError: an axis out of range, one that the block does not divide, an unknown rounding,
+      stochastic rounding without a key, or what makes `implementation` impossible.
     TypeError: x is not float32, bfloat16 or float16, or fmt is no BlockFormat.
   """
   axis = check_arguments(x, fmt, axis, rounding, key)
+  stochastic = rounding == "stochastic"
+  if implementation is None and stochastic:
+    implementation = "xla"
+  if choose(implementation, mosaic.obstacle(x, fmt, axis, rounding)) == "mosaic":
+    codes, scales = mosaic.quantize(x, fmt, key if stochastic else None)
+    return QuantizedArray(codes, scales, None, fmt, axis)
   r = round_blocks(x, fmt, axis, rounding, key)
   codes = lax.bitcast_convert_type(r.elements.astype(fmt.element_dtype), _code_dtype(fmt))
   codes = codes.astype(jnp.uint8).reshape(x.shape)
@@ -81,8 +94,20 @@ def quantize(
   return QuantizedArray(codes, r.scales.reshape(stored_shape), r.tensor_scale, fmt, axis)
 
 
-def dequantize(q: QuantizedArray, dtype: DTypeLike = jnp.float32) -> Float[Array, "*s"]:
-  """The values of q: exact in float32 but for overflow and, with a tensor scale, one rounding."""
+def dequantize(
+  q: QuantizedArray,
+  dtype: DTypeLike = jnp.float32,
+  *,
+  implementation: Implementation | None = None,
+) -> Float[Array, "*s"]:
+  """The values of q: exact in float32 but for overflow and, with a tensor scale, one rounding.
+
+  `implementation`: see `fp4jax.implementation`. "mosaic" makes bfloat16 of MXFP4, along the last
+  axis.
+  """
+  obstacle = mosaic.dequantize_obstacle(q.codes, q.fmt, q.axis, dtype)
+  if choose(implementation, obstacle) == "mosaic":
+    return mosaic.dequantize(q.codes, q.scales)
   codes = _unpack_nibbles(q.codes, q.axis) if q.fmt.element_bits == 4 else q.codes
   view = block_view(q.shape, q.fmt, q.axis)
   elements = lax.bitcast_convert_type(

@@ -1,9 +1,14 @@
 """Fixtures that any test may ask for."""
 
 import os
+import types
 
 import jax
 import pytest
+from fake_kernels import fake_kernels
+
+import pallas_kernels
+from fp4jax import implementation
 
 # An emulated warpgroup that waits at a barrier keeps the XLA thread that it runs on. XLA has one
 # thread per core, so that a small machine may have none left for the warpgroup that is waited for.
@@ -16,6 +21,25 @@ def strict_promotion():
   """No silent mixing of dtypes, no silent broadcasting of ranks."""
   with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
     yield
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+  """Looks like sm_90; the kernels are stand-ins that count their calls."""
+  calls = []
+
+  def counted(name, function):
+    def call(*args, **kwargs):
+      calls.append(name)
+      return function(*args, **kwargs)
+
+    return call
+
+  monkeypatch.setattr(implementation, "compute_capability", lambda: "9.0")
+  for name, kernels in fake_kernels().items():
+    counting = {k: counted(k, f) for k, f in vars(kernels).items()}
+    monkeypatch.setattr(pallas_kernels, name, types.SimpleNamespace(**counting), raising=False)
+  return calls
 
 
 def pytest_collection_modifyitems(items):

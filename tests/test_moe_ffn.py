@@ -1,7 +1,6 @@
 """The MoE feed-forward: NumPy's gradients, the composed layers' numbers, and what is saved."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,9 @@ import numpy as np
 import pytest
 
 import fp4jax
-import pallas_kernels
-from fp4jax import grouped_dot, moe_ffn, moe_mosaic, operands, recipes
+from fp4jax import grouped_dot, implementation, moe_ffn, operands, recipes
 from fp4jax.moe_ffn import Order
-from fp4jax.swiglu import swiglu, swiglu_backward
+from fp4jax.swiglu import swiglu
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -255,123 +253,7 @@ def test_hopper_fp4_saves_at_most_three_tenths(experts, k):
   assert sizes[1] <= 0.30 * sizes[0]
 
 
-# The kernels' path, with the kernels' definitions in their place.
-
-
-def fake_kernels():
-  e4m3 = fp4jax.FP8_BLOCK.element_dtype
-
-  def block(power_of_two):
-    return fp4jax.FP8_BLOCK_POW2 if power_of_two else fp4jax.FP8_BLOCK
-
-  def as_e4m3(codes):
-    return jax.lax.bitcast_convert_type(codes, e4m3)
-
-  def rows(x, *, power_of_two):
-    q = fp4jax.quantize(x, block(power_of_two), -1)
-    return as_e4m3(q.codes), q.scales.T
-
-  def columns(x, *, power_of_two):
-    q = fp4jax.quantize(x, block(power_of_two), -2)
-    return as_e4m3(q.codes).T, q.scales
-
-  def both(x, *, power_of_two):
-    return *rows(x, power_of_two=power_of_two), *columns(x, power_of_two=power_of_two)
-
-  def weights(w, *, power_of_two):
-    fmt = fp4jax.FP8_BLOCK_POW2_2D if power_of_two else fp4jax.FP8_BLOCK_2D
-    q = fp4jax.quantize(w, fmt, -2)
-    codes = as_e4m3(q.codes)
-    return codes, codes.swapaxes(1, 2), q.scales
-
-  def mxfp4(x, *, scale_rule):
-    assert scale_rule == fp4jax.MXFP4.scale_rule
-    q = fp4jax.quantize(x, fp4jax.MXFP4)
-    return q.codes, q.scales
-
-  def values(codes, scales):
-    q = fp4jax.QuantizedArray(codes, scales, None, fp4jax.MXFP4, -1)
-    return fp4jax.dequantize(q, jnp.bfloat16)
-
-  def swiglu_fp8_rows(h, *, power_of_two):
-    return rows(swiglu(values(*h) if isinstance(h, tuple) else h), power_of_two=power_of_two)
-
-  def swiglu_backward_fp8(h, g, after, *, power_of_two):
-    h = values(*h) if isinstance(h, tuple) else h
-    a, dh, products = swiglu_backward(h, g, after[:, None])
-    *of_rows, codes, scales = both(dh, power_of_two=power_of_two)
-    return of_rows, (codes, scales), columns(a, power_of_two=power_of_two), products
-
-  def spread(codes, scales):
-    """Codes (r, c) times scales (r, c/128)."""
-    return codes.astype(jnp.float32) * jnp.repeat(scales, 128, -1)
-
-  def matmul(lhs, lhs_scales, rhs, rhs_scales, group_sizes):
-    x = spread(lhs, lhs_scales.T)
-    w = spread(rhs, jnp.repeat(rhs_scales, 128, 1))
-    owner = jnp.repeat(jnp.arange(len(w)), group_sizes, total_repeat_length=len(x))
-    product = jnp.einsum("mk,enk->men", x, w, precision="highest")
-    return product[jnp.arange(len(x)), owner].astype(jnp.bfloat16)
-
-  def wgrad(lhs, lhs_scales, rhs, rhs_scales, group_sizes, out_dtype=jnp.float32):
-    x, dy = spread(lhs, lhs_scales.T), spread(rhs, rhs_scales.T)
-    tiles = -(-group_sizes // 128)
-    owner = jnp.repeat(jnp.arange(len(tiles)), tiles, total_repeat_length=len(lhs_scales))
-    belongs = jnp.repeat(owner, 128)[None] == jnp.arange(len(tiles))[:, None]
-    product = jnp.einsum("kt,nt,et->ekn", x, dy, belongs.astype(jnp.float32), precision="highest")
-    return product.astype(out_dtype)
-
-  def bf16_matmul(lhs, rhs, group_sizes, transpose_rhs=False):
-    rhs = rhs if transpose_rhs else rhs.swapaxes(1, 2)
-    ones = (
-      jnp.ones((lhs.shape[1] // 128, len(lhs))),
-      jnp.ones((len(rhs), *(n // 128 for n in rhs.shape[1:]))),
-    )
-    return matmul(lhs, ones[0], rhs, ones[1], group_sizes)
-
-  def bf16_wgrad(lhs, rhs, group_sizes):
-    assert not (group_sizes % 128).any()
-    ones = [jnp.ones((len(x) // 128, x.shape[1])) for x in (lhs, rhs)]
-    return wgrad(lhs.T, ones[0], rhs.T, ones[1], group_sizes).astype(jnp.bfloat16)
-
-  return {
-    "fp8": types.SimpleNamespace(
-      quantize_fp8_rows=rows,
-      quantize_fp8_columns=columns,
-      quantize_fp8_both=both,
-      quantize_fp8_weights=weights,
-    ),
-    "mxfp4": types.SimpleNamespace(quantize_mxfp4=mxfp4),
-    "convert": types.SimpleNamespace(
-      mxfp4_to_fp8_rows=lambda c, s: rows(values(c, s), power_of_two=True),
-      mxfp4_to_fp8_columns=lambda c, s: columns(values(c, s), power_of_two=True),
-    ),
-    "swiglu": types.SimpleNamespace(
-      swiglu_fp8_rows=swiglu_fp8_rows,
-      swiglu_backward_fp8=swiglu_backward_fp8,
-    ),
-    "grouped_matmul": types.SimpleNamespace(grouped_matmul=matmul, grouped_wgrad=wgrad),
-    "bf16_matmul": types.SimpleNamespace(grouped_matmul=bf16_matmul, grouped_wgrad=bf16_wgrad),
-  }
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-  """Looks like sm_90; the kernels are stand-ins that count their calls."""
-  calls = []
-
-  def counted(name, function):
-    def call(*args, **kwargs):
-      calls.append(name)
-      return function(*args, **kwargs)
-
-    return call
-
-  monkeypatch.setattr(moe_mosaic, "compute_capability", lambda: "9.0")
-  for name, kernels in fake_kernels().items():
-    counting = {k: counted(k, f) for k, f in vars(kernels).items()}
-    monkeypatch.setattr(pallas_kernels, name, types.SimpleNamespace(**counting), raising=False)
-  return calls
+# The kernels' path, with the kernels' definitions in their place (`conftest.hopper`).
 
 
 SERVED = [recipes.BF16, recipes.FP8, HOPPER, ALL[6]]
@@ -425,7 +307,7 @@ def test_mosaic_runs_or_raises(hopper, monkeypatch):
   refused("d=192 is not a multiple of 128", d=192)
   refused("f=96 is not a multiple of 128", f=96)
   refused('taps are read by implementation="xla"', taps=(None, operands.new_tap()))
-  monkeypatch.setattr(moe_mosaic, "compute_capability", lambda: "10.0")
+  monkeypatch.setattr(implementation, "compute_capability", lambda: "10.0")
   refused(r"the kernels need compute capability 9.0 \(Hopper\); this device has 10.0")
 
 

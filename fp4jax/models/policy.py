@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax import operands, recipes
 from fp4jax.dot import dot_general
-from fp4jax.moe_ffn import Implementation, moe_ffn
+from fp4jax.implementation import Implementation
+from fp4jax.moe_ffn import moe_ffn
 from fp4jax.recipe import Recipe
 
 
@@ -22,7 +23,8 @@ class Policy:
   scores: Recipe = recipes.BF16  # q k^T, and probabilities times v
   router: Recipe = recipes.FP32
   head: Recipe = recipes.BF16
-  implementation: Implementation | None = None  # of `moe_ffn`
+  # Of `moe_ffn`; plain matmuls run the kernels where these serve, or with "xla" never.
+  implementation: Implementation | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +40,10 @@ class Numerics:
   taps: dict[str, operands.Tap] | None = None
 
   def dot_general(self, name: str) -> Callable[..., Array]:
-    return dot_general(self._recipe(name), key=self._key(name), tap=self._tap(name))
+    implementation = "xla" if self.policy.implementation == "xla" else None
+    return dot_general(
+      self._recipe(name), key=self._key(name), tap=self._tap(name), implementation=implementation
+    )
 
   def moe_ffn(
     self,

@@ -1,13 +1,12 @@
-"""The grouped GEMMs of `moe_ffn` on Hopper: which kernel computes what.
+"""The three GEMMs of a linear layer on Hopper: which kernel computes what.
 
-Two implementations of `moe_ffn.Gemms`: FP8 with block scales, and bf16. Their operands are plain
-arrays, codes with scales; the kernels are imported when they are called.
+Two classes with the methods of `linear.XlaGemms`: FP8 with block scales, and bf16. Their operands
+are plain arrays, codes with scales; the kernels are imported when they are called.
 """
 
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, Float32, Int
@@ -15,12 +14,14 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int
 from fp4jax import operands as ops
 from fp4jax import recipes
 from fp4jax.formats import BlockFormat
+from fp4jax.implementation import device_obstacle, dtype_obstacle
 from fp4jax.linear import take_rows
 from fp4jax.quantization import QuantizedArray
 from fp4jax.recipe import Recipe, Source
 from fp4jax.swiglu import swiglu, swiglu_backward
 
-BLOCK = 128  # rows and columns that share a scale; d and f are multiples of it
+BLOCK = 128  # rows and columns that share a scale; the widths of the operands are multiples of it
+MIN_ROWS = 8  # of x, for the quantizers of rows
 _SERVED = (
   recipes.BF16,
   recipes.FP8,
@@ -29,25 +30,22 @@ _SERVED = (
 )
 
 
-def obstacle(recipe: Recipe, x: Array, w13: Array, taps: tuple) -> str | None:
-  """Why the kernels can't compute this call; None if they can."""
-  if (capability := compute_capability()) != "9.0":
-    return f"the kernels need compute capability 9.0 (Hopper); this device has {capability}"
+def obstacle(
+  recipe: Recipe, taps: tuple[ops.Tap | None, ...], rows: int, widths: dict[str, int], **operands
+) -> str | None:
+  """Why the kernels can't compute GEMMs of `operands`; None if they can."""
+  if why := device_obstacle():
+    return why
   if _numerics(recipe) not in [_numerics(r) for r in _SERVED]:
     return f"the kernels serve {[r.name for r in _SERVED[:3]]}, not recipe {recipe.name!r}"
-  if x.dtype != jnp.bfloat16:
-    return f"the kernels take bfloat16; x is {x.dtype}"
-  d, f = x.shape[1], w13.shape[2] // 2
-  for name, size in (("d", d), ("f", f)):
-    if size % BLOCK:
+  if why := dtype_obstacle(**operands):
+    return why
+  for name, size in widths.items():
+    if size % BLOCK or not size:
       return f"{name}={size} is not a multiple of {BLOCK}"
+  if rows < MIN_ROWS:
+    return f"{rows} rows are fewer than {MIN_ROWS}"
   return None if all(tap is None for tap in taps) else 'taps are read by implementation="xla"'
-
-
-def compute_capability() -> str:
-  """Of the default device: "9.0" on Hopper, "none (cpu)" without a GPU."""
-  device = jax.devices()[0]
-  return getattr(device, "compute_capability", None) or f"none ({device.platform})"
 
 
 def _numerics(recipe):
@@ -57,7 +55,7 @@ def _numerics(recipe):
 def gemms(
   recipe: Recipe, group_sizes: Int[Array, " e"], weight_dtype: DTypeLike
 ) -> "Fp8Gemms | Bf16Gemms":
-  """For a recipe, or the one of GEMM 2, that `obstacle` let pass."""
+  """For a recipe that `obstacle` let pass; group sizes are multiples of BLOCK."""
   if not recipe.fprop.lhs.is_quantized:
     return Bf16Gemms(recipe, group_sizes)
   return Fp8Gemms(recipe, group_sizes, jnp.dtype(weight_dtype))

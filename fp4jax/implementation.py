@@ -1,0 +1,56 @@
+"""Which implementation computes a call: XLA, or the Hopper kernels of `pallas_kernels`.
+
+Functions that take `implementation=` take one of
+
+    "xla"     everything, anywhere
+    "mosaic"  the kernels, or an error that says what they can't do
+    None      "mosaic" where it can run, and gives the numbers that "xla" would give: to the last
+              bit in `quantize` and `dequantize`, up to the order of float32 sums in the GEMMs
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+Implementation = Literal["xla", "mosaic"]
+
+
+def choose(implementation: Implementation | None, obstacle: str | None) -> Implementation:
+  """The one to run, `obstacle` being why the kernels can't.
+
+  Raises:
+    ValueError: "mosaic" with an obstacle, or a name that is none.
+  """
+  match implementation:
+    case None:
+      return "xla" if obstacle else "mosaic"
+    case "mosaic" if obstacle:
+      raise ValueError(f'implementation="mosaic": {obstacle}')
+    case "mosaic" | "xla":
+      return implementation
+    case _:
+      raise ValueError(f"{implementation=} is not one of {get_args(Implementation)} or None")
+
+
+def device_obstacle() -> str | None:
+  """Why the default device can't run the kernels."""
+  capability = compute_capability()
+  if capability == "9.0":
+    return None
+  return f"the kernels need compute capability 9.0 (Hopper); this device has {capability}"
+
+
+def dtype_obstacle(**arrays: Array) -> str | None:
+  """Which of the arrays is not bfloat16."""
+  for name, x in arrays.items():
+    if x.dtype != jnp.bfloat16:
+      return f"the kernels take bfloat16; {name} is {x.dtype}"
+  return None
+
+
+def compute_capability() -> str:
+  """Of the default device: "9.0" on Hopper, "none (cpu)" without a GPU."""
+  device = jax.devices()[0]
+  return getattr(device, "compute_capability", None) or f"none ({device.platform})"
