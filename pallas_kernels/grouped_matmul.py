@@ -215,6 +215,9 @@ def grouped_wgrad(
 
   Group g owns ceil(size/128) tiles of 128 tokens, right after those of group g-1; the fill at the
   end of a group is zeros. Tiles past the last group are never read; an empty group gives zeros.
+
+  lhs_scales are float32; rhs_scales too, or bfloat16, which holds powers of two: they are what most
+  of the traffic out of shared memory is beside the operands.
   """
   _check_operands(lhs, rhs, group_sizes)
   (k, t), (n, rhs_t), (e,) = lhs.shape, rhs.shape, group_sizes.shape
@@ -223,7 +226,8 @@ def grouped_wgrad(
   if k % BLOCK or n % BLOCK or t % BLOCK:
     raise ValueError(f"{k=}, {n=} or {t=} is not a multiple of {BLOCK}")
   _check("lhs_scales", lhs_scales, (t // BLOCK, k), jnp.float32)
-  _check("rhs_scales", rhs_scales, (t // BLOCK, n), jnp.float32)
+  narrow = rhs_scales.dtype == jnp.bfloat16
+  _check("rhs_scales", rhs_scales, (t // BLOCK, n), jnp.bfloat16 if narrow else jnp.float32)
   _check("group_sizes", group_sizes, (e,), jnp.int32)
   _check_sizes(group_sizes, t, tile=BLOCK)
   config = config or TUNING["wgrad"]
@@ -288,7 +292,7 @@ def grouped_wgrad(
         for piece, total in zip(split_columns(config, SLICE), sums, strict=True):
           column_scales = plgpu.load(
             ring["rhs_scales"].at[slot, piece], layout=plgpu.Layout.WGMMA.reduce(0)
-          )
+          ).astype(jnp.float32)
           part = columns_of(product, piece) * by_row(row_scales, SLICE)
           new.append(total + part * lax.broadcast_in_dim(column_scales, (WAVE, SLICE), (1,)))
         plgpu.barrier_arrive(ring["empty"].at[slot])
@@ -304,7 +308,9 @@ def grouped_wgrad(
     persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
 
   out_type = jax.ShapeDtypeStruct((e, k, n), out_dtype)
-  kernel = launch(fill, multiply, out_type, config, interpret, copies=4, wgrad=True)
+  kernel = launch(
+    fill, multiply, out_type, config, interpret, copies=4, column_scales=rhs_scales.dtype
+  )
   return kernel(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items)
 
 
@@ -335,7 +341,7 @@ def _check_sizes(group_sizes, limit, tile=1):
 
 def _dequantize(x, scales):
   """(r, c) elements times (c/128, r) scales, in float32."""
-  return x.astype(jnp.float32) * jnp.repeat(scales.T, BLOCK, axis=1)
+  return x.astype(jnp.float32) * jnp.repeat(scales.astype(jnp.float32).T, BLOCK, axis=1)
 
 
 def grouped_matmul_reference(

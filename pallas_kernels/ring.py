@@ -162,8 +162,11 @@ def unless_idle(ring, config, busy, work, first_step, steps):
       plgpu.barrier_arrive(ring["empty"].at[slot])
 
 
-def launch(fill, multiply, out_type, config, interpret, copies, wgrad=False):
-  """A persistent kernel: `fill` in the last warpgroup, `multiply` in the others."""
+def launch(fill, multiply, out_type, config, interpret, copies, column_scales=None):
+  """A persistent kernel: `fill` in the last warpgroup, `multiply` in the others.
+
+  `column_scales` is the dtype of the scales of rhs, if the ring has them.
+  """
   wgs, slots = config.compute_warpgroups, config.stages
   registers = min(232, (512 - 40) // wgs // 8 * 8)  # of 512 a thread of each SM quarter
 
@@ -193,8 +196,8 @@ def launch(fill, multiply, out_type, config, interpret, copies, wgrad=False):
   if config.cluster > 1:
     scratch["free"] = plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=slots)
     shape |= dict(cluster=(config.cluster,), cluster_names=("cluster",))
-  if wgrad:
-    scratch["rhs_scales"] = plgpu.SMEM((slots, config.tile_n), jnp.float32)
+  if column_scales is not None:
+    scratch["rhs_scales"] = plgpu.SMEM((slots, config.tile_n), column_scales)
   return plgpu.kernel(
     kernel,
     out_type=out_type,

@@ -128,12 +128,14 @@ def test_matmul_equals_reference(implementation, variant, case):
     assert np.all(np.isnan(out[used:]))
 
 
+@pytest.mark.parametrize("scale_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("implementation", "variant", "case"), runs(WGRADS, (256, EXPERTS_256)))
-def test_wgrad_equals_reference(implementation, variant, case):
+def test_wgrad_equals_reference(implementation, variant, case, scale_dtype):
   k, sizes = case
   n, t = 128, 128 * (2 + sum(-(-s // 128) for s in sizes))
   group_sizes = jnp.array(sizes, jnp.int32)
-  operands = wgrad_operands(t, k, n, sizes)
+  *operands, rhs_scales = wgrad_operands(t, k, n, sizes)
+  operands = *operands, rhs_scales.astype(scale_dtype)
   out = run(gm.grouped_wgrad, implementation, variant, *operands, group_sizes)
   reference = gm.grouped_wgrad_reference(*operands, group_sizes)
   bound = np.asarray(gm.grouped_wgrad_reference(*magnitudes(operands), group_sizes))
@@ -203,12 +205,13 @@ def test_matmul_lowers_for_cuda(variant, n, k):
   jax.jit(kernel).trace(*args, s((e,), jnp.int32)).lower(lowering_platforms=("cuda",))
 
 
+@pytest.mark.parametrize("scale_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("variant", gm.VARIANTS)
 @pytest.mark.parametrize(("n", "k"), [(2048, 7168), (7168, 2048)])
-def test_wgrad_lowers_for_cuda(variant, n, k):
+def test_wgrad_lowers_for_cuda(variant, n, k, scale_dtype):
   t, e, f8, f32 = 32768 + 8 * 128, 8, jnp.float8_e4m3fn, jnp.float32
   s = jax.ShapeDtypeStruct
-  args = (s((k, t), f8), s((t // 128, k), f32), s((n, t), f8), s((t // 128, n), f32))
+  args = (s((k, t), f8), s((t // 128, k), f32), s((n, t), f8), s((t // 128, n), scale_dtype))
   kernel = functools.partial(gm.grouped_wgrad, config=gm.VARIANTS[variant])
   jax.jit(kernel).trace(*args, s((e,), jnp.int32)).lower(lowering_platforms=("cuda",))
 
@@ -237,6 +240,9 @@ def test_wgrad_refuses_wrong_operands():
   lhs, lhs_scales, rhs, rhs_scales = wgrad_operands(256, 128, 128, (100, 100))
   with pytest.raises(ValueError, match="rhs_scales has shape"):
     gm.grouped_wgrad(lhs, lhs_scales, rhs, rhs_scales.T, jnp.array([100, 100], jnp.int32))
+  with pytest.raises(TypeError, match="rhs_scales is float16, not float32"):
+    half = rhs_scales.astype(jnp.float16)
+    gm.grouped_wgrad(lhs, lhs_scales, rhs, half, jnp.array([100, 100], jnp.int32))
   # 129 tokens take two tiles of 128: three tiles are 384 rows of the 256.
   for bad in ([-1, 5], [129, 1], [257]):
     with pytest.raises(ValueError, match="need more than 256"):

@@ -143,6 +143,15 @@ def test_dot_general(recipe, m, device):
   assert_near(run("mosaic"), expected)
 
 
+@either
+def test_dot_general_under_vmap(device):
+  x, w = random(3, 128, 256), random(256, 128, seed=1)
+  dot = fp4jax.dot_general(recipes.FP8, implementation="mosaic")
+  mapped = jax.jit(jax.vmap(lambda x: dot(x, w, MATMUL)))(x)
+  for one, y in zip(x, mapped, strict=True):
+    np.testing.assert_array_equal(jax.jit(lambda x: dot(x, w, MATMUL))(one), y)
+
+
 def test_dot_general_with_other_dimension_numbers(hopper):
   x, w = random(4, 256, 8), random(128, 256, seed=1)
   dims = (((1,), (1,)), ((), ()))
