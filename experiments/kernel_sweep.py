@@ -109,7 +109,14 @@ ENTRIES = (
   Entry(
     "grouped_matmul",
     "wgrad",
-    [TuningConfig(**c) for c in grid(stages=(4,), cluster=(1, 2), skip_idle=(False, True))],
+    [
+      TuningConfig(**c)
+      for c in (
+        *grid(stages=(4,), cluster=(1, 2), skip_idle=(False, True)),
+        *grid(stages=(4,), cluster=(1, 2), compute_warpgroups=(2,), waves=(2,), tile_n=(96,)),
+        *grid(stages=(3,), cluster=(1, 2), waves=(2,), tile_n=(64,)),
+      )
+    ],
     _gemms("fp8 wgrad, float32 result"),
   ),
   Entry("bf16_matmul", "matmul", _BF16, _gemms("bf16 fprop", "bf16 dgrad")),
