@@ -21,6 +21,7 @@ from experiments import kernel_cases as cases
 from experiments import kernel_peers as peers
 from experiments import logs
 from experiments.environment import describe_environment
+from experiments.kernel_checks import sampled_error
 from experiments.kernel_timing import (
   COLUMNS,
   CONTRACTION,
@@ -97,7 +98,10 @@ def matmuls() -> Iterator[Row]:
       for name, gemm, f, arguments in grouped(n, k, jnp.asarray(sizes, jnp.int32)):
         if name not in programs:
           programs[name] = compiled(f, *arguments[0])
-        row = time_us(programs[name], *arguments)
+        row = {}
+        if name.startswith("fp8"):
+          row["error_to_bound"] = sampled_error(gemm, programs[name](*arguments[0]), arguments[0])
+        row |= time_us(programs[name], *arguments)
         row |= {"tflops": flops / row["time_us"] * 1e-6}
         row |= {f"times_{peer}": t / row["time_us"] for peer, t in peer_times[gemm].items()}
         yield {"kind": "matmul", "name": name, "gemm": gemm} | where | row

@@ -12,6 +12,7 @@ import pytest
 import wgmma_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from experiments.kernel_checks import error_bound, magnitudes_of, sampled_error
 from pallas_kernels import grouped_matmul as gm
 
 EXPERTS_256 = tuple(int(s) for s in np.random.default_rng(0).integers(-20, 40, 256).clip(0))
@@ -97,22 +98,13 @@ def wgrad_operands(t, k, n, sizes):
   return *side(keys[0], k), *side(keys[2], n)
 
 
-def tolerance(reference_of_magnitudes, contraction):
-  # float32 sums of `contraction` exact products, in any order, and two roundings for the scales;
-  # wgmma keeps only about 13 bits below its largest addend: 2^-13 of the magnitudes, per 32.
-  return reference_of_magnitudes * (contraction * 2.0**-24 + 2.0**-12) + 1e-30
-
-
-def magnitudes(operands):
-  return tuple(jnp.abs(x.astype(jnp.float32)).astype(x.dtype) for x in operands)
-
-
 @pytest.mark.parametrize(
   ("implementation", "variant", "case"), runs(MATMULS, (sum(EXPERTS_256) + 9, EXPERTS_256))
 )
 def test_matmul_equals_reference(implementation, variant, case):
   m, sizes = case
-  k, n = 384, 256  # three steps: no multiple of the ring
+  k = 384  # three steps: no multiple of the ring
+  n = 256 if implementation == "mosaic-interpret" else 1408  # 11 tiles: more than a strip
   group_sizes = jnp.array(sizes, jnp.int32)
   operands = matmul_operands(m, k, n, sizes)
   out = run(
@@ -120,8 +112,10 @@ def test_matmul_equals_reference(implementation, variant, case):
   )
   used = sum(sizes)
   reference = gm.grouped_matmul_reference(*operands, group_sizes, out_dtype=jnp.float32)
-  bound = gm.grouped_matmul_reference(*magnitudes(operands), group_sizes, out_dtype=jnp.float32)
-  bound = tolerance(np.asarray(bound), k)
+  magnitudes = gm.grouped_matmul_reference(
+    *magnitudes_of(operands), group_sizes, out_dtype=jnp.float32
+  )
+  bound = np.asarray(error_bound(reference, magnitudes, k, out.dtype))
   assert np.all(np.abs(out - reference)[:used] <= bound[:used])
   if implementation == "mosaic-interpret":
     # The emulator hands out memory full of NaN: these rows were not written.
@@ -132,14 +126,33 @@ def test_matmul_equals_reference(implementation, variant, case):
 @pytest.mark.parametrize(("implementation", "variant", "case"), runs(WGRADS, (256, EXPERTS_256)))
 def test_wgrad_equals_reference(implementation, variant, case, scale_dtype):
   k, sizes = case
-  n, t = 128, 128 * (2 + sum(-(-s // 128) for s in sizes))
+  n = 128 if implementation == "mosaic-interpret" else 1408  # 11 tiles: more than a strip
+  t = 128 * (2 + sum(-(-s // 128) for s in sizes))
   group_sizes = jnp.array(sizes, jnp.int32)
   *operands, rhs_scales = wgrad_operands(t, k, n, sizes)
   operands = *operands, rhs_scales.astype(scale_dtype)
   out = run(gm.grouped_wgrad, implementation, variant, *operands, group_sizes)
   reference = gm.grouped_wgrad_reference(*operands, group_sizes)
-  bound = np.asarray(gm.grouped_wgrad_reference(*magnitudes(operands), group_sizes))
-  assert np.all(np.abs(out - reference) <= tolerance(bound, t))
+  magnitudes = gm.grouped_wgrad_reference(*magnitudes_of(operands), group_sizes)
+  assert np.all(np.abs(out - reference) <= error_bound(reference, magnitudes, t, out.dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("gemm", ["fprop", "wgrad"])
+def test_the_check_of_the_benchmark(gemm, dtype):
+  """Passes the reference, and not one wave of one column tile that is wrong by a scale's fifth."""
+  sizes = (130, 0, 1, 127)
+  group_sizes = jnp.array(sizes, jnp.int32)
+  if gemm == "wgrad":
+    operands, reference = wgrad_operands(640, 256, 256, sizes), gm.grouped_wgrad_reference
+  else:
+    operands, reference = matmul_operands(301, 384, 256, sizes), gm.grouped_matmul_reference
+  arguments = *operands, group_sizes
+  out = jax.jit(functools.partial(reference, out_dtype=dtype))(*arguments)
+  assert sampled_error(gemm, out, arguments) <= 1
+  wrong = out.at[..., 64:128, 128:].multiply(1.2)
+  assert sampled_error(gemm, wrong, arguments) > 1
+  assert sampled_error(gemm, out.at[..., 64:128, 130].set(jnp.nan), arguments) == np.inf
 
 
 @pytest.mark.parametrize("kernel", ["matmul", "wgrad"])
