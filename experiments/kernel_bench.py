@@ -19,6 +19,7 @@ from jax import lax
 
 from experiments import kernel_cases as cases
 from experiments import kernel_peers as peers
+from experiments import kernel_tables as tables
 from experiments import logs
 from experiments.environment import describe_environment
 from experiments.kernel_checks import sampled_error
@@ -168,7 +169,11 @@ def _saved_bytes(forward, arguments):
   return {"saved_bytes": outputs - y.nbytes, "saved_on_device_bytes": held}
 
 
-_PARTS = {"elementwise": elementwise, "matmul": matmuls, "moe_ffn": moe_ffns}
+_PARTS = {
+  "elementwise": (elementwise, tables.elementwise_table),
+  "matmul": (matmuls, tables.matmul_table),
+  "moe_ffn": (moe_ffns, tables.moe_ffn_table),
+}
 
 
 def main(argv):
@@ -177,9 +182,13 @@ def main(argv):
   environment = describe_environment(_COMMIT.value)
   log.write({"kind": "environment"} | environment)
   for part in _ONLY.value:
-    for row in _PARTS[part]():
+    measure, table = _PARTS[part]
+    rows = []
+    for row in measure():
       log.write(row)
-      print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+      rows.append(row)
+      print(" ".join(str(row[k]) for k in ("kind", "name", "recipe") if k in row), flush=True)
+    print(table(rows), flush=True)
   log.close()
 
 

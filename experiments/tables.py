@@ -168,7 +168,10 @@ def main(_) -> None:
   for name, content in (
     ("elementwise", kernel_tables.elementwise_table(bench)),
     ("matmul", kernel_tables.matmul_table(bench)),
-    ("moe_ffn", kernel_tables.moe_ffn_table(logs.read_rows(results / "moe_ffn_profile.jsonl"))),
+    (
+      "moe_ffn",
+      kernel_tables.moe_ffn_profile_table(logs.read_rows(results / "moe_ffn_profile.jsonl")),
+    ),
     ("source", _source(bench[0])),
   ):
     text = fill(text, name, content)

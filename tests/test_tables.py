@@ -37,7 +37,7 @@ def rows(name):
     (
       "pallas_kernels/README.md",
       "moe_ffn",
-      lambda: kernel_tables.moe_ffn_table(rows("moe_ffn_profile")),
+      lambda: kernel_tables.moe_ffn_profile_table(rows("moe_ffn_profile")),
     ),
   ],
 )
@@ -45,3 +45,12 @@ def test_readmes_hold_the_tables_of_the_rows(readme, name, content):
   text = (ROOT / readme).read_text()
   assert tables.fill(text, name, content()) == text
   assert tables.fill(text, name, "something else") != text
+
+
+def test_table_of_the_moe_ffn():
+  row = {"kind": "moe_ffn", "recipe": "fp8", "experts": 8, "top_k": 2, "forward_us": 9000.0}
+  row |= {"time_us": 21000.0, "speed_to_bf16": 1.456, "saved_bytes": 2 * 10**9}
+  row |= {"saved_bytes_to_bf16": 1.0, "saved_on_device_bytes_to_bf16": 0.998}
+  table = kernel_tables.moe_ffn_table([{"kind": "copy"}, row])
+  line = "| `fp8` | 8, top-2 | 9.00 | 21.00 | 1.46 | 2.000 | 1.000 | 0.998 |"
+  assert line in table.splitlines()
