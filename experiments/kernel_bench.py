@@ -50,7 +50,7 @@ def elementwise() -> Iterator[Row]:
   for name, time in peers.measure(peers.quantizers(ROWS, CONTRACTION)):
     yield {"kind": "peer", "name": name, "library": "torchao", "time_us": time}
   tensors = [bf16_tensor(seed, (ROWS, CONTRACTION)) for seed in (0, 1)]
-  for case in (*cases.CASES, *cases.SWIGLU, *cases.STOCHASTIC):
+  for case in cases.BY_NAME.values():
     if not case.benchmarked:
       continue
     sets = [(jax.jit(case.prepare)(x),) for x in tensors]

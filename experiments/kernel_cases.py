@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -106,6 +107,11 @@ def _weights(w, power_of_two):
   return _as_e4m3(q.codes), _as_e4m3(q.codes).swapaxes(-1, -2), q.scales
 
 
+def _experts(x):
+  """x as the weights of two experts, where it is large enough."""
+  return x.reshape(2 if len(x) % 256 == 0 else 1, -1, x.shape[1])
+
+
 def _fp8(power_of_two):
   kind = "power of two" if power_of_two else "float32"
   options = dict(power_of_two=power_of_two)
@@ -133,9 +139,10 @@ def _fp8(power_of_two):
     ),
     Case(
       f"quantize_fp8_weights {kind}",
-      lambda x: fp8.quantize_fp8_weights(x[None], **options),
-      lambda x: _weights(x[None], power_of_two),
+      lambda w: fp8.quantize_fp8_weights(w, **options),
+      lambda w: _weights(w, power_of_two),
       4,
+      _experts,
       benchmarked=not power_of_two,
     ),
   )
@@ -199,26 +206,27 @@ def _finish(scaled, top, scale):
   return codes.reshape(len(codes), -1), jnp.where(top < 255, scale, jnp.nan).T
 
 
-def _swiglu(packed):
+def _swiglu(packed, power_of_two):
   return Case(
-    f"swiglu_fp8_rows{_of(packed)}",
-    swiglu_kernel.swiglu_fp8_rows,
+    f"swiglu_fp8_rows{_of(packed, power_of_two)}",
+    functools.partial(swiglu_kernel.swiglu_fp8_rows, power_of_two=power_of_two),
     # The rounding to bf16 between the two is one that XLA would leave out.
-    lambda h: _rows(jax.lax.reduce_precision(swiglu(_hidden(h)), 8, 7), False),
+    lambda h: _rows(jax.lax.reduce_precision(swiglu(_hidden(h)), 8, 7), power_of_two),
     (_MXFP4_BYTES if packed else 2) + _FP8_BYTES / 2,
     _pack_mxfp4 if packed else lambda x: x,
+    benchmarked=not power_of_two,
   )
 
 
-def _of(packed):
-  return ", h in MXFP4" if packed else ""
+def _of(packed, power_of_two):
+  return (", h in MXFP4" if packed else "") + (", power of two" if power_of_two else "")
 
 
 def _hidden(h):
   return _values(h).astype(jnp.bfloat16) if isinstance(h, tuple) else h
 
 
-def _swiglu_backward(packed):
+def _swiglu_backward(packed, power_of_two):
   """x as h, some of it as g; `after` is 1, but for a few rows."""
 
   def prepare(x):
@@ -226,7 +234,8 @@ def _swiglu_backward(packed):
     return _pack_mxfp4(x) if packed else x, x[::-1, : x.shape[1] // 2], after
 
   def kernel(arguments):
-    return jax.tree.leaves(swiglu_kernel.swiglu_backward_fp8(*arguments))
+    outputs = swiglu_kernel.swiglu_backward_fp8(*arguments, power_of_two=power_of_two)
+    return jax.tree.leaves(outputs)
 
   def definition(arguments):
     h, g, after = arguments
@@ -234,15 +243,17 @@ def _swiglu_backward(packed):
       _values(h).astype(g.dtype) if packed else h, g, after[:, None]
     )
     a, dh = (jax.lax.reduce_precision(x, 8, 7) for x in (a, dh))
-    return *_rows(dh, False), *_rows(dh.T, False), *_rows(a.T, False), products
+    codes = (part for x in (dh, dh.T, a.T) for part in _rows(x, power_of_two))
+    return *codes, products
 
   h_bytes = _MXFP4_BYTES if packed else 2
   return Case(
-    f"swiglu_backward_fp8{_of(packed)}",
+    f"swiglu_backward_fp8{_of(packed, power_of_two)}",
     kernel,
     definition,
     h_bytes + 1 + 2.5 * _FP8_BYTES,
     prepare,
+    benchmarked=not power_of_two,
   )
 
 
@@ -276,7 +287,11 @@ CASES = (
   ),
 )
 # Equal but for the last bit of exp.
-SWIGLU = tuple(case(packed) for case in (_swiglu, _swiglu_backward) for packed in (False, True))
+SWIGLU = tuple(
+  case(packed, power_of_two)
+  for case in (_swiglu, _swiglu_backward)
+  for packed, power_of_two in itertools.product((False, True), repeat=2)
+)
 # Their draws are the kernel's own: no definition gives the same.
 STOCHASTIC = tuple(
   Case(
@@ -287,3 +302,4 @@ STOCHASTIC = tuple(
   )
   for suffix, signs in (("", None), (", Hadamard", SIGNS))
 )
+BY_NAME = {case.name: case for case in (*CASES, *SWIGLU, *STOCHASTIC)}

@@ -51,7 +51,7 @@ def grid(**choices) -> list[dict]:
 
 
 def _case(name: str) -> Callable[[], float]:
-  case = next(c for c in (*cases.CASES, *cases.SWIGLU, *cases.STOCHASTIC) if c.name == name)
+  case = cases.BY_NAME[name]
   return lambda: _time_us(case.kernel, (_prepared(case),))
 
 

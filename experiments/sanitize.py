@@ -19,7 +19,7 @@ _SIZES = (130, 0, 1, 127)  # ends inside a wave, no rows, one row; 43 of 301 row
 
 def launches() -> Iterator[tuple[str, Callable, tuple]]:
   """Name, kernel and arguments of every launch."""
-  for case in (*cases.CASES, *cases.SWIGLU, *cases.STOCHASTIC):
+  for case in cases.BY_NAME.values():
     shape = _SHAPES[0] if _accepts(case, _SHAPES[0]) else _SHAPES[1]
     x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
     yield f"{case.name} {shape}", case.kernel, (case.prepare(x),)

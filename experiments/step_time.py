@@ -3,8 +3,8 @@
     python -m experiments.step_time --config=configs/demo.py --out=results/step_time.jsonl
 
 Recipes take turns, a step each, so that a busy machine slows them alike; one state goes from hand
-to hand. `mxfp4:fprop` is MXFP4 in that GEMM and BF16 in the other two; `--split=` times none.
-`make tables` puts the rows into the README.
+to hand. `--split=mxfp4` also times `mxfp4:fprop`, MXFP4 in that GEMM and BF16 in the other two, and
+its like. `make tables` puts the rows into the README.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from ml_collections import config_flags
 from experiments import data, logs
 from experiments.config import Experiment, validate
 from experiments.environment import describe_environment
+from experiments.summary import BASELINE
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
 from fp4jax.recipe import Recipe
@@ -28,7 +29,7 @@ _CONFIG = config_flags.DEFINE_config_file("config")
 _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "Timed steps of each recipe.", lower_bound=3)
 _COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
-_SPLIT = flags.DEFINE_list("split", ["mxfp4"], "Recipes to time GEMM by GEMM too.")
+_SPLIT = flags.DEFINE_list("split", [], "Recipes to time GEMM by GEMM too.")
 
 
 def single_gemm(recipe: Recipe, gemm: str) -> Recipe:
@@ -58,6 +59,8 @@ def time_steps(config: Experiment, policies: dict, rounds: int) -> dict[str, lis
 def main(_) -> None:
   config = _CONFIG.value
   validate(config)
+  if BASELINE not in config.recipes:
+    raise ValueError(f"recipes={config.recipes} lack {BASELINE!r}, which times are relative to")
   chosen = {name: recipes.by_name(name) for name in config.recipes}
   for name in _SPLIT.value:
     for gemm in ("fprop", "dgrad", "wgrad"):
@@ -72,7 +75,7 @@ def main(_) -> None:
   tokens = config.data.batch_size * config.data.sequence_length
   Path(_OUT.value).parent.mkdir(parents=True, exist_ok=True)
   log = logs.JsonLines(_OUT.value, 0)
-  base = times["bf16"]
+  base = times[BASELINE]
   for name, steps in times.items():
     ratios = [a / b for a, b in zip(steps, base, strict=True)]
     row = {

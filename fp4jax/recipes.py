@@ -33,6 +33,16 @@ FP8 = Recipe(
   citation="DeepSeek-V3, arXiv 2412.19437: E4M3 in all GEMMs, 1x128 and 128x128 scales",
 )
 
+_FP8_POW2 = Operand(formats.FP8_BLOCK_POW2)
+_FP8_POW2_WEIGHT = Operand(formats.FP8_BLOCK_POW2_2D)
+FP8_POW2 = Recipe(
+  name="fp8_pow2",
+  fprop=Gemm(_FP8_POW2, _FP8_POW2_WEIGHT),
+  dgrad=Gemm(_FP8_POW2, _FP8_POW2_WEIGHT),
+  wgrad=Gemm(_FP8_POW2, _FP8_POW2),
+  citation="TransformerEngine's Float8BlockScaling: fp8 with scales rounded up to powers of two",
+)
+
 _MXFP4 = Operand(formats.MXFP4)
 MXFP4 = Recipe(
   name="mxfp4",
@@ -57,8 +67,6 @@ MXFP4_RHT_SR = Recipe(
 )
 
 # Power-of-two scales make MXFP4 -> FP8 lossless while exponents stay within 14 binades.
-_FP8_POW2 = Operand(formats.FP8_BLOCK_POW2)
-_FP8_POW2_WEIGHT = Operand(formats.FP8_BLOCK_POW2_2D)
 _FP8_OF_KEPT = dataclasses.replace(_FP8_POW2, source="residual")
 HOPPER_FP4 = Recipe(
   name="hopper_fp4",
@@ -70,7 +78,7 @@ HOPPER_FP4 = Recipe(
   ' fprop.lhs.source="original" makes fprop read FP8 of the unrounded activation instead',
 )
 
-RECIPES = {r.name: r for r in (FP32, BF16, FP8, MXFP4, MXFP4_RHT_SR, HOPPER_FP4)}
+RECIPES = {r.name: r for r in (FP32, BF16, FP8, FP8_POW2, MXFP4, MXFP4_RHT_SR, HOPPER_FP4)}
 
 
 def by_name(name: str) -> Recipe:

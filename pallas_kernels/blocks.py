@@ -8,6 +8,7 @@ found within each lane first and then over a few neighbours.
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -77,6 +78,21 @@ def fit(rows: int, m: int) -> int:
   while rows > m:
     rows //= 2
   return rows
+
+
+def tiles(m: int, rows: int, blocks: int) -> dict:
+  """A kernel's grid: a CTA takes `rows` of m rows and one of `blocks` blocks; see `tile_of`.
+
+  On one axis, for the others end at 65,535 CTAs; the blocks of the same rows are neighbours.
+  """
+  return dict(grid=(-(-m // rows) * blocks,), grid_names=("tile",))
+
+
+def tile_of(m: int, rows: int, blocks: int):
+  """The rows and the block of this CTA; the last rows may overlap those before."""
+  tile, blocks = lax.axis_index("tile"), jnp.int32(blocks)
+  start = jnp.minimum(lax.div(tile, blocks) * rows, m - rows)
+  return pl.ds(start, rows), lax.rem(tile, blocks)
 
 
 def check_rows(name, x, dtype, multiple, least_rows):

@@ -13,7 +13,6 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -152,10 +151,9 @@ def fp8_to_mxfp4(codes, scales, *, scale_rule: ScaleRule = "floor"):
     )
 
   def kernel(words_gmem, scales_gmem, codes_gmem, exponents_gmem):
-    start = jnp.minimum(lax.axis_index("rows") * rows, m - rows)  # the last may overlap
-    here, first = pl.ds(start, rows), lax.axis_index("blocks") * tiles
+    here, first = bl.tile_of(m, rows, k // TILE // tiles)
     loaded = []
-    for block in (first + tile for tile in range(tiles)):
+    for block in (first * tiles + tile for tile in range(tiles)):
       words = plgpu.load(words_gmem.at[here, block], layout=layout, optimized=False)
       scale = plgpu.load(
         scales_gmem.at[block, here], layout=layout.reduce((1, 2, 3)), optimized=False
@@ -171,8 +169,7 @@ def fp8_to_mxfp4(codes, scales, *, scale_rule: ScaleRule = "floor"):
       jax.ShapeDtypeStruct((m, k // TILE, 4, 2, 2), jnp.uint32),
       jax.ShapeDtypeStruct((m, k // TILE, 4), jnp.uint8),
     ),
-    grid=(-(-m // rows), k // TILE // tiles),
-    grid_names=("rows", "blocks"),
+    **bl.tiles(m, rows, k // TILE // tiles),
     compiler_params=bl.WARPGROUP,
   )(words, scales)
   out = lax.bitcast_convert_type(out, jnp.uint8)  # four bytes a word: no data moves

@@ -41,8 +41,7 @@ def quantize_fp8_rows(x, *, power_of_two: bool = False):
     rows //= 2
 
   def kernel(x_gmem, codes_gmem, scales_gmem):
-    start = jnp.minimum(lax.axis_index("rows") * rows, m - rows)  # the last may overlap
-    here, block = pl.ds(start, rows), lax.axis_index("block")
+    here, block = bl.tile_of(m, rows, k // TILE)
     layout = bl.block_layout(16, 8)
     values = plgpu.load(x_gmem.at[here, block], layout=layout, optimized=False)
     codes_gmem[here, block], scales_gmem[block, here] = bl.quantize_e4m3(values, power_of_two)
@@ -53,8 +52,7 @@ def quantize_fp8_rows(x, *, power_of_two: bool = False):
       jax.ShapeDtypeStruct((m, k // TILE, 16, 8), bl.E4M3),
       jax.ShapeDtypeStruct((k // TILE, m), jnp.float32),
     ),
-    grid=(-(-m // rows), k // TILE),
-    grid_names=("rows", "block"),
+    **bl.tiles(m, rows, k // TILE),
     compiler_params=bl.WARPGROUP,
   )(x.reshape(m, k // TILE, 16, 8))
   return codes.reshape(m, k), scales

@@ -57,6 +57,7 @@ VARIANTS = {
   "2 warpgroups": TuningConfig(compute_warpgroups=2, tile_n=192, skip_idle=True),
   "2 waves": TuningConfig(compute_warpgroups=2, waves=2, tile_n=96),
   "cluster": TuningConfig(cluster=2),
+  "cluster, idle warpgroups skipped": TuningConfig(cluster=2, skip_idle=True),
 }
 
 
@@ -293,8 +294,9 @@ def grouped_wgrad(
         slot = lax.rem(first_step + i, jnp.int32(config.stages))
         plgpu.barrier_wait(ring["full"].at[slot])
         products = [issue(ring["lhs"].at[slot, wave], ring["rhs"].at[slot]) for wave in waves]
-        row_scales = [load_rows(ring["lhs_scales"].at[slot, wave]) for wave in waves]
         plgpu.wgmma_wait(0)
+        # Scales are read past the wait: what they multiply depends on it through them alone.
+        row_scales = [load_rows(ring["lhs_scales"].at[slot, wave]) for wave in waves]
         new = [[] for _ in waves]
         # Only now and by slices: a scale for each of a thread's columns takes many registers.
         for i, piece in enumerate(pieces):

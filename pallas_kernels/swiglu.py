@@ -42,8 +42,7 @@ def swiglu_fp8_rows(h, *, power_of_two: bool = False):
 
   def kernel(*refs):
     *h_gmem, codes_gmem, scales_gmem = refs
-    start = jnp.minimum(lax.axis_index("rows") * rows, m - rows)  # the last may overlap
-    here, block = pl.ds(start, rows), lax.axis_index("block")
+    here, block = bl.tile_of(m, rows, blocks)
     gate, up = (_half(h_gmem, here, half, block).astype(jnp.float32) for half in (0, 1))
     activation = (gate * _sigmoid(gate) * up).astype(jnp.bfloat16)
     codes_gmem[here, block], scales_gmem[block, here] = bl.quantize_e4m3(activation, power_of_two)
@@ -54,8 +53,7 @@ def swiglu_fp8_rows(h, *, power_of_two: bool = False):
       jax.ShapeDtypeStruct((m, blocks, *tr.BLOCKS), bl.E4M3),
       jax.ShapeDtypeStruct((blocks, m), jnp.float32),
     ),
-    grid=(-(-m // rows), blocks),
-    grid_names=("rows", "block"),
+    **bl.tiles(m, rows, blocks),
     compiler_params=bl.WARPGROUP,
   )(*_halves(h, blocks))
   return codes.reshape(m, f), scales

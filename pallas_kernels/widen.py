@@ -168,10 +168,9 @@ def mxfp4_to_fp8_rows(codes, scales):
     )
 
   def kernel(words_gmem, exponents_gmem, codes_gmem, scales_gmem):
-    start = jnp.minimum(lax.axis_index("rows") * rows, m - rows)  # the last may overlap
-    here, first = pl.ds(start, rows), lax.axis_index("blocks") * tiles
+    here, first = bl.tile_of(m, rows, k // TILE // tiles)
     loaded = []
-    for block in (first + tile for tile in range(tiles)):
+    for block in (first * tiles + tile for tile in range(tiles)):
       words = plgpu.load(words_gmem.at[here, block], layout=layout, optimized=False)
       exponents = plgpu.load(
         exponents_gmem.at[here, block], layout=layout.reduce((1, 2)), optimized=False
@@ -188,8 +187,7 @@ def mxfp4_to_fp8_rows(codes, scales):
       jax.ShapeDtypeStruct((m, k // TILE, lanes, 2 * each), jnp.uint32),
       jax.ShapeDtypeStruct((k // TILE, m), jnp.float32),
     ),
-    grid=(-(-m // rows), k // TILE // tiles),
-    grid_names=("rows", "blocks"),
+    **bl.tiles(m, rows, k // TILE // tiles),
     compiler_params=bl.WARPGROUP,
   )(words, exponents)
   return lax.bitcast_convert_type(out, bl.E4M3).reshape(m, k), out_scales

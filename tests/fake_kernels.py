@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import fp4jax
+from experiments.kernel_cases import BY_NAME
 from fp4jax.swiglu import swiglu, swiglu_backward
 
 quantize = functools.partial(fp4jax.quantize, implementation="xla")
@@ -102,7 +103,7 @@ def fake_kernels() -> dict[str, types.SimpleNamespace]:
     "dequantize": types.SimpleNamespace(dequantize_mxfp4=values),
     "convert": types.SimpleNamespace(
       mxfp4_to_fp8_rows=lambda c, s: rows(values(c, s), power_of_two=True),
-      mxfp4_to_fp8_columns=lambda c, s: columns(values(c, s), power_of_two=True),
+      mxfp4_to_fp8_columns=lambda c, s: BY_NAME["mxfp4_to_fp8_columns"].definition((c, s)),
     ),
     "swiglu": types.SimpleNamespace(
       swiglu_fp8_rows=swiglu_fp8_rows,

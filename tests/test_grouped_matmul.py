@@ -35,6 +35,9 @@ WGRADS = [
 ]
 
 
+TUNED = "as tuned"  # what a call without a config runs
+
+
 def runs(cases, many):
   """Emulation is slow: every case with one variant, and the first one with the others.
 
@@ -42,7 +45,7 @@ def runs(cases, many):
   """
   first, *others = [name for name, config in gm.VARIANTS.items() if config.cluster == 1]
   emulated = [(first, case) for case in cases] + [(variant, cases[0]) for variant in others]
-  on_gpu = [(variant, case) for variant in gm.VARIANTS for case in [*cases, many]]
+  on_gpu = [(variant, case) for variant in (*gm.VARIANTS, TUNED) for case in [*cases, many]]
   return [
     *(pytest.param("mosaic-interpret", *run) for run in emulated),
     *(pytest.param("mosaic", *run, marks=pytest.mark.gpu) for run in on_gpu),
@@ -50,7 +53,7 @@ def runs(cases, many):
 
 
 def run(kernel, implementation, variant, *args, **options):
-  config, emulated = gm.VARIANTS[variant], implementation == "mosaic-interpret"
+  config, emulated = gm.VARIANTS.get(variant), implementation == "mosaic-interpret"
   if emulated:
     # The smallest ring is reused most often.
     config = dataclasses.replace(config, stages=2)

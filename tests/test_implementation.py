@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,18 @@ def test_stochastic_rounding_draws_its_own():
   )
 
 
+@pytest.mark.parametrize("fmt", [fp4jax.MXFP4, fp4jax.FP8_BLOCK], ids=lambda f: f.name)
+def test_quantize_may_stand_in_a_loss(fmt, monkeypatch):
+  """Codes are constants to a gradient; the kernels themselves, traced, have no rule for one."""
+  monkeypatch.setattr(implementation, "compute_capability", lambda: "9.0")
+
+  def loss(x):
+    q = fp4jax.quantize(x, fmt, implementation="mosaic")
+    return jnp.sum(x.astype(jnp.float32)) + jnp.sum(q.scales.astype(jnp.float32))
+
+  assert jax.eval_shape(jax.grad(loss), zeros(64, 128)).shape == (64, 128)
+
+
 def gradients(f, x, w, dy):
   y, pull = jax.vjp(f, x, w)
   return y, *pull(dy)
@@ -181,6 +194,7 @@ def test_none_picks_the_kernels_where_they_give_the_same_numbers(hopper):
   assert not kernels(functools.partial(quantize, rounding="stochastic", key=key), x)
   assert not kernels(functools.partial(quantize, fmt=fp4jax.NVFP4), x)
   assert not kernels(functools.partial(quantize, axis=0), x)
+  assert not kernels(functools.partial(quantize, fmt=fp4jax.FP8_BLOCK), ((64, 0), BF16))
   dot = fp4jax.dot_general
   assert kernels(lambda x, y: dot(recipes.FP8)(x, y, MATMUL), x, y)
   assert not kernels(lambda x, y: dot(recipes.BF16)(x, y, MATMUL), x, y)
@@ -281,6 +295,15 @@ def test_mosaic_runs_or_raises(message, call, hopper, monkeypatch):
   with pytest.raises(ValueError, match=r"this device has 10\.0"):
     call()
   assert not hopper
+
+
+def test_the_device_is_the_one_that_is_set(monkeypatch):
+  (cpu, *_), hopper = jax.devices("cpu"), types.SimpleNamespace(compute_capability="9.0")
+  monkeypatch.setattr(jax, "devices", lambda platform=None: [cpu if platform else hopper])
+  assert implementation.compute_capability() == "9.0"
+  for chosen in ("cpu", cpu):
+    with jax.default_device(chosen):
+      assert implementation.compute_capability() == "none (cpu)"
 
 
 def test_unknown_implementation():

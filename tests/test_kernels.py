@@ -16,7 +16,6 @@ from pallas_kernels import convert, fp8, mxfp4, swiglu, transpose
 from pallas_kernels import dequantize as dequantizer
 
 gpu = pytest.mark.gpu
-BY_NAME = {case.name: case for case in cases.CASES}
 # What multiplies by 2^-126 needs float32's subnormals, which a CPU flushes to zero.
 EMULATED = [case for case in cases.CASES if case.name.startswith("quantize_fp8")]
 
@@ -45,7 +44,7 @@ def assert_same(actual, expected, zeros_have_signs=True):
 
 @pytest.mark.parametrize("case", EMULATED, ids=lambda c: c.name)
 def test_emulated(case):
-  x = case.prepare(tensor(128, 256))
+  x = case.prepare(tensor(256, 256))
   with wgmma_races.checked(), plgpu.force_gpu_interpret_mode(wgmma_races.PARAMS):
     actual = case.kernel(x)
   assert_same(actual, case.definition(x))
@@ -105,10 +104,19 @@ def test_float32_input(rule):
 
 
 @gpu
+def test_more_rows_than_a_grid_has_beside_its_first_axis():
+  """The other axes end at 65,535 CTAs: 2^22 rows, 32 a CTA, are twice as many."""
+  for name in ("quantize_fp8_rows float32", "mxfp4_to_fp8_rows", "fp8_to_mxfp4 floor"):
+    case = cases.BY_NAME[name]
+    x = jax.jit(case.prepare)(jnp.tile(tensor(1024, 128), (4096, 1)))
+    assert_same(jax.jit(case.kernel)(x), jax.jit(case.definition)(x), "to_fp8" not in name)
+
+
+@gpu
 @pytest.mark.parametrize("rows", [8, 9, 33, 100])
 def test_rows_that_no_tile_divides(rows):
   for name in ("quantize_fp8_rows float32", "mxfp4_to_fp8_rows", "quantize_mxfp4 rceil"):
-    case = BY_NAME[name]
+    case = cases.BY_NAME[name]
     x = jax.jit(case.prepare)(tensor(256, 512)[:rows])
     assert_same(jax.jit(case.kernel)(x), jax.jit(case.definition)(x), "to_fp8" not in name)
 

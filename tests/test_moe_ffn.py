@@ -256,7 +256,7 @@ def test_hopper_fp4_saves_at_most_three_tenths(experts, k):
 # The kernels' path, with the kernels' definitions in their place (`conftest.hopper`).
 
 
-SERVED = [recipes.BF16, recipes.FP8, HOPPER, ALL[6]]
+SERVED = [recipes.BF16, recipes.FP8, recipes.FP8_POW2, HOPPER, ALL[7]]
 
 
 @pytest.mark.parametrize("recipe", SERVED, ids=lambda r: r.name)
@@ -274,7 +274,7 @@ def test_mosaic_computes_what_xla_computes(recipe, hopper):
   assert counts["grouped_matmul"] == 4 and counts["grouped_wgrad"] == 2
   if recipe is not recipes.BF16:
     assert counts["quantize_fp8_both"] == counts["swiglu_backward_fp8"] == 1
-    assert counts.get("quantize_mxfp4", 0) == (0 if recipe is recipes.FP8 else 2)
+    assert counts.get("quantize_mxfp4", 0) == (0 if recipe.residual.lhs is None else 2)
 
 
 def test_none_picks_by_device_recipe_and_shapes(hopper):
@@ -302,7 +302,9 @@ def test_mosaic_runs_or_raises(hopper, monkeypatch):
     with pytest.raises(ValueError, match=f'implementation="mosaic": {message}'):
       run(recipe, *arguments, taps, implementation="mosaic")
 
-  refused(r"the kernels serve \['bf16', 'fp8', 'hopper_fp4'\], not .*'mxfp4'", recipes.MXFP4)
+  refused(
+    r"the kernels serve \['bf16', 'fp8', 'fp8_pow2', 'hopper_fp4'\], not .*'mxfp4'", recipes.MXFP4
+  )
   refused("the kernels take bfloat16; x is float32", dtype=jnp.float32)
   refused("d=192 is not a multiple of 128", d=192)
   refused("f=96 is not a multiple of 128", f=96)

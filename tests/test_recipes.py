@@ -31,6 +31,10 @@ def test_recipes_are_those_of_their_sources():
     "fp32": ["float32 nearest original"] * 6,
     "bf16": ["bfloat16 nearest original"] * 6,
     "fp8": [row, tile, row, tile, row, row],
+    "fp8_pow2": [
+      *(f"{row2} original", tile2) * 2,
+      *(f"{row2} original", f"{row2} original"),
+    ],
     "mxfp4": [plain] * 6,
     "mxfp4_rht_sr": [
       *(rceil, rceil),
@@ -91,7 +95,7 @@ def test_unknown_recipe_names_the_near_ones(name, near, far):
 
 def test_unknown_recipe_like_none_names_all():
   with pytest.raises(
-    ValueError, match="'fp32', 'bf16', 'fp8', 'mxfp4', 'mxfp4_rht_sr', 'hopper_fp4'"
+    ValueError, match="'fp32', 'bf16', 'fp8', 'fp8_pow2', 'mxfp4', 'mxfp4_rht_sr', 'hopper_fp4'"
   ):
     recipes.by_name("zzz")
 

@@ -25,6 +25,7 @@ MIN_ROWS = 8  # of x, for the quantizers of rows
 _SERVED = (
   recipes.BF16,
   recipes.FP8,
+  recipes.FP8_POW2,
   recipes.HOPPER_FP4,
   recipes.HOPPER_FP4.replace({"fprop.lhs.source": "original"}),
 )
@@ -37,7 +38,7 @@ def obstacle(
   if why := device_obstacle():
     return why
   if _numerics(recipe) not in [_numerics(r) for r in _SERVED]:
-    return f"the kernels serve {[r.name for r in _SERVED[:3]]}, not recipe {recipe.name!r}"
+    return f"the kernels serve {[r.name for r in _SERVED[:4]]}, not recipe {recipe.name!r}"
   if why := dtype_obstacle(**operands):
     return why
   for name, size in widths.items():

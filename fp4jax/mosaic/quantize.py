@@ -34,7 +34,7 @@ def obstacle(x: Array, fmt: BlockFormat, axis: int, rounding: Rounding) -> str |
     return f"the kernels quantize to MXFP4, FP8_BLOCK and FP8_BLOCK_POW2, not to {fmt.name}"
   if rounding != "nearest":
     return f"the kernels round {fmt.name} to nearest, not {rounding!r}"
-  if x.size < MIN_ROWS * x.shape[-1]:
+  if not x.size or x.size < MIN_ROWS * x.shape[-1]:
     return f"x of shape {x.shape} has fewer than {MIN_ROWS} rows"
   return dtype_obstacle(x=x)
 
@@ -43,7 +43,7 @@ def quantize(
   x: Float[Array, "*s"], fmt: BlockFormat, key: jax.Array | None
 ) -> tuple[UInt8[Array, "*packed"], StoredScale]:
   """Codes and scales as `QuantizedArray` has them, for a call that `obstacle` let pass."""
-  rows = x.reshape(-1, x.shape[-1])
+  rows = lax.stop_gradient(x).reshape(-1, x.shape[-1])  # codes have no gradient, kernels no rule
   if _is_one_of(fmt, _MXFP4):
     from pallas_kernels import mxfp4
 
