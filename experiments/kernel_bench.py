@@ -32,6 +32,7 @@ from experiments.kernel_timing import (
   compiled,
   grouped,
   time_us,
+  tuning,
 )
 from fp4jax import recipes
 from fp4jax.moe_ffn import moe_ffn
@@ -180,7 +181,7 @@ def main(argv):
   del argv
   log = logs.JsonLines(Path(_OUT.value), 0)
   environment = describe_environment(_COMMIT.value)
-  log.write({"kind": "environment"} | environment)
+  log.write({"kind": "environment"} | environment | {"tuning": tuning()})
   for part in _ONLY.value:
     measure, table = _PARTS[part]
     rows = []

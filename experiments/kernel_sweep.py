@@ -136,16 +136,10 @@ def sweep(entry: Entry):
     yield {
       "kind": "sweep",
       "table": f"{entry.module}.{entry.key}",
-      "candidate": _plain(candidate),
+      "candidate": timing.plain(candidate),
       "time_us": time_us,
       "error": error,
     }
-
-
-def _plain(candidate) -> dict[str, Any]:
-  if dataclasses.is_dataclass(candidate):
-    return dataclasses.asdict(candidate)
-  return dict(candidate)
 
 
 def source_of(candidate) -> str:

@@ -1,18 +1,39 @@
 """Device times of functions of large arrays, and the grouped matmuls that are timed."""
 
+import dataclasses
 import functools
+import importlib
+import pkgutil
 import statistics
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import profiler
 from jaxtyping import Array, Int
 
+import pallas_kernels
 from pallas_kernels import bf16_matmul, grouped_matmul
 
 ROWS, CONTRACTION, COLUMNS = 32768, 7168, 2048
 GEMMS = (COLUMNS, CONTRACTION), (CONTRACTION, COLUMNS)  # columns and contraction of fprop
+
+
+def plain(candidate) -> dict[str, Any]:
+  """An entry of a tuning table, for JSON."""
+  if dataclasses.is_dataclass(candidate):
+    return dataclasses.asdict(candidate)
+  return dict(candidate)
+
+
+def tuning() -> dict[str, dict[str, Any]]:
+  """Every entry of the tables TUNING, as this process has them: "grouped_matmul.wgrad"."""
+  entries = {}
+  for module in pkgutil.iter_modules(pallas_kernels.__path__):
+    table = getattr(importlib.import_module(f"pallas_kernels.{module.name}"), "TUNING", {})
+    entries |= {f"{module.name}.{key}": plain(value) for key, value in table.items()}
+  return entries
 
 
 def compiled(f: Callable, *arguments):
