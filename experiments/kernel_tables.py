@@ -14,7 +14,7 @@ def elementwise_table(rows: list[Row]) -> str:
   copy = next(r for r in rows if r["kind"] == "copy")
   torchao = {r["name"]: r["time_us"] for r in rows if r["kind"] == "peer"}
   lines = [
-    "| kernel | time, us | TB/s | of the copy | times XLA | times torchao | equals fp4jax |",
+    "| kernel | time, us | TB/s | of the copy | speed, XLA = 1 | torchao = 1 | equals fp4jax |",
     "|---|---|---|---|---|---|---|",
   ]
   for row in (r for r in rows if r["kind"] == "elementwise"):
@@ -25,13 +25,15 @@ def elementwise_table(rows: list[Row]) -> str:
       f" {xla} | {f'{peer / row["time_us"]:.1f}' if peer else ''} | {_EQUAL[row.get('equal')]} |"
     )
   m, k = next(r["shape"] for r in rows if r["kind"] == "elementwise")
-  lines.append(f"\n{m} x {k}; the device copy of the same run moved {copy['tb_per_s']:.2f} TB/s.")
+  lines.append(
+    f"\n{m} x {k} normal values; the device copy of the same run moved {copy['tb_per_s']:.2f} TB/s."
+  )
   return "\n".join(lines)
 
 
 def matmul_table(rows: list[Row]) -> str:
   lines = [
-    f"| GEMM | N | K | groups | TFLOP/s | {' | '.join(f'times {p}' for p in _PEERS.values())} |",
+    f"| GEMM | N | K | groups | TFLOP/s | {' | '.join(f'{p} = 1' for p in _PEERS.values())} |",
     "|---|---|---|---|---|---|---|---|",
   ]
   for row in (r for r in rows if r["kind"] == "matmul"):
@@ -41,8 +43,9 @@ def matmul_table(rows: list[Row]) -> str:
       f" {' | '.join(ratios)} |"
     )
   return "\n".join(lines) + (
-    "\n\nM = 32768 rows, 8 groups. Ratios are to torch's matmul of the same shape and groups; the"
-    " dense one has the\nblocks of the GEMM: 1x128 and 128x128, for wgrad 1x128 on both sides."
+    "\n\nM = 32768 rows, 8 groups. Speeds are relative to torch's matmul of the same shape and"
+    " groups; the dense one has\nthe blocks of the GEMM: 1x128 and 128x128, for wgrad 1x128 on both"
+    " sides."
   )
 
 
