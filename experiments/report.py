@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from experiments.report_charts import (
   ALL,
+  ON_TOP,
   PARTS,
   curve_charts,
   probe_charts,
@@ -63,9 +64,12 @@ def render(records: Records, name: str) -> str:
     summary=summary,
     curves=curve_charts(records, summary["unigram_entropy_nats"]),
     probes=probes,
+    formats={recipe: _formats(own) for recipe, own in summary["recipes"].items()},
+    reading={recipe: _reading_residual(own) for recipe, own in summary["recipes"].items()},
     operands=list(probes["sqnr"][0]["figures"]) if probes else [],
     all_operands=ALL,
     parts=PARTS,
+    on_top=ON_TOP,
     baseline=BASELINE,
     styles=recipe_styles(records.recipes),
     window=smoothing_window(records),
@@ -80,7 +84,7 @@ def render(records: Records, name: str) -> str:
 
 
 def headline(summary: dict[str, Any]) -> list[str]:
-  """The result in sentences: who is how far from the baseline, and what makes the error."""
+  """The result in sentences: who is how far from the baseline, and why."""
   recipes = summary["recipes"]
   if not any(own["runs"] for own in recipes.values()):
     return ["No training steps yet."]
@@ -96,34 +100,74 @@ def headline(summary: dict[str, Any]) -> list[str]:
   if behind:
     sentences.append(f"Not there yet: {_listed(behind)}.")
   for recipe in [farthest] if farthest else recipes:
-    part = _largest_part(recipes[recipe]["decomposition"]["operands"])
-    if part:
-      sentences.append(f"The largest part of the quantization error of {recipe} is {part}.")
+    lost = recipes[recipe]["decomposition"]["lost_to_scale"]
+    if lost is not None:
+      sentences.append(_scale_sentence(recipe, lost))
       break
   return sentences
 
 
 def _gap_sentences(gaps: dict[str, Any], steps: int | None) -> list[str]:
-  order = sorted(gaps, key=lambda recipe: abs(gaps[recipe]["percent"]))
-  percents = [signed(gaps[recipe]["percent"], unit="%") for recipe in order]
-  reached = gaps[order[0]]["step"]
+  percents = {recipe: gap["percent"] for recipe, gap in gaps.items()}
+  any_gap = next(iter(gaps.values()))
+  reached, noise = any_gap["step"], any_gap["noise_percent"]
   when = f"At step {reached} of {steps}, " if steps and reached < steps else ""
-  if len(order) == 1:
-    first = f"{when}{order[0]} differs from BF16 by {percents[0]} in validation loss."
-  else:
-    first = (
-      f"{when}{order[0]} is closest to BF16 in validation loss ({percents[0]})"
-      f" and {order[-1]} farthest ({percents[-1]})."
-    )
-  noise = gaps[order[-1]]["noise_percent"]
   if noise is None:
-    return [first, "With one BF16 seed the noise between seeds is unknown."]
-  inside = [recipe for recipe in order if gaps[recipe]["verdict"] == "within noise"]
-  who = {0: "no recipe is", len(order): "no recipe differs by more than that"}.get(
-    len(inside), f"only {_listed(inside)} {'is' if len(inside) == 1 else 'are'}"
+    return [when + _extremes(percents), "With one BF16 seed the noise between seeds is unknown."]
+  inside = [recipe for recipe, gap in gaps.items() if gap["verdict"] == "within noise"]
+  outside = {recipe: percent for recipe, percent in percents.items() if recipe not in inside}
+  first = f"{_listed(inside)} can't be told from BF16 in validation loss"
+  if outside:
+    other = ["BF16 in validation loss"]  # only the first time
+    groups = _groups(outside, noise)
+    first = "; ".join(_where(group, noise, other.pop() if other else "it") for group in groups)
+  who = f"{_listed(inside) or 'no recipe'} {'are' if inside[1:] else 'is'} within that noise"
+  apart = f"BF16's own seeds lie {fixed(noise, 2, '%')} apart"
+  return [f"{when}{first}.", f"{apart}: {who}."]
+
+
+def _groups(percents: dict[str, float], noise: float) -> list[dict[str, float]]:
+  """Recipes not told apart, highest first: each lies within the noise of its group's first."""
+  groups: list[dict[str, float]] = []
+  for recipe, percent in sorted(percents.items(), key=lambda item: -item[1]):
+    if groups and next(iter(groups[-1].values())) - percent <= noise:
+      groups[-1][recipe] = percent
+    else:
+      groups.append({recipe: percent})
+  return groups
+
+
+def _where(group: dict[str, float], noise: float, other: str) -> str:
+  side = "above" if sum(group.values()) > 0 else "below"
+  sizes = sorted(map(abs, group.values()))
+  highest = fixed(sizes[-1], 2, "%")
+  if len(group) == 1:
+    return f"{_listed(list(group))} lies {highest} {side} {other}"
+  return (
+    f"{_listed(list(group))} lie {fixed(sizes[0], 2)} to {highest} {side} {other},"
+    f" closer together than the noise of {fixed(noise, 2, '%')}"
   )
-  who = who if len(inside) == len(order) else f"{who} within that noise"
-  return [first, f"BF16's own seeds lie {fixed(noise, 2, '%')} apart: {who}."]
+
+
+def _extremes(percents: dict[str, float]) -> str:
+  order = sorted(percents, key=lambda recipe: abs(percents[recipe]))
+  closest, farthest = (signed(percents[order[i]], unit="%") for i in (0, -1))
+  if len(order) == 1:
+    return f"{order[0]} differs from BF16 by {closest} in validation loss."
+  return (
+    f"{order[0]} is closest to BF16 in validation loss ({closest})"
+    f" and {order[-1]} farthest ({farthest})."
+  )
+
+
+def _scale_sentence(recipe: str, lost_to_scale: float) -> str:
+  percent = round(100 * lost_to_scale)
+  if percent <= 0:
+    return f"An ideal scale would remove none of {recipe}'s squared error: it is the grid's."
+  return (
+    f"An ideal scale would remove {percent}\N{NO-BREAK SPACE}% of {recipe}'s squared error;"
+    " the rest is the grid's."
+  )
 
 
 def _best_sentence(recipes: dict[str, Any]) -> str:
@@ -135,19 +179,20 @@ def _best_sentence(recipes: dict[str, Any]) -> str:
   return f"{best} has the lowest validation loss, {losses[best]:.3f} nats/token."
 
 
-def _largest_part(operands: list[dict[str, Any]]) -> str | None:
-  """By mean over operands; the cross terms are no part of their own."""
-  known = [operand for operand in operands if operand["scale_bias"] is not None]
-  means = {
-    label: sum(operand[part] for operand in known)
-    for part, label in PARTS.items()
-    if part != "cross" and known
-  }
-  return max(means, key=means.get, default=None)
-
-
 def _listed(names: list[str]) -> str:
   return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+
+
+def _formats(own: dict[str, Any]) -> str:
+  """What a recipe's operands are rounded to, each format with its scale rule."""
+  operands = own["decomposition"]["operands"]
+  named = [" ".join(filter(None, (o["format"], o["scale_rule"]))) for o in operands]
+  return ", ".join(dict.fromkeys(filter(None, named)))
+
+
+def _reading_residual(own: dict[str, Any]) -> str:
+  operands = own["decomposition"]["operands"]
+  return _listed([f"{o['gemm']} {o['operand']}" for o in operands if o["reads_residual"]])
 
 
 def fixed(value: float | None, digits: int = 3, unit: str = "") -> str:

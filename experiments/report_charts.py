@@ -8,7 +8,7 @@ its CSS variables, `--recipe-1` or with an alpha byte `--recipe-1/33`.
 import html
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.report_lines import (
   Curve,
@@ -29,20 +29,31 @@ from experiments.summary import (
   is_lossless,
   last_probe_rows,
   mean_shares,
+  reads_residual,
 )
 
 Chart = dict[str, Any]
-Parts = dict[Any, dict[str, float]]  # shares of the squared error, by operand, layer, step, ...
 
-PARTS = {
-  "scale_bias": "scale bias",
-  "deadzone": "deadzone",
+
+class Stack(NamedTuple):
+  """The error of some quantizations."""
+
+  shares: dict[str, float]  # of the squared error, by part; all 0 where nothing was lost
+  sqnr: str  # in words
+
+
+Parts = dict[Any, Stack]  # by operand, layer, step, ...
+
+PARTS = {  # in the order of a stack: where the first two end, an ideal scale would end
   "grid_noise": "grid noise",
+  "deadzone": "deadzone",
+  "scale_bias": "scale bias",
   "cross": "cross terms",
 }
 GEMMS = ("fprop", "dgrad", "wgrad", "residual")
 ALL = "all operands"
 SHARE = "share of squared error"
+ON_TOP = "*"  # of an error that adds to the residual's
 
 
 def smoothing_window(records: Records) -> int:
@@ -117,10 +128,7 @@ def probe_charts(records: Records) -> dict[str, list[Chart]]:
         parts[recipe][name] = _grouped(own, key)
     return _panels(parts, figure)
 
-  sqnr = {}
-  for name in [ALL, *names]:
-    curves = {r: over_seeds(by_seed(own.get(name, []), "sqnr_db")) for r, own in rows.items()}
-    sqnr[name] = line_figure(curves, styles, "SQNR (dB)", height=360)
+  sqnr = {name: _sqnr_figure(rows, name, styles) for name in [ALL, *names]}
   by_operand = {recipe: {ALL: _grouped(last[recipe], _operand)} for recipe in steps}
   return {
     "operands": _panels(by_operand, _bar_figure),
@@ -129,6 +137,26 @@ def probe_charts(records: Records) -> dict[str, list[Chart]]:
     "time": panels(_time_figure, lambda row: row["step"], whole_run=True),
     "sqnr": [{"title": "SQNR", "figures": sqnr}],
   }
+
+
+def _sqnr_figure(rows: dict[str, dict[str, list[Row]]], name: str, styles: dict) -> Figure:
+  """A residual stands beside what is read from it, whose error only adds to its own."""
+  lines: dict[str, list[Row]] = {}
+  styles = dict(styles)
+  for recipe, own in rows.items():
+    chosen = own.get(name, [])
+    if name != ALL and any(map(reads_residual, chosen)):
+      chosen = chosen + own.get(f"residual {chosen[0]['operand']}", [])
+    for row in chosen:
+      kind, dash = "", styles[recipe]["dash"]
+      if row["gemm"] == "residual":
+        kind, dash = " residual", "dot"
+      elif reads_residual(row):
+        kind, dash = " on top", "dash"
+      lines.setdefault(recipe + kind, []).append(row)
+      styles[recipe + kind] = styles[recipe] | {"dash": dash, "recipe": recipe}
+  curves = {line: over_seeds(by_seed(own, "sqnr_db")) for line, own in lines.items()}
+  return line_figure(curves, styles, "SQNR (dB)", height=360)
 
 
 def _operand(row: Row) -> str:
@@ -141,7 +169,7 @@ def _order(operand: str) -> tuple[int, str]:
 
 
 def _grouped(rows: list[Row], key: Callable[[Row], Any]) -> Parts:
-  """Mean shares by key, both cross terms added up; all 0 where no row lost anything."""
+  """Mean shares by key, both cross terms added up."""
   groups: dict[Any, list[Row]] = {}
   for row in rows:
     groups.setdefault(key(row), []).append(row)
@@ -150,10 +178,19 @@ def _grouped(rows: list[Row], key: Callable[[Row], Any]) -> Parts:
     shares = mean_shares(own)
     if shares["scale_bias"] is not None:
       shares["cross"] = shares["cross_scale_grid"] + shares["cross_scale_deadzone"]
-      parts[name] = {part: short(shares[part]) for part in PARTS}
+      parts[name] = Stack({part: short(shares[part]) for part in PARTS}, _sqnr(own))
     elif all(is_lossless(row) for row in own):
-      parts[name] = dict.fromkeys(PARTS, 0.0)
+      parts[name] = Stack(dict.fromkeys(PARTS, 0.0), _sqnr(own))
   return parts
+
+
+def _sqnr(rows: list[Row]) -> str:
+  """Mean of the decibels, nothing for several operands at once, which differ in what they mean."""
+  values = [row["sqnr_db"] for row in rows if row.get("sqnr_db") is not None]
+  if len(set(map(_operand, rows))) > 1:
+    return ""
+  text = f"{sum(values) / len(values):.1f} dB" if values else "no error"
+  return text + ON_TOP * any(map(reads_residual, rows))
 
 
 def _gap_curves(rows: dict[str, list[Row]]) -> dict[str, Curve]:
@@ -175,7 +212,8 @@ def _gap_curves(rows: dict[str, list[Row]]) -> dict[str, Curve]:
 
 def _panels(parts: dict[str, dict[str, Parts]], figure: Callable) -> list[Chart]:
   """One chart a recipe; all share the range of their values."""
-  shares = [p for figures in parts.values() for own in figures.values() for p in own.values()]
+  every = [own for figures in parts.values() for own in figures.values()]
+  shares = [stack.shares for own in every for stack in own.values()]
   low = min([0.0, *(sum(v for v in share.values() if v < 0) for share in shares)])
   high = max([1.0, *(sum(v for v in share.values() if v > 0) for share in shares)])
   if figure is _time_figure:  # side by side, not on top of each other
@@ -189,25 +227,25 @@ def _panels(parts: dict[str, dict[str, Parts]], figure: Callable) -> list[Chart]
 
 
 def _bar_figure(parts: Parts, bounds: list[float]) -> Figure:
-  """Horizontal stacks, first key on top."""
+  """Horizontal stacks, first key on top, with the SQNR at their ends."""
   keys = sorted(parts, key=_order)
   names = [html.escape(key) for key in keys]
-  lossless = [name for key, name in zip(keys, names, strict=True) if not any(parts[key].values())]
   traces = [
     _bars(part)
-    | {"orientation": "h", "y": names, "x": [parts[key][part] for key in keys]}
+    | {"orientation": "h", "y": names, "x": [parts[key].shares[part] for key in keys]}
     | {"hovertemplate": "%{x:.3f}"}
     for part in PARTS
   ]
   layout = {
     "height": 76 + 26 * max(3, len(keys)),
+    "margin": {"r": 60 if any(parts[key].sqnr for key in keys) else 12},
     "xaxis": {"title": {"text": SHARE}, "range": bounds},
     "yaxis": {"autorange": "reversed", "type": "category", "showgrid": False},
     "shapes": [rule("x", 1.0)],
     "annotations": [
-      {"text": " no error", "x": 0, "y": name, "xanchor": "left", "bgcolor": "--page"}
+      {"text": parts[key].sqnr, "xref": "paper", "x": 1, "y": name, "xanchor": "left"}
       | {"showarrow": False, "font": {"color": "--muted"}}
-      for name in lossless
+      for key, name in zip(keys, names, strict=True)
     ],
   }
   return _stacked(traces, layout) if keys else _blank(layout["height"], parts)
@@ -217,7 +255,8 @@ def _column_figure(parts: Parts, bounds: list[float]) -> Figure:
   """Vertical stacks over layers."""
   keys = sorted(parts)
   traces = [
-    _bars(part) | {"x": keys, "y": [parts[key][part] for key in keys], "hovertemplate": "%{y:.3f}"}
+    _bars(part)
+    | {"x": keys, "y": [parts[key].shares[part] for key in keys], "hovertemplate": "%{y:.3f}"}
     for part in PARTS
   ]
   layout = {
@@ -232,7 +271,7 @@ def _column_figure(parts: Parts, bounds: list[float]) -> Figure:
   }
   return (
     _stacked(traces, layout)
-    if any(any(own.values()) for own in parts.values())
+    if any(any(own.shares.values()) for own in parts.values())
     else _blank(250, parts)
   )
 
@@ -254,10 +293,10 @@ def _stacked(traces: list[dict], layout: dict) -> Figure:
 
 
 def _time_figure(parts: Parts, bounds: list[float]) -> Figure:
-  steps = sorted(step for step, shares in parts.items() if any(shares.values()))
+  steps = sorted(step for step, own in parts.items() if any(own.shares.values()))
   traces = []
   for part, label in PARTS.items():
-    curve = [(step, parts[step][part], 0.0, 0.0) for step in steps]
+    curve = [(step, parts[step].shares[part], 0.0, 0.0) for step in steps]
     style = {"color": f"--part-{part}", "dash": "dash" if part == "cross" else "solid"}
     traces.append(line(curve, style, label))
   layout = {

@@ -61,7 +61,10 @@ def line_figure(
   log: bool = False,
   level: float | None = None,
 ) -> Figure:
-  """Mean lines with bands over seeds and names at their ends; `level`: the unigram entropy."""
+  """Mean lines with bands over seeds and names at their ends; `level`: the unigram entropy.
+
+  A style may name, as `recipe`, the recipe that a curve is hidden with.
+  """
   scale = math.log10 if log else float
   curves = {recipe: curve for recipe, curve in curves.items() if curve}
   values = [v for curve in curves.values() for point in curve for v in point[1:]]
@@ -75,14 +78,14 @@ def line_figure(
   low, high = min(low, at[0]), max(high, at[-1])
   margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
 
-  bands = [_band(curve, styles[r]["color"], r) for r, curve in curves.items() if _is_spread(curve)]
+  bands = [_band(curve, styles[r], r) for r, curve in curves.items() if _is_spread(curve)]
   lines = [line(curve, styles[recipe], recipe) for recipe, curve in curves.items()]
   names = [
     {
       "type": "scatter",
       "mode": "text",
       "meta": "label",
-      "legendgroup": recipe,
+      "legendgroup": styles[recipe].get("recipe", recipe),
       "x": [curves[recipe][-1][0]],
       "y": [10**y if log else y],
       "text": [f"  {html.escape(recipe)}"],
@@ -96,7 +99,7 @@ def line_figure(
   yaxis = {"title": {"text": unit}, "range": [low - margin, high + margin]}
   layout = {
     "height": height,
-    "margin": {"r": 24 + 7 * max(map(len, curves))},
+    "margin": {"r": 16 + 7 * max(map(len, curves))},
     "xaxis": {"title": {"text": "step"}, "showgrid": False},
     "yaxis": yaxis | ({"type": "log", "dtick": "D2"} if log else {}),
   }
@@ -117,10 +120,10 @@ def line(curve: Curve, style: dict, recipe: str) -> dict:
     "type": "scatter",
     "mode": "lines+markers" if len(curve) < 30 else "lines",
     "name": html.escape(recipe),
-    "legendgroup": recipe,
+    "legendgroup": style.get("recipe", recipe),
     "x": [point[0] for point in curve],
     "y": [short(point[1]) for point in curve],
-    "line": {**style, "width": 2},
+    "line": {"color": style["color"], "dash": style["dash"], "width": 2},
     "marker": {"color": style["color"], "size": 5},
     "hovertemplate": "%{y:.5~g}",
   }
@@ -144,17 +147,17 @@ def last_point(curve: dict[int, float | None], style: dict, recipe: str) -> list
   ]
 
 
-def _band(curve: Curve, color: str, recipe: str) -> dict:
+def _band(curve: Curve, style: dict, recipe: str) -> dict:
   steps = [point[0] for point in curve]
   return {
     "type": "scatter",
     "mode": "lines",
-    "legendgroup": recipe,
+    "legendgroup": style.get("recipe", recipe),
     "x": steps + steps[::-1],
     "y": [short(point[3]) for point in curve] + [short(point[2]) for point in curve[::-1]],
     "line": {"width": 0},
     "fill": "toself",
-    "fillcolor": f"{color}/2e",
+    "fillcolor": f"{style['color']}/2e",
     "hoverinfo": "skip",
   }
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import logs
+from fp4jax.operands import quantized_roles
+from fp4jax.recipes import RECIPES
 
 BASELINE = "bf16"
 # Shares of one quantization's squared error: these five sum to 1.
@@ -128,6 +130,39 @@ def mean_shares(rows: Iterable[Row]) -> dict[str, float | None]:
   return {name: _mean(row[name] for row in rows) for name in SHARES}
 
 
+def reads_residual(row: Row) -> bool:
+  """Whether its recipe reads this operand from the residual: its error adds to that one's.
+
+  Rows don't say, so this is what the recipe of that name does today, as is `_scale_rule`.
+  """
+  recipe, role = RECIPES.get(row["recipe"]), f"{row['gemm']}.{row['operand']}"
+  if recipe is None or row["gemm"] == "residual" or role not in quantized_roles(recipe):
+    return False
+  return recipe.operand(role).source == "residual"
+
+
+def _scale_rule(row: Row) -> str | None:
+  """None where the recipe is unknown or has another format by now."""
+  recipe = RECIPES.get(row["recipe"])
+  fmt = recipe and quantized_roles(recipe).get(f"{row['gemm']}.{row['operand']}")
+  return fmt.scale_rule if fmt and fmt.name == row.get("format") else None
+
+
+def lost_to_scale(rows: Iterable[Row]) -> float | None:
+  """Share of the squared error that an ideal scale would remove, over all quantizations.
+
+  Deadzone and grid noise, which never overlap, are the error on the grid of the ideal scale: the
+  rest is lost to the scale. Errors relative to their tensors are added up, not shares, so that a
+  finer format counts for as little as its error.
+  """
+  rows = [row for row in rows if has_shares(row) and row.get("sqnr_db") is not None]
+  errors = [10 ** (-row["sqnr_db"] / 10) for row in rows]
+  lost = [1 - row["deadzone"] - row["grid_noise"] for row in rows]
+  if not sum(errors):
+    return None
+  return sum(e * share for e, share in zip(errors, lost, strict=True)) / sum(errors)
+
+
 def _read_object(path: Path) -> dict[str, Any]:
   if not path.exists():
     return {}
@@ -224,11 +259,12 @@ def _gap(recipe: str, validation: dict[str, dict], runs: dict[str, list[Row]]) -
     seed: max(set(theirs[seed]) & set(ours[seed]), default=-1) for seed in theirs.keys() & ours
   }
   step = max(common.values(), default=-1)
-  percents = [
-    (theirs[seed][step] / ours[seed][step] - 1) * 100
-    for seed in sorted(common)
-    if theirs[seed].get(step) and ours[seed].get(step)
-  ]
+
+  def paired(at: int) -> list[float]:
+    losses = [(theirs[seed].get(at), ours[seed].get(at)) for seed in sorted(common)]
+    return [(loss / base - 1) * 100 for loss, base in losses if loss and base]
+
+  percents = paired(step)
   references = [curve[step] for curve in ours.values() if curve.get(step)]
   percent, noise = _mean(percents), None
   if len(references) > 1:
@@ -245,6 +281,7 @@ def _gap(recipe: str, validation: dict[str, dict], runs: dict[str, list[Row]]) -
     verdict = "within noise" if abs(percent) <= noise else "above noise"
   return {
     "percent": percent,
+    "step_0_percent": _mean(paired(0)),  # before training: of the forward pass's rounding alone
     "noise_percent": noise,
     "verdict": verdict,
     "step": step if percents else None,
@@ -269,21 +306,24 @@ def _median_step_time(timing: list[Row], recipe: str) -> float | None:
 def _decomposition(probes: list[Row], recipe: str) -> Row:
   """Means over seeds, layers and modules, by GEMM and operand."""
   groups: dict[tuple[str, str], list[Row]] = {}
-  for row in last_probe_rows(probes, recipe):
+  last = last_probe_rows(probes, recipe)
+  for row in last:
     groups.setdefault((row["gemm"], row["operand"]), []).append(row)
   operands = [
     {
       "gemm": gemm,
       "operand": operand,
       "format": ", ".join(sorted({str(row["format"]) for row in rows if row.get("format")})),
+      "scale_rule": ", ".join(sorted({rule for row in rows if (rule := _scale_rule(row))})) or None,
+      "reads_residual": any(map(reads_residual, rows)),
       "lossless": all(is_lossless(row) for row in rows),
       **mean_shares(rows),
       **{name: _mean(row.get(name) for row in rows) for name in RATES},
     }
     for (gemm, operand), rows in groups.items()
   ]
-  step = next((row["step"] for rows in groups.values() for row in rows), None)
-  return {"step": step, "operands": operands}
+  step = last[0]["step"] if last else None
+  return {"step": step, "lost_to_scale": lost_to_scale(last), "operands": operands}
 
 
 def _notes(records: Records, runs: dict[str, list[Row]]) -> list[str]:

@@ -25,7 +25,7 @@ _GREY, _ORANGE, _SKY = "#808080", "#e69f00", "#56b4e9"
 _COLOURS = dict(
   bf16=_GREY, fp8="#0072b2", mxfp4="#d55e00", mxfp4_rht_sr="#009e73", hopper_fp4="#cc79a7"
 )
-_PARTS = dict(scale_bias=_ORANGE, deadzone=_SKY, grid_noise="#b0b0b0")
+_PARTS = {"grid noise": "#b0b0b0", "deadzone": _SKY, "lost to the scale": _ORANGE}
 _ENVIRONMENT = ("versions", "device", "git_commit", "git_dirty", "corpus")
 Row = dict
 
@@ -96,44 +96,50 @@ def _source(row: Row) -> str:
   return f"Device: {row['device']}. Commit {row['git_commit'][:9]}{dirty}."
 
 
-def demo_picture(rows: list[Row], path: Path) -> None:
-  """Gaps to BF16 over the run, and the parts of the error of each operand of MXFP4."""
-  plt.rcParams |= {"svg.hashsalt": "fp4jax", "font.size": 9, "axes.spines.right": False}
-  plt.rcParams |= {"axes.spines.top": False, "svg.fonttype": "none"}
-  figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-  loss = {}
+def gaps_to_bf16(rows: list[Row]) -> dict[str, dict[int, list[float]]]:
+  """In percent, by recipe and step, one for each seed; from step 0, before training."""
+  loss: dict[str, dict[int, dict[int, float]]] = {}
   for row in rows:
     if row["kind"] == "validation":
       loss.setdefault(row["recipe"], {}).setdefault(row["step"], {})[row["seed"]] = row["loss"]
-  for name, by_step in loss.items():
-    steps = [step for step in by_step if step > 0]
-    gaps = {
-      s: [100 * (by_step[s][seed] / loss["bf16"][s][seed] - 1) for seed in by_step[s]]
-      for s in steps
+  return {
+    name: {
+      step: [100 * (own[seed] / loss["bf16"][step][seed] - 1) for seed in own]
+      for step, own in by_step.items()
     }
-    means = [sum(gaps[s]) / len(gaps[s]) for s in steps]
+    for name, by_step in loss.items()
+  }
+
+
+def demo_picture(rows: list[Row], path: Path) -> None:
+  """Gaps to BF16 over the run, and what an ideal scale would leave of MXFP4's error."""
+  plt.rcParams |= {"svg.hashsalt": "fp4jax", "font.size": 9, "axes.spines.right": False}
+  plt.rcParams |= {"axes.spines.top": False, "svg.fonttype": "none"}
+  figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+  for name, gaps in gaps_to_bf16(rows).items():
+    means = [sum(own) / len(own) for own in gaps.values()]
     colour = _COLOURS[name]
-    left.plot(steps, means, color=colour, label=name, linewidth=1.8)
-    left.fill_between(
-      steps, [min(gaps[s]) for s in steps], [max(gaps[s]) for s in steps], color=colour, alpha=0.15
-    )
-  left.set(xlabel="step", ylabel="validation loss above BF16, %", xlim=(min(steps), max(steps)))
+    left.plot(list(gaps), means, color=colour, label=name, linewidth=1.8)
+    low, high = map(min, gaps.values()), map(max, gaps.values())
+    left.fill_between(list(gaps), list(low), list(high), color=colour, alpha=0.15)
+  left.set(xlabel="step (0: before training)", ylabel="validation loss above BF16, %")
+  left.set(xlim=(min(gaps), max(gaps)))
   above = dict(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.45, 1))
   left.legend(ncols=5, columnspacing=1, **above)
   operands = next(r for r in rows if r.get("recipe") == "mxfp4" and r["kind"] == "recipe")
   operands = operands["decomposition"]["operands"]
   names = [f"{o['gemm']} {o['operand']}" for o in operands]
+  stacks = [(o["grid_noise"], o["deadzone"], 1 - o["grid_noise"] - o["deadzone"]) for o in operands]
   base = [0.0] * len(operands)
-  for part, colour in _PARTS.items():
-    shares = [o[part] for o in operands]
-    right.barh(names, shares, left=base, color=colour, label=part.replace("_", " "))
+  for shares, (label, colour) in zip(zip(*stacks, strict=True), _PARTS.items(), strict=True):
+    right.barh(names, shares, left=base, color=colour, label=label)
     base = [b + s for b, s in zip(base, shares, strict=True)]
-  cross = [o["cross_scale_grid"] + o["cross_scale_deadzone"] for o in operands]
-  right.barh(names, cross, color="white", edgecolor="#b0b0b0", hatch="////", label="cross terms")
-  right.axvline(0, color="black", linewidth=0.8)
+  for i, operand in enumerate(operands):
+    right.text(1.02, i, f"{operand['sqnr_db']:.1f} dB", va="center", fontsize=8)
   right.invert_yaxis()
-  right.set(xlabel="MXFP4: share of the squared error, by operand")
-  right.legend(ncols=4, columnspacing=1, **above)
+  right.set(xlabel="MXFP4: share of the squared error, and SQNR")
+  right.set(xlim=(0, 1))
+  right.legend(ncols=3, columnspacing=1, **above)
   figure.savefig(path, metadata={"Date": None})
   plt.close(figure)
 

@@ -1,5 +1,6 @@
 """The report of a run: numbers by hand, a page that is safe, whole and offline."""
 
+import dataclasses
 import html.parser
 import itertools
 import json
@@ -10,11 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 
 from experiments import config as config_lib
 from experiments import report, report_charts, report_lines, summary
+from fp4jax import decompose, fake_quantize, formats
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("bf16", "fp8", "mxfp4", "mxfp4_rht_sr", "hopper_fp4")
@@ -142,6 +145,13 @@ def small_workdir(path, losses, steps=20, environment=None):
   return path
 
 
+def operand_row(recipe, operand, sqnr_db, shares=(1.5, 0.25, 0.5, -1.25, 0.0), layer=0):
+  gemm, side = operand.split(" ")
+  row = {"recipe": recipe, "seed": 0, "step": 20, "layer": layer, "module": "m", "gemm": gemm}
+  row |= {"operand": side, "sqnr_db": sqnr_db}
+  return row | dict(zip(summary.SHARES, shares, strict=True))
+
+
 def rows_of(path):
   if not path.exists():
     return []
@@ -195,6 +205,27 @@ def test_a_recipe_better_than_bf16_by_more_than_the_noise_is_above_noise(tmp_pat
   gap = summary.summarize(workdir)["recipes"]["r"]["gap"]
   assert gap["percent"] == pytest.approx(-5.05, abs=0.01)
   assert gap["verdict"] == "above noise"
+
+
+def test_the_gap_before_training_is_shown_beside_the_last(tmp_path):
+  workdir = small_workdir(tmp_path, {"bf16": [2.0, 2.1], "r": [2.2, 2.31]})
+  assert summary.summarize(workdir)["recipes"]["r"]["gap"]["step_0_percent"] is None
+  assert "Step 0 is before training" not in page_without_plotly(report.write_report(workdir))
+  untrained = {"bf16": (4.0, 5.0), "r": (4.04, 5.15)}  # +1 % and +3 %
+  rows = [
+    {"recipe": recipe, "seed": seed, "step": 0, "split": "validation", "loss": loss}
+    for recipe, losses in untrained.items()
+    for seed, loss in enumerate(losses)
+  ]
+  write_rows(workdir / "metrics.jsonl", rows + rows_of(workdir / "metrics.jsonl"))
+  gap = summary.summarize(workdir)["recipes"]["r"]["gap"]
+  assert (gap["percent"], gap["step_0_percent"]) == (pytest.approx(10.0), pytest.approx(2.0))
+  text = page_without_plotly(report.write_report(workdir)).replace("\N{NO-BREAK SPACE}", " ")
+  assert "<small>+2.00 % at step 0</small>" in text
+  assert "Step 0 is before training" in text
+  table = text[text.index("<h2>Results</h2>") :]
+  assert re.findall(r'<th scope="col">(.*?)</th>', table)[:2] == ["Recipe", "Gap to BF16"]
+  assert re.search(r'</span>r</th>\s*<td class="clear">\+10\.00 %<small>', table)
 
 
 def test_memory_time_and_entropy_by_hand(tmp_path):
@@ -428,31 +459,82 @@ def test_a_gap_within_the_noise_reads_so(tmp_path):
   assert re.search(r'<td class="clear">\+10\.00 %<small>above noise</small>', text)
 
 
-def test_headline_names_the_extremes_the_noise_and_the_largest_part(tmp_path):
-  workdir = small_workdir(
-    tmp_path, {"bf16": [2.0, 2.1], "close": [2.02, 2.163], "far": [1.8, 1.89]}
-  )
+def headline(workdir):
   found = report.headline(summary.summarize(workdir))
-  assert [sentence.replace("\N{NO-BREAK SPACE}", " ") for sentence in found] == [
-    "close is closest to BF16 in validation loss (+2.00 %)"
-    " and far farthest (\N{MINUS SIGN}10.00 %).",
-    "BF16's own seeds lie 4.88 % apart: only close is within that noise.",
+  return [sentence.replace("\N{NO-BREAK SPACE}", " ") for sentence in found]
+
+
+def test_headline_tells_apart_only_what_the_noise_allows(tmp_path):
+  # BF16's seeds lie 0.02 / 2.01 = 0.995 % apart; b and c less, a and c more.
+  gaps = {"a": 3.0, "d": -1.5, "c": 1.9, "e": 0.5, "b": 2.4}
+  losses = {r: [2.0 * (1 + g / 100), 2.02 * (1 + g / 100)] for r, g in gaps.items()}
+  assert headline(small_workdir(tmp_path, {"bf16": [2.0, 2.02]} | losses)) == [
+    "a and b lie 2.40 to 3.00 % above BF16 in validation loss, closer together than the noise of"
+    " 1.00 %; c lies 1.90 % above it; d lies 1.50 % below it.",
+    "BF16's own seeds lie 1.00 % apart: e is within that noise.",
   ]
-  for name, shares in (("close", (2.0, 0.5, 0.5, -2.0, 0.0)), ("far", (0.0, 0.75, 0.25, 0.0, 0.0))):
-    row = {"recipe": name, "seed": 0, "step": 20, "layer": 0, "module": "m", "gemm": "fprop"}
-    row |= {"operand": "lhs"} | dict(zip(summary.SHARES, shares, strict=True))
-    write_rows(workdir / "probes.jsonl", [row, *rows_of(workdir / "probes.jsonl")])
-  found = report.headline(summary.summarize(workdir))
-  assert found[-1] == "The largest part of the quantization error of far is deadzone."
-  found = report.headline(summary.summarize(make_workdir(tmp_path, diverged=("fp8", 0, 9))))
-  assert found[0].startswith("fp8 diverged. hopper_fp4 is closest to BF16")
-  assert found[-1] == "The largest part of the quantization error of mxfp4 is scale bias."
-  one_seed = report.headline(summary.summarize(make_workdir(tmp_path, seeds=1)))
-  assert "noise between seeds is unknown" in one_seed[1]
+  assert headline(small_workdir(tmp_path, {"bf16": [2.0, 2.02], "a": losses["a"]}))[1] == (
+    "BF16's own seeds lie 1.00 % apart: no recipe is within that noise."
+  )
+  close = {"e": losses["e"], "f": [2.0, 2.02]}
+  assert headline(small_workdir(tmp_path, {"bf16": [2.0, 2.02]} | close)) == [
+    "e and f can't be told from BF16 in validation loss.",
+    "BF16's own seeds lie 1.00 % apart: e and f are within that noise.",
+  ]
+  assert headline(small_workdir(tmp_path, {"bf16": [2.0], "a": [2.1], "e": [2.0]})) == [
+    "e is closest to BF16 in validation loss (0.00 %) and a farthest (+5.00 %).",
+    "With one BF16 seed the noise between seeds is unknown.",
+  ]
+
+
+def test_headline_names_who_diverged_and_who_lags(tmp_path):
+  found = headline(make_workdir(tmp_path, diverged=("fp8", 0, 9)))
+  assert found[0].startswith("fp8 diverged. mxfp4 lies ")
   lagging = rows_of(tmp_path / "metrics.jsonl")
-  lagging = [row for row in lagging if row["recipe"] != "fp8" or row["step"] < 50]
+  lagging = [row for row in lagging if row["recipe"] != "hopper_fp4" or row["step"] < 50]
   write_rows(tmp_path / "metrics.jsonl", lagging)
-  assert "Not there yet: fp8." in report.headline(summary.summarize(tmp_path))
+  assert "Not there yet: hopper_fp4." in headline(tmp_path)
+
+
+def test_what_is_lost_to_the_scale_by_hand(tmp_path):
+  losses = {"bf16": [2.0, 2.02], "near": [2.0, 2.02], "far": [2.2, 2.22]}
+  workdir = small_workdir(tmp_path, losses)
+  rows = [
+    operand_row("far", "fprop lhs", 10.0, (1.5, 0.25, 0.5, -1.25, 0.0)),  # of 0.1, a quarter
+    operand_row("far", "dgrad lhs", 20.0, (1.5, 0.0, 0.5, -1.0, 0.0)),  # of 0.01, a half
+    operand_row("far", "wgrad lhs", None, (0.0,) * 5),
+    operand_row("near", "fprop lhs", 30.0, (2.0, 0.0, 1.02, -2.02, 0.0)),
+  ]
+  write_rows(workdir / "probes.jsonl", rows)
+  lost = {
+    name: own["decomposition"]["lost_to_scale"]
+    for name, own in summary.summarize(workdir)["recipes"].items()
+  }
+  assert lost["bf16"] is None
+  assert lost["far"] == pytest.approx(0.03 / 0.11)
+  assert lost["near"] == pytest.approx(-0.02)
+  sentence = "An ideal scale would remove 27 % of far's squared error; the rest is the grid's."
+  assert headline(workdir)[-1] == sentence
+  write_rows(workdir / "probes.jsonl", [rows[3] | {"recipe": "far"}])
+  sentence = "An ideal scale would remove none of far's squared error: it is the grid's."
+  assert headline(workdir)[-1] == sentence
+  write_rows(workdir / "probes.jsonl", [rows[2]])
+  assert len(headline(workdir)) == 2  # far lost nothing
+
+
+@pytest.mark.parametrize("rule", ["floor", "rceil"])
+def test_an_ideal_scale_would_remove_what_is_lost_to_the_scale(rule):
+  x = np.random.default_rng(0).normal(size=(512, 32)).astype(np.float32)
+  fmt = dataclasses.replace(formats.MXFP4, scale_rule=rule)
+  grid = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+  ideal = np.max(np.abs(x), axis=1, keepdims=True) / 6
+  nearest = grid[np.argmin(np.abs(np.abs(x / ideal)[..., None] - grid), axis=-1)]
+  left = np.sum(np.square(np.abs(x) - nearest * ideal))
+  error = np.sum(np.square(np.asarray(fake_quantize(x, fmt)) - x))
+  row = dataclasses.asdict(decompose(x, fmt).summary())
+  lost = summary.lost_to_scale([{name: float(value) for name, value in row.items()}])
+  assert lost == pytest.approx(1 - left / error, abs=1e-3)  # float32 sums of 16384 squares
+  assert 0.2 < lost < 0.3
 
 
 def all_figures(workdir):
@@ -508,6 +590,89 @@ def test_every_stack_sums_to_one_with_its_negative_bar(tmp_path):
   assert mxfp4["layout"]["barmode"] == "relative"
 
 
+def test_every_bar_has_its_sqnr_at_its_end(tmp_path):
+  workdir = small_workdir(tmp_path, {"bf16": [2.0], "hopper_fp4": [2.0], "mxfp4": [2.0]})
+  lossless = (None, (0.0,) * 5)
+  rows = [
+    operand_row("mxfp4", "fprop lhs", 18.0),
+    operand_row("mxfp4", "fprop lhs", 19.0, layer=1),
+    operand_row("mxfp4", "fprop lhs", *lossless, layer=2),
+    operand_row("hopper_fp4", "fprop lhs", 29.0),
+    operand_row("hopper_fp4", "fprop rhs", *lossless),
+    operand_row("hopper_fp4", "wgrad lhs", *lossless),
+    operand_row("hopper_fp4", "residual lhs", 18.75),
+  ]
+  write_rows(workdir / "probes.jsonl", rows)
+  charts = report_charts.probe_charts(summary.read_records(workdir))
+
+  def ends(group, recipe, operand=report_charts.ALL):
+    figures = next(chart["figures"] for chart in charts[group] if chart["title"] == recipe)
+    notes = figures[operand]["layout"]["annotations"]
+    return {note["y"]: note["text"] for note in notes}
+
+  assert ends("operands", "mxfp4") == {"fprop lhs": "18.5 dB"}
+  assert ends("operands", "hopper_fp4") == {
+    "fprop lhs": "29.0 dB*",
+    "fprop rhs": "no error",
+    "wgrad lhs": "no error*",
+    "residual lhs": "18.8 dB",
+  }
+  # Decibels of FP8 and of the MXFP4 below it have no mean.
+  assert ends("modules", "hopper_fp4") == {"m": ""}
+  assert ends("modules", "hopper_fp4", "fprop lhs") == {"m": "29.0 dB*"}
+  text = page_without_plotly(report.write_report(workdir))
+  assert "*: fprop lhs and wgrad lhs of hopper_fp4, read from the residual:" in text
+  assert "<td>29.0*</td>" in text and "<td>no error*</td>" in text
+
+
+def test_a_residual_stands_beside_what_is_read_from_it(tmp_path):
+  workdir = small_workdir(tmp_path, {"bf16": [2.0], "hopper_fp4": [2.0], "mxfp4": [2.0]})
+  sqnr = {"fprop lhs": 29.0, "fprop rhs": 31.0, "wgrad lhs": 27.0, "residual lhs": 18.0}
+  rows = [operand_row("hopper_fp4", operand, value) for operand, value in sqnr.items()]
+  rows += [operand_row("mxfp4", operand, 19.0) for operand in ("fprop lhs", "fprop rhs")]
+  write_rows(workdir / "probes.jsonl", rows)
+  (chart,) = report_charts.probe_charts(summary.read_records(workdir))["sqnr"]
+
+  def lines(operand):
+    traces = chart["figures"][operand]["data"]
+    assert {t["legendgroup"] for t in traces} <= {"hopper_fp4", "mxfp4"}  # hidden with its recipe
+    return {t["name"]: t["y"] for t in traces if t.get("name")}
+
+  residual = {"hopper_fp4 residual": [18.0]}
+  every = {"hopper_fp4": [31.0], "hopper_fp4 on top": [28.0], "mxfp4": [19.0]}
+  assert lines(report_charts.ALL) == every | residual
+  assert lines("fprop lhs") == {"hopper_fp4 on top": [29.0], "mxfp4": [19.0]} | residual
+  assert lines("fprop rhs") == {"hopper_fp4": [31.0], "mxfp4": [19.0]}
+  assert lines("residual lhs") == residual
+
+
+def test_formats_are_named_with_their_scale_rule(tmp_path):
+  recipes = ("bf16", "mxfp4", "mxfp4_rht_sr", "fp8", "mine")
+  workdir = small_workdir(tmp_path, {recipe: [2.0] for recipe in recipes})
+  rows = [operand_row(r, "fprop lhs", 18.0) | {"format": "MXFP4"} for r in recipes[1:]]
+  write_rows(workdir / "probes.jsonl", rows)
+  found = summary.summarize(workdir)["recipes"]
+  rules = {
+    name: [o["scale_rule"] for o in own["decomposition"]["operands"]] for name, own in found.items()
+  }
+  # That of fp8 is another format by now, and nobody knows `mine`.
+  assert rules == {
+    "bf16": [],
+    "mxfp4": ["floor"],
+    "mxfp4_rht_sr": ["rceil"],
+    "fp8": [None],
+    "mine": [None],
+  }
+  text = page_without_plotly(report.write_report(workdir))
+  assert re.findall(r'<p class="small">(MXFP4.*?)</p>', text) == [
+    "MXFP4 floor",
+    "MXFP4 rceil",
+    "MXFP4",
+    "MXFP4",
+  ]
+  assert '<td class="text">MXFP4</td><td class="text">rceil</td>' in text
+
+
 def test_panels_of_one_group_share_their_range(tmp_path):
   charts = report_charts.probe_charts(summary.read_records(make_workdir(tmp_path)))
   for group, axis in (("operands", "xaxis"), ("layers", "yaxis"), ("time", "yaxis")):
@@ -526,6 +691,7 @@ def test_recipes_keep_their_colour_in_every_line_chart(tmp_path):
     for trace in chart["figures"][report_charts.ALL]["data"]:
       if trace["mode"].startswith("lines") and trace.get("name"):
         seen.setdefault(trace["name"], set()).add(trace["line"]["color"])
+  assert seen.pop("hopper_fp4 on top") == seen.pop("hopper_fp4 residual") == seen["hopper_fp4"]
   assert {name: len(found) for name, found in seen.items()} == dict.fromkeys(RECIPES, 1)
   assert len(set.union(*seen.values())) == len(RECIPES)
   many = report_lines.recipe_styles(["bf16", *"abcdefgh"])

@@ -47,6 +47,21 @@ def test_readmes_hold_the_tables_of_the_rows(readme, name, content):
   assert tables.fill(text, name, "something else") != text
 
 
+def test_the_pictures_gaps_begin_before_training():
+  losses = {("bf16", 0): (4.0, 5.0), ("bf16", 2): (2.0, 2.5)}
+  losses |= {("r", 0): (4.04, 5.1), ("r", 2): (2.2, 2.5)}
+  found = tables.gaps_to_bf16(
+    [{"kind": "environment"}]
+    + [
+      {"kind": "validation", "recipe": recipe, "seed": seed, "step": step, "loss": loss}
+      for (recipe, step), own in losses.items()
+      for seed, loss in enumerate(own)
+    ]
+  )
+  assert found["bf16"] == {0: [0.0, 0.0], 2: [0.0, 0.0]}
+  assert found["r"] == {0: pytest.approx([1.0, 2.0]), 2: pytest.approx([10.0, 0.0])}
+
+
 def test_table_of_the_moe_ffn():
   row = {"kind": "moe_ffn", "recipe": "fp8", "experts": 8, "top_k": 2, "forward_us": 9000.0}
   row |= {"time_us": 21000.0, "speed_to_bf16": 1.456, "saved_bytes": 2 * 10**9}
