@@ -27,8 +27,10 @@ def probe_rows(
       for role, fmt in operands.quantized_roles(recipe).items():
         gemm, operand = role.split(".")
         summary = table[operands.ROLES.index(role)].tolist()
+        source = "original" if gemm == "residual" else recipe.operand(role).source
         rows.append(
-          {"layer": layer, "module": name, "gemm": gemm, "operand": operand, "format": fmt.name}
+          {"layer": layer, "module": name, "gemm": gemm, "operand": operand}
+          | {"format": fmt.name, "scale_rule": fmt.scale_rule, "source": source}
           | dict(zip(SUMMARY_FIELDS, summary, strict=True))
         )
   forward = [row for row in rows if row["gemm"] in _FORWARD]

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from experiments import logs
-from fp4jax.operands import quantized_roles
-from fp4jax.recipes import RECIPES
 
 BASELINE = "bf16"
 # Shares of one quantization's squared error: these five sum to 1.
@@ -131,21 +129,8 @@ def mean_shares(rows: Iterable[Row]) -> dict[str, float | None]:
 
 
 def reads_residual(row: Row) -> bool:
-  """Whether its recipe reads this operand from the residual: its error adds to that one's.
-
-  Rows don't say, so this is what the recipe of that name does today, as is `_scale_rule`.
-  """
-  recipe, role = RECIPES.get(row["recipe"]), f"{row['gemm']}.{row['operand']}"
-  if recipe is None or row["gemm"] == "residual" or role not in quantized_roles(recipe):
-    return False
-  return recipe.operand(role).source == "residual"
-
-
-def _scale_rule(row: Row) -> str | None:
-  """None where the recipe is unknown or has another format by now."""
-  recipe = RECIPES.get(row["recipe"])
-  fmt = recipe and quantized_roles(recipe).get(f"{row['gemm']}.{row['operand']}")
-  return fmt.scale_rule if fmt and fmt.name == row.get("format") else None
+  """Whether this operand is read from the residual: its error adds to that one's."""
+  return row.get("source") == "residual"
 
 
 def lost_to_scale(rows: Iterable[Row]) -> float | None:
@@ -313,8 +298,8 @@ def _decomposition(probes: list[Row], recipe: str) -> Row:
     {
       "gemm": gemm,
       "operand": operand,
-      "format": ", ".join(sorted({str(row["format"]) for row in rows if row.get("format")})),
-      "scale_rule": ", ".join(sorted({rule for row in rows if (rule := _scale_rule(row))})) or None,
+      "format": _names(rows, "format"),
+      "scale_rule": _names(rows, "scale_rule"),
       "reads_residual": any(map(reads_residual, rows)),
       "lossless": all(is_lossless(row) for row in rows),
       **mean_shares(rows),
@@ -324,6 +309,10 @@ def _decomposition(probes: list[Row], recipe: str) -> Row:
   ]
   step = last[0]["step"] if last else None
   return {"step": step, "lost_to_scale": lost_to_scale(last), "operands": operands}
+
+
+def _names(rows: list[Row], field: str) -> str:
+  return ", ".join(sorted({str(row[field]) for row in rows if row.get(field)}))
 
 
 def _notes(records: Records, runs: dict[str, list[Row]]) -> list[str]:

@@ -119,6 +119,7 @@ def probe_rows(run, noise, layers, progress):
           run
           | {"layer": layer, "module": module, "gemm": gemm, "operand": operand}
           | {"format": "FP8 E4M3" if fp8 else "MXFP4", "scale_bias": scale}
+          | {"source": source_of(run["recipe"], gemm, operand)}
           | {"deadzone": deadzone, "grid_noise": grid, "cross_scale_grid": cross}
           | {"cross_scale_deadzone": 0.0, "cosine": -0.65, "gain": 1.01}
           | {"sqnr_db": (31 if fp8 else 17) - 1.5 * heavy + 0.2 * noise.gauss(0, 1)}
@@ -145,10 +146,15 @@ def small_workdir(path, losses, steps=20, environment=None):
   return path
 
 
+def source_of(recipe, gemm, operand):
+  kept = recipe == "hopper_fp4" and operand == "lhs" and gemm in ("fprop", "wgrad")
+  return "residual" if kept else "original"
+
+
 def operand_row(recipe, operand, sqnr_db, shares=(1.5, 0.25, 0.5, -1.25, 0.0), layer=0):
   gemm, side = operand.split(" ")
   row = {"recipe": recipe, "seed": 0, "step": 20, "layer": layer, "module": "m", "gemm": gemm}
-  row |= {"operand": side, "sqnr_db": sqnr_db}
+  row |= {"operand": side, "sqnr_db": sqnr_db, "source": source_of(recipe, gemm, side)}
   return row | dict(zip(summary.SHARES, shares, strict=True))
 
 
@@ -647,27 +653,19 @@ def test_a_residual_stands_beside_what_is_read_from_it(tmp_path):
 
 
 def test_formats_are_named_with_their_scale_rule(tmp_path):
-  recipes = ("bf16", "mxfp4", "mxfp4_rht_sr", "fp8", "mine")
-  workdir = small_workdir(tmp_path, {recipe: [2.0] for recipe in recipes})
-  rows = [operand_row(r, "fprop lhs", 18.0) | {"format": "MXFP4"} for r in recipes[1:]]
+  named = {"mxfp4": {"scale_rule": "floor"}, "mxfp4_rht_sr": {"scale_rule": "rceil"}, "old": {}}
+  workdir = small_workdir(tmp_path, {recipe: [2.0] for recipe in ("bf16", *named)})
+  rows = [operand_row(r, "fprop lhs", 18.0) | {"format": "MXFP4"} | own for r, own in named.items()]
   write_rows(workdir / "probes.jsonl", rows)
   found = summary.summarize(workdir)["recipes"]
   rules = {
     name: [o["scale_rule"] for o in own["decomposition"]["operands"]] for name, own in found.items()
   }
-  # That of fp8 is another format by now, and nobody knows `mine`.
-  assert rules == {
-    "bf16": [],
-    "mxfp4": ["floor"],
-    "mxfp4_rht_sr": ["rceil"],
-    "fp8": [None],
-    "mine": [None],
-  }
+  assert rules == {"bf16": [], "mxfp4": ["floor"], "mxfp4_rht_sr": ["rceil"], "old": [""]}
   text = page_without_plotly(report.write_report(workdir))
   assert re.findall(r'<p class="small">(MXFP4.*?)</p>', text) == [
     "MXFP4 floor",
     "MXFP4 rceil",
-    "MXFP4",
     "MXFP4",
   ]
   assert '<td class="text">MXFP4</td><td class="text">rceil</td>' in text

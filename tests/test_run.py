@@ -315,7 +315,9 @@ def test_probe_reads_the_tensors_of_training_and_changes_nothing(corpus_file):
   roles = list(operands.quantized_roles(recipes.HOPPER_FP4))
   assert {f"{r['gemm']}.{r['operand']}" for r in rows} == set(roles)
   kept = [r for r in rows if r["gemm"] == "residual"]
-  assert {r["format"] for r in kept} == {"MXFP4"}
+  assert {(r["format"], r["scale_rule"]) for r in kept} == {("MXFP4", "floor")}
+  read = {f"{r['gemm']}.{r['operand']}" for r in rows if r["source"] == "residual"}
+  assert read == {"fprop.lhs", "wgrad.lhs"}
   assert all(r["sqnr_db"] > 10 for r in kept)
   order = [r["gemm"] for r in rows]
   assert order.index("dgrad") > max(i for i, g in enumerate(order) if g == "fprop")
