@@ -482,6 +482,30 @@ def test_linen_stream_of_keys():
     assert (a != b).mean() > 0.5
 
 
+def test_nnx_stream_of_keys():
+  def layers(recipe, rngs):
+    return [
+      nnx.Linear(64, 64, dot_general=fp4jax.nnx.DotGeneral(recipe, rngs), rngs=rngs)
+      for _ in range(2)
+    ]
+
+  rngs = nnx.Rngs(0)
+  plain = [nnx.Linear(64, 64, rngs=rngs) for _ in range(2)]
+  model = layers(recipes.MXFP4_RHT_SR, nnx.Rngs(0, rounding=1))
+  for a, b in zip(model, plain, strict=True):  # two recipes start from the same weights
+    np.testing.assert_array_equal(a.kernel[...], b.kernel[...])
+  with pytest.raises(ValueError, match=r"streams \['params'\], not \"rounding\", such as nnx.Rngs"):
+    layers(recipes.MXFP4_RHT_SR, nnx.Rngs(params=0))
+  with pytest.raises(ValueError, match=r"streams \['default'\], not \"rounding\""):
+    layers(recipes.MXFP4_RHT_SR, nnx.Rngs(0))
+  # Each call of each layer draws anew: dw depends on nothing else that differs here.
+  x, dy = random(32, 64), random(32, 64, seed=2)
+  grad = nnx.jit(nnx.grad(lambda layer: (layer(x) * dy).sum()))
+  dw = [np.asarray(grad(layer).kernel[...]) for layer in (*model, model[0])]
+  for a, b in itertools.combinations(dw, 2):
+    assert (a != b).mean() > 0.5
+
+
 @strict
 def test_stochastic_gradients_are_unbiased():
   """The mean of dx over keys tends to the product of the unrounded dy."""
