@@ -17,6 +17,7 @@ cross term is left in any case, between scale bias and grid noise, and it is neg
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ class ErrorDecomposition:
   def summary(self) -> ErrorSummary:
     """Shares, cosine, SQNR, gain and fractions. Where nothing was lost, shares are 0."""
     # Taken relative to the largest value, so that no square leaves the range of float32.
-    largest = jnp.max(jnp.abs(self.x))
+    largest = jnp.max(jnp.abs(self.x), initial=0)
     unit = jnp.where(largest > 0, largest, 1.0)
     x, total, scale, dead, grid = (
       t / unit for t in (self.x, self.total, self.scale_bias, self.deadzone, self.grid_noise)
@@ -114,10 +115,11 @@ def _sums(*terms: Array) -> tuple[Float[Array, ""], ...]:
 
   Along the last axis first, so that no accumulator outgrows its addends by much.
   """
-  terms = tuple(t.astype(terms[0].dtype).reshape(-1, t.shape[-1]) for t in terms)
+  rows = math.prod(terms[0].shape[:-1])
+  terms = tuple(t.astype(terms[0].dtype).reshape(rows, t.shape[-1]) for t in terms)
   zeros = tuple(jnp.zeros((), t.dtype) for t in terms)
-  rows = lax.reduce(terms, zeros, lambda a, b: tuple(map(lax.add, a, b)), (1,))
-  return tuple(jnp.sum(jnp.stack(rows), axis=1))
+  sums = lax.reduce(terms, zeros, lambda a, b: tuple(map(lax.add, a, b)), (1,))
+  return tuple(jnp.sum(jnp.stack(sums), axis=1))
 
 
 def _ratio(numerator, denominator):

@@ -9,8 +9,10 @@ is m, the free axes of lhs.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from typing import Never
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ from fp4jax.recipe import Recipe
 
 def dot_general(
   recipe: Recipe,
-  *,
+  *operands: Never,
   key: jax.Array | None = None,
   tap: ops.Tap | None = None,
   implementation: Implementation | None = None,
@@ -37,6 +39,7 @@ def dot_general(
 
   Args:
     recipe: the numerics.
+    operands: none; they are arguments of the function that is returned.
     key: seeds stochastic rounding; give each call of each step its own. Operands and GEMMs of one
       call draw apart from each other.
     tap: see `operands.new_tap`; read by "xla" alone.
@@ -47,8 +50,14 @@ def dot_general(
     result has the dtype that `lax.dot_general` would give it; `precision` must be left None.
   Raises:
     ValueError: a stochastic recipe without a key, or what makes `implementation` impossible.
-    TypeError: operands that are not float32, bfloat16 or float16.
+    TypeError: what is no recipe, operands that are not arrays of float32, bfloat16 or float16, or
+      that `lax.dot_general` itself refuses.
   """
+  if operands:
+    raise TypeError(
+      "dot_general takes the recipe: call dot_general(recipe)(x, w, dimension_numbers)"
+    )
+  ops.check_recipe_and_keys(recipe, [key])
 
   def apply(
     lhs: Array,
@@ -58,26 +67,40 @@ def dot_general(
     preferred_element_type: DTypeLike | None = None,
     **unsupported,
   ) -> Array:
-    ops.check_call(recipe, key, lhs, rhs)
+    ops.check_operands(lhs=lhs, rhs=rhs)
     if precision is not None:
       raise ValueError(f"{precision=}: recipe {recipe.name!r} sets the precision of each GEMM")
     for name, value in unsupported.items():
       if value is not None:
         raise ValueError(f"dot_general with a recipe does not support {name}={value!r}")
-    lhs3, rhs3, out_shape = _canonical(lhs, rhs, dimension_numbers)
-    dtype = jnp.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
-    if choose(implementation, _obstacle(recipe, tap, lhs3, rhs3, dtype)) == "mosaic":
+    result = _result_of_lax(lhs, rhs, dimension_numbers, preferred_element_type)
+    lhs3, rhs3 = _canonical(lhs, rhs, dimension_numbers)
+    if choose(implementation, _obstacle(recipe, tap, lhs3, rhs3, result.dtype)) == "mosaic":
       slots = mosaic_linear.Slots.of_one_matrix(len(lhs3))
       out = mosaic_linear.linear(recipe, slots, lhs3, rhs3[None])
     else:
-      out = linear(recipe, dtype, _OneMatrix(), lhs3, rhs3, key, tap)
-    return out.reshape(out_shape)
+      out = linear(recipe, result.dtype, _OneMatrix(), lhs3, rhs3, key, tap)
+    return out.reshape(result.shape)
 
   return apply
 
 
+def _result_of_lax(lhs, rhs, dimension_numbers, preferred_element_type):
+  """Shape and dtype of `lax.dot_general`; refuses the axes that it refuses."""
+  lhs, rhs = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (lhs, rhs))
+  try:
+    dot = functools.partial(
+      lax.dot_general,
+      dimension_numbers=tuple(tuple(map(tuple, axes)) for axes in dimension_numbers),
+      preferred_element_type=preferred_element_type,
+    )
+    return jax.eval_shape(dot, lhs, rhs)
+  except (TypeError, ValueError) as error:
+    raise TypeError(f"lhs {lhs.shape}, rhs {rhs.shape}, {dimension_numbers=}: {error}") from None
+
+
 def _canonical(lhs, rhs, dimension_numbers):
-  """lhs as (*b, m, k), rhs as (*b, k, n) with *b one axis or none, and the shape of the result."""
+  """lhs as (*b, m, k) and rhs as (*b, k, n), with *b one axis or none."""
   (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
   lhs_free = [d for d in range(lhs.ndim) if d not in (*lhs_contract, *lhs_batch)]
   rhs_free = [d for d in range(rhs.ndim) if d not in (*rhs_contract, *rhs_batch)]
@@ -87,15 +110,9 @@ def _canonical(lhs, rhs, dimension_numbers):
 
   batch = [size(lhs, lhs_batch)] if lhs_batch else []
   k = size(lhs, lhs_contract)
-  if k != size(rhs, rhs_contract):
-    raise ValueError(
-      f"contracted axes differ: lhs {lhs.shape} over {tuple(lhs_contract)}, "
-      f"rhs {rhs.shape} over {tuple(rhs_contract)}"
-    )
-  out_shape = [lhs.shape[d] for d in (*lhs_batch, *lhs_free)] + [rhs.shape[d] for d in rhs_free]
   lhs3 = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract).reshape(*batch, size(lhs, lhs_free), k)
   rhs3 = rhs.transpose(*rhs_batch, *rhs_contract, *rhs_free).reshape(*batch, k, size(rhs, rhs_free))
-  return lhs3, rhs3, out_shape
+  return lhs3, rhs3
 
 
 def _obstacle(recipe, tap, lhs, rhs, dtype):

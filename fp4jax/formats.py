@@ -63,10 +63,12 @@ class BlockFormat:
   has_tensor_scale: bool = False
 
   def __post_init__(self):
-    _check("element_dtype", jnp.dtype(self.element_dtype), _ELEMENT_DTYPES)
-    _check("scale_dtype", jnp.dtype(self.scale_dtype), _SCALE_DTYPES)
+    for field, allowed in (("element_dtype", _ELEMENT_DTYPES), ("scale_dtype", _SCALE_DTYPES)):
+      dtype = jnp.dtype(getattr(self, field))
+      _check(field, dtype, allowed)
+      object.__setattr__(self, field, dtype)  # A name equals its dtype, but has another hash.
     power_of_two_rules = get_args(PowerOfTwoRule)
-    match jnp.dtype(self.scale_dtype):
+    match self.scale_dtype:
       case dtype if dtype == E8M0:
         _check("scale_rule", self.scale_rule, power_of_two_rules)
       case dtype if dtype == E4M3:
@@ -77,10 +79,8 @@ class BlockFormat:
       raise ValueError(f'scale_rule "oas" is defined for E2M1 elements, not {self.element_dtype}')
     if self.has_tensor_scale and self.scale_dtype != E4M3:
       raise ValueError(f"a tensor scale goes with E4M3 block scales, not {self.scale_dtype}")
-    if self.block_shape is not None and (
-      len(self.block_shape) not in (1, 2) or min(self.block_shape) < 1 or self.block_size % 2
-    ):
-      raise ValueError(f"{self.block_shape=} is not (even,), (rows, even) or None")
+    if not (self.block_shape is None or _is_block_shape(self.block_shape)):
+      raise ValueError(f"{self.block_shape=} is not a tuple (even,) or (rows, even), nor None")
 
   @property
   def block_size(self) -> int | None:
@@ -106,7 +106,7 @@ class BlockFormat:
     """Storage of one value, its share of the block scale included: 4.25 for MXFP4."""
     if self.block_shape is None:
       return float(self.element_bits)
-    scale_bits = 8 * jnp.dtype(self.scale_dtype).itemsize
+    scale_bits = 8 * self.scale_dtype.itemsize
     return self.element_bits + scale_bits / math.prod(self.block_shape)
 
   @property
@@ -117,6 +117,12 @@ class BlockFormat:
   def dequantized_dtype(self) -> jnp.dtype:
     """Narrowest dtype that holds every normal dequantized value exactly: bf16 or float32."""
     return jnp.dtype(jnp.bfloat16) if self.has_power_of_two_scales else FP32
+
+
+def _is_block_shape(shape):
+  if not isinstance(shape, tuple) or len(shape) not in (1, 2):
+    return False
+  return all(isinstance(n, int | np.integer) and n > 0 for n in shape) and shape[-1] % 2 == 0
 
 
 def _check(field, value, allowed):

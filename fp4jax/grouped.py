@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from fp4jax import operands as ops
+from fp4jax.arguments import check_arrays
 from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import linear
 from fp4jax.mosaic import gemms as mosaic_gemms
@@ -41,10 +42,15 @@ def grouped_dot(
     ValueError: shapes that do not fit, sizes that are negative or sum to more than m, or what makes
       `implementation` impossible. Under jit, where sizes have no values yet, such sizes make the
       whole result NaN instead.
+    TypeError: what is no recipe, or no array; lhs or rhs not float32, bfloat16 or float16.
   """
-  ops.check_call(recipe, key, lhs, rhs)
+  ops.check_recipe_and_keys(recipe, [key])
+  ops.check_operands(lhs=lhs, rhs=rhs)
+  check_arrays(group_sizes=group_sizes)
   if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1]:
     raise ValueError(f"lhs {lhs.shape} and rhs {rhs.shape} are not (m, k) and (experts, k, n)")
+  if not len(lhs):
+    raise ValueError(f"lhs {lhs.shape} has no rows")
   if group_sizes.shape != rhs.shape[:1] or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
     raise ValueError(
       f"group_sizes are {group_sizes.dtype} {group_sizes.shape}; rhs {rhs.shape} needs "

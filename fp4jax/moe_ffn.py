@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax import operands as ops
+from fp4jax.arguments import check_arrays
 from fp4jax.formats import BlockFormat
 from fp4jax.grouped import Tiles, check_recipe
 from fp4jax.implementation import Implementation, choose
@@ -41,6 +42,7 @@ from fp4jax.swiglu import swiglu, swiglu_backward
 
 # A weight below this is multiplied in after dgrad: before it, dgrad's result is divided by it.
 SMALLEST_DIVISOR = 2.0**-64
+TWO_KEYS = "keys=, such as jax.random.split(jax.random.key(0)), others each step"
 
 
 class Gemms(Protocol):
@@ -124,10 +126,12 @@ def moe_ffn(
     implementation: see `fp4jax.implementation`; taps are read by "xla" alone.
   Raises:
     ValueError: shapes that do not fit, an expert that does not exist (under jit the result is NaN
-      instead), or what makes `implementation` impossible.
+      instead), a stochastic recipe without keys, or what makes `implementation` impossible.
+    TypeError: what is no recipe, or no array of the dtypes above.
   """
-  for key, w in zip(keys, (w13, w2), strict=True):
-    ops.check_call(recipe, key, x, w)
+  ops.check_recipe_and_keys(recipe, keys, TWO_KEYS)
+  ops.check_operands(x=x, w13=w13, w2=w2)
+  check_arrays(experts=experts, weights=weights)
   _check_shapes(x, w13, w2, experts, weights)
   check_recipe(recipe)
   num_experts = w13.shape[0]
@@ -246,6 +250,8 @@ def _check_shapes(x, w13, w2, experts, weights):
     raise ValueError(
       f"x {x.shape}, w13 {w13.shape} and w2 {w2.shape} are not (token, d), (e, d, 2 f), (e, f, d)"
     )
+  if not len(x):
+    raise ValueError(f"x {x.shape} has no tokens")
   if w2.shape[2] != x.shape[1]:
     raise ValueError(f"w2 {w2.shape} does not return to the {x.shape[1]} features of x {x.shape}")
   if experts.ndim != 2 or experts.shape != weights.shape or len(experts) != len(x):

@@ -12,9 +12,18 @@ class DotGeneral(nnx.Module):
 
   Each call draws a new key from the stream `rounding` of `rngs`, state of the layer as dropout's
   is. Recipes that round to nearest need none: `dot_general=fp4jax.dot_general(recipe)`.
+
+  Raises:
+    ValueError: `rngs` has no such stream. A draw from the default one would change the weights that
+      are drawn after it, and two recipes would not start alike; those of `nnx.Rngs(0, rounding=1)`
+      are those of `nnx.Rngs(0)`.
   """
 
   def __init__(self, recipe: Recipe, rngs: nnx.Rngs):
+    if "rounding" not in rngs:
+      raise ValueError(
+        f'rngs has streams {list(rngs)}, not "rounding", such as nnx.Rngs(0, rounding=1)'
+      )
     self.recipe = recipe
     self.stream = rngs.rounding.fork()
 

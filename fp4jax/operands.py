@@ -6,6 +6,7 @@ transform, rounding, and the probe of its error.
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from fp4jax import quantization as qz
+from fp4jax.arguments import check_arrays, check_type
 from fp4jax.decomposition import SUMMARY_FIELDS, decompose
 from fp4jax.formats import BlockFormat
 from fp4jax.recipe import Gemm, Recipe, Source
@@ -197,12 +199,21 @@ def gemm(
   )
 
 
-def check_call(recipe: Recipe, key: jax.Array | None, lhs: Array, rhs: Array) -> None:
-  """Refuses, before any compute, arguments that no GEMM of `recipe` can take."""
-  if not isinstance(recipe, Recipe):
-    raise TypeError(f"recipe={recipe!r} is not a Recipe such as fp4jax.recipes.MXFP4")
-  for name, x in (("lhs", lhs), ("rhs", rhs)):
+ONE_KEY = "key=, such as jax.random.key(0), another one each step"
+
+
+def check_recipe_and_keys(
+  recipe: Recipe, keys: Iterable[jax.Array | None], needed: str = ONE_KEY
+) -> None:
+  """Refuses what is no recipe, and a stochastic one without keys; `needed` says what it needs."""
+  check_type("recipe", recipe, Recipe, " such as fp4jax.recipes.MXFP4")
+  if recipe.is_stochastic and any(key is None for key in keys):
+    raise ValueError(f"recipe {recipe.name!r} rounds stochastically and needs {needed}")
+
+
+def check_operands(**operands: Array) -> None:
+  """Refuses, before any compute, what no GEMM of a recipe can take."""
+  check_arrays(**operands)
+  for name, x in operands.items():
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
       raise TypeError(f"{name} is {x.dtype}; a recipe takes float32, bfloat16 or float16")
-  if recipe.is_stochastic and key is None:
-    raise ValueError(f"recipe {recipe.name!r} rounds stochastically and needs key=")

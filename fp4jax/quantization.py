@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
 
 from fp4jax import float_bits as fb
 from fp4jax import scales as scale_codec
+from fp4jax.arguments import check_arrays, check_type
 from fp4jax.formats import E8M0, BlockFormat, Rounding
 from fp4jax.implementation import Implementation, choose
 from fp4jax.mosaic import quantize as mosaic
@@ -76,7 +77,7 @@ def quantize(
   Raises:
     ValueError: an axis out of range, one that the block does not divide, an unknown rounding,
       stochastic rounding without a key, or what makes `implementation` impossible.
-    TypeError: x is not float32, bfloat16 or float16, or fmt is no BlockFormat.
+    TypeError: x is no array of float32, bfloat16 or float16, or fmt is no BlockFormat.
   """
   axis = check_arguments(x, fmt, axis, rounding, key)
   stochastic = rounding == "stochastic"
@@ -105,14 +106,14 @@ def dequantize(
   `implementation`: see `fp4jax.implementation`. "mosaic" makes bfloat16 of MXFP4, along the last
   axis.
   """
+  check_type("q", q, QuantizedArray)
   obstacle = mosaic.dequantize_obstacle(q.codes, q.fmt, q.axis, dtype)
   if choose(implementation, obstacle) == "mosaic":
     return mosaic.dequantize(q.codes, q.scales)
   codes = _unpack_nibbles(q.codes, q.axis) if q.fmt.element_bits == 4 else q.codes
+  codes = codes.astype(_code_dtype(q.fmt))
   view = block_view(q.shape, q.fmt, q.axis)
-  elements = lax.bitcast_convert_type(
-    codes.astype(_code_dtype(q.fmt)), jnp.dtype(q.fmt.element_dtype)
-  ).astype(jnp.float32)
+  elements = lax.bitcast_convert_type(codes, q.fmt.element_dtype).astype(jnp.float32)
   elements = elements.reshape([n for pair in view for n in pair])
   scales = q.scales.reshape([n for blocks, _ in view for n in (blocks, 1)])
   return values(elements, scales, q.tensor_scale, q.fmt).reshape(q.shape).astype(dtype)
@@ -144,8 +145,8 @@ def _straight_through_jvp(fmt, axis, rounding, key, primals, tangents):
 
 def check_arguments(x, fmt, axis, rounding, key) -> int:
   """Refuses what `quantize` can't do; returns the axis counted from the end."""
-  if not isinstance(fmt, BlockFormat):
-    raise TypeError(f"fmt={fmt!r} is not a BlockFormat such as fp4jax.MXFP4")
+  check_type("fmt", fmt, BlockFormat, " such as fp4jax.MXFP4")
+  check_arrays(x=x)
   if x.dtype not in _INPUT_DTYPES:
     raise TypeError(f"x is {x.dtype}; quantize takes float32, bfloat16 or float16")
   if not -x.ndim <= axis < x.ndim:
@@ -207,12 +208,12 @@ def round_blocks(
   view = block_view(x.shape, fmt, axis)
   bits = fb.to_bits(x.astype(jnp.float32).reshape([n for pair in view for n in pair]))
   magnitude = bits & fb.ABS_MASK
-  amax = jnp.max(magnitude, axis=tuple(range(1, bits.ndim, 2)), keepdims=True)
+  amax = jnp.max(magnitude, axis=tuple(range(1, bits.ndim, 2)), keepdims=True, initial=0)
   finite = amax < fb.EXPONENT_MASK
   magnitude, sign = (jnp.where(finite, b, 0) for b in (magnitude, bits & ~fb.ABS_MASK))
   tensor_scale = None
   if fmt.has_tensor_scale:
-    tensor_scale = scale_codec.tensor_scale(jnp.max(jnp.where(finite, amax, 0)), fmt)
+    tensor_scale = scale_codec.tensor_scale(jnp.max(jnp.where(finite, amax, 0), initial=0), fmt)
   scales = scale_codec.encode(amax, fmt, tensor_scale)
   reciprocal = scale_codec.reciprocal(scales, fmt)
   if tensor_scale is None:
@@ -247,7 +248,8 @@ def _code_dtype(fmt):
 
 def _pack_nibbles(codes: UInt8[Array, "*s"], axis: int) -> UInt8[Array, "*packed"]:
   axis %= codes.ndim
-  pairs = codes.reshape(*codes.shape[:axis], -1, 2, *codes.shape[axis + 1 :])
+  before, n, after = codes.shape[:axis], codes.shape[axis], codes.shape[axis + 1 :]
+  pairs = codes.reshape(*before, n // 2, 2, *after)  # not -1, which an empty tensor leaves open
   shifts = jnp.array([0, 4], jnp.uint8).reshape(
     [2 if i == axis + 1 else 1 for i in range(pairs.ndim)]
   )
@@ -258,4 +260,4 @@ def _pack_nibbles(codes: UInt8[Array, "*s"], axis: int) -> UInt8[Array, "*packed
 def _unpack_nibbles(packed: UInt8[Array, "*packed"], axis: int) -> UInt8[Array, "*s"]:
   axis %= packed.ndim
   pairs = jnp.stack([packed & 15, packed >> 4], axis + 1)
-  return pairs.reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :])
+  return pairs.reshape(*packed.shape[:axis], 2 * packed.shape[axis], *packed.shape[axis + 1 :])

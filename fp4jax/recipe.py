@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from fp4jax.arguments import check_type
 from fp4jax.formats import BlockFormat, Rounding
+from fp4jax.transforms import check_block
 
 Source = Literal["original", "residual"]
 
@@ -26,6 +28,9 @@ class Hadamard:
 
   block: int = 32
   seed: int | None = 0  # of one sign vector, shared by all layers and steps; None: no signs
+
+  def __post_init__(self):
+    check_block(self.block)
 
   def signs(self) -> np.ndarray | None:
     if self.seed is None:
@@ -47,8 +52,13 @@ class Operand:
   source: Source = "original"
 
   def __post_init__(self):
-    if not self.is_quantized and not _is_float_dtype(self.format):
-      raise ValueError(f"format={self.format!r} is neither a BlockFormat nor a float dtype")
+    if not self.is_quantized:
+      if not _is_float_dtype(self.format):
+        raise ValueError(f"format={self.format!r} is neither a BlockFormat nor a float dtype")
+      # A name equals its dtype, but has another hash.
+      object.__setattr__(self, "format", jnp.dtype(self.format))
+    if not isinstance(self.transform, Hadamard | None):
+      raise ValueError(f"transform={self.transform!r} is neither a Hadamard nor None")
     if self.rounding not in get_args(Rounding):
       raise ValueError(f"rounding={self.rounding!r} is not one of {get_args(Rounding)}")
     if self.source not in get_args(Source):
@@ -76,6 +86,8 @@ class Gemm:
   rhs: Operand
 
   def __post_init__(self):
+    for side in ("lhs", "rhs"):
+      check_type(side, getattr(self, side), Operand, " such as Operand(fp4jax.MXFP4)")
     if self.lhs.transform != self.rhs.transform:
       raise ValueError(
         f"the transforms {self.lhs.transform} and {self.rhs.transform} do not cancel in the GEMM"
@@ -94,6 +106,12 @@ class Residual:
   rhs: BlockFormat | None = None
   hidden: BlockFormat | None = None
 
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      fmt = getattr(self, field.name)
+      if not isinstance(fmt, BlockFormat | None):
+        raise ValueError(f"residual.{field.name}={fmt!r} is neither a BlockFormat nor None")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -107,6 +125,9 @@ class Recipe:
   citation: str
 
   def __post_init__(self):
+    for gemm in ("fprop", "dgrad", "wgrad"):
+      check_type(gemm, getattr(self, gemm), Gemm)
+    check_type("residual", self.residual, Residual)
     for gemm, operand in (("dgrad", "lhs"), ("wgrad", "rhs")):
       if getattr(getattr(self, gemm), operand).source != "original":
         raise ValueError(f'{self.name}: {gemm}.{operand} is a gradient; its source is "original"')
@@ -143,7 +164,7 @@ class Recipe:
     return _replace(self, {tuple(path.split(".")): value for path, value in changes.items()})
 
 
-def _replace(node, changes):
+def _replace(node, changes, prefix=""):
   names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
   below = {}
   for (name, *rest), value in changes.items():
@@ -152,6 +173,9 @@ def _replace(node, changes):
     below.setdefault(name, {})[tuple(rest)] = value
   fields = {}
   for name, deeper in below.items():
-    value = deeper.pop((), getattr(node, name))
-    fields[name] = _replace(value, deeper) if deeper else value
+    path, before = prefix + name, getattr(node, name)
+    value = deeper.pop((), before)
+    if isinstance(before, Operand):
+      check_type(path, value, Operand, f'; did you mean "{path}.format"?')
+    fields[name] = _replace(value, deeper, f"{path}.") if deeper else value
   return dataclasses.replace(node, **fields)

@@ -84,6 +84,8 @@ RECIPES = {r.name: r for r in (FP32, BF16, FP8, FP8_POW2, MXFP4, MXFP4_RHT_SR, H
 def by_name(name: str) -> Recipe:
   """The recipe of that name; an unknown one is an error that names the near ones."""
   if name not in RECIPES:
-    near = difflib.get_close_matches(name, RECIPES, cutoff=0.4) or list(RECIPES)
-    raise ValueError(f"unknown recipe {name!r}; did you mean one of {near}?")
+    lower = name.lower()
+    close = difflib.get_close_matches(lower, RECIPES, cutoff=0.4)
+    near = [lower] if lower in RECIPES else close or list(RECIPES)
+    raise ValueError(f"unknown recipe {name!r}; did you mean {', '.join(map(repr, near))}?")
   return RECIPES[name]

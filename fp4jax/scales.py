@@ -84,7 +84,7 @@ def decode(scales: StoredScale, fmt: BlockFormat) -> Float32[Array, "*s"]:
   """The value of every stored E4M3 or float32 scale. E8M0 has exponents instead: `exponent`."""
   if fmt.scale_dtype == FP32:
     return scales
-  return lax.bitcast_convert_type(scales, jnp.dtype(fmt.scale_dtype)).astype(jnp.float32)
+  return lax.bitcast_convert_type(scales, fmt.scale_dtype).astype(jnp.float32)
 
 
 def exponent(scales: UInt8[Array, "*s"]) -> Int32[Array, "*s"]:

@@ -5,6 +5,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from fp4jax.arguments import check_arrays
+
 
 def hadamard(
   x: Float[Array, "*s"], axis: int, block: int = 32, signs: Float[Array, " block"] | None = None
@@ -20,8 +22,8 @@ def hadamard(
     block: a power of two.
     signs: +1 and -1, the same for every run; None for no signs.
   """
-  if block < 1 or block & (block - 1):
-    raise ValueError(f"{block=} is not a power of two")
+  check_block(block)
+  check_arrays(x=x)
   if not -x.ndim <= axis < x.ndim:
     raise ValueError(f"{axis=} is out of range for x of shape {x.shape}")
   if x.shape[axis] % block:
@@ -32,9 +34,16 @@ def hadamard(
   matrix = jnp.asarray(sylvester(block))
   if signs is not None:
     matrix = matrix * signs.astype(jnp.float32)[None, :]
-  blocks = x.astype(jnp.float32).reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
+  before, n, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+  blocks = x.astype(jnp.float32).reshape(*before, n // block, block, *after)
   out = jnp.tensordot(matrix, blocks, axes=(1, axis + 1), precision=lax.Precision.HIGHEST)
   return jnp.moveaxis(out, 0, axis + 1).reshape(x.shape).astype(x.dtype)
+
+
+def check_block(block: int) -> None:
+  """Refuses a block for which there is no Sylvester matrix."""
+  if not isinstance(block, int | np.integer) or block < 1 or block & (block - 1):
+    raise ValueError(f"{block=} is not a power of two")
 
 
 def sylvester(n: int) -> np.ndarray:

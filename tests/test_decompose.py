@@ -200,8 +200,9 @@ def test_nothing_lost_shares_nothing():
   for name in ("scale_bias", "deadzone", "grid_noise", "cross_scale_grid", "cosine", "flushed"):
     assert getattr(s, name) == 0
   assert s.gain == 1 and s.clipped == 0 and s.sqnr_db == np.inf
-  zero = jit_summary(np.zeros((2, 32), np.float32), RCEIL)
-  assert zero.scale_bias == zero.deadzone == zero.grid_noise == zero.flushed == zero.clipped == 0
+  for shape in ((2, 32), (0, 32), (32, 0)):
+    zero = jit_summary(np.zeros(shape, np.float32), RCEIL)
+    assert zero.scale_bias == zero.deadzone == zero.grid_noise == zero.flushed == zero.clipped == 0
 
 
 def test_float64_needs_x64():

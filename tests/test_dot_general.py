@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import flax.linen as nn
 import jax
@@ -171,6 +172,9 @@ def test_mixed_inputs_promote_as_in_lax():
   actual = jit_gemms(recipes.MXFP4, x, w, random(32, 96))
   assert [a.dtype for a in actual] == [np.float32, jnp.bfloat16, np.float32]
   assert lax.dot_general(x, w, MATMUL).dtype == np.float32
+  x, w = x.astype(jnp.float16), w.astype(jnp.bfloat16)
+  y = fp4jax.dot_general(recipes.MXFP4)(x, w, MATMUL)
+  assert y.dtype == lax.dot_general(x, w, MATMUL).dtype == jnp.bfloat16
 
 
 @strict
@@ -478,6 +482,30 @@ def test_linen_stream_of_keys():
     assert (a != b).mean() > 0.5
 
 
+def test_nnx_stream_of_keys():
+  def layers(recipe, rngs):
+    return [
+      nnx.Linear(64, 64, dot_general=fp4jax.nnx.DotGeneral(recipe, rngs), rngs=rngs)
+      for _ in range(2)
+    ]
+
+  rngs = nnx.Rngs(0)
+  plain = [nnx.Linear(64, 64, rngs=rngs) for _ in range(2)]
+  model = layers(recipes.MXFP4_RHT_SR, nnx.Rngs(0, rounding=1))
+  for a, b in zip(model, plain, strict=True):  # two recipes start from the same weights
+    np.testing.assert_array_equal(a.kernel[...], b.kernel[...])
+  with pytest.raises(ValueError, match=r"streams \['params'\], not \"rounding\", such as nnx.Rngs"):
+    layers(recipes.MXFP4_RHT_SR, nnx.Rngs(params=0))
+  with pytest.raises(ValueError, match=r"streams \['default'\], not \"rounding\""):
+    layers(recipes.MXFP4_RHT_SR, nnx.Rngs(0))
+  # Each call of each layer draws anew: dw depends on nothing else that differs here.
+  x, dy = random(32, 64), random(32, 64, seed=2)
+  grad = nnx.jit(nnx.grad(lambda layer: (layer(x) * dy).sum()))
+  dw = [np.asarray(grad(layer).kernel[...]) for layer in (*model, model[0])]
+  for a, b in itertools.combinations(dw, 2):
+    assert (a != b).mean() > 0.5
+
+
 @strict
 def test_stochastic_gradients_are_unbiased():
   """The mean of dx over keys tends to the product of the unrounded dy."""
@@ -576,14 +604,51 @@ def test_bad_calls_are_refused():
   x, w = random(4, 32), random(32, 4)
   dot = fp4jax.dot_general(recipes.MXFP4)
   with pytest.raises(
-    ValueError, match="recipe 'mxfp4_rht_sr' rounds stochastically and needs key="
+    ValueError,
+    match=r"recipe 'mxfp4_rht_sr' rounds stochastically and needs key=, such as "
+    r"jax.random.key\(0\), another one each step",
   ):
-    fp4jax.dot_general(recipes.MXFP4_RHT_SR)(x, w, MATMUL)
-  with pytest.raises(TypeError, match="recipe='mxfp4' is not a Recipe such as"):
-    fp4jax.dot_general("mxfp4")(x, w, MATMUL)
+    fp4jax.dot_general(recipes.MXFP4_RHT_SR)
+  with pytest.raises(TypeError, match=r"recipe has type str, not Recipe such as fp4jax.recipes"):
+    fp4jax.dot_general("mxfp4")
+  for arguments in ((x, w, MATMUL), (recipes.MXFP4, x, w, MATMUL)):
+    with pytest.raises(TypeError, match=r"call dot_general\(recipe\)\(x, w, dimension_numbers\)"):
+      fp4jax.dot_general(*arguments)
+  with pytest.raises(TypeError, match=r"rhs has type list, not jax.Array"):
+    dot(x, w.tolist(), MATMUL)
   with pytest.raises(ValueError, match=r"precision=<?.*HIGHEST.*'mxfp4' sets the precision"):
     dot(x, w, MATMUL, precision=lax.Precision.HIGHEST)
   with pytest.raises(ValueError, match="does not support out_sharding='x'"):
     dot(x, w, MATMUL, out_sharding="x")
-  with pytest.raises(ValueError, match=r"contracted axes differ: lhs \(4, 32\) .* rhs \(4, 32\)"):
-    dot(x, random(4, 32), (((1,), (0,)), ((), ())))
+
+
+@strict
+@pytest.mark.parametrize(
+  "lhs, rhs, dimension_numbers, message",
+  [
+    ((4, 32), (4, 32), MATMUL, r"got \(32,\) and \(4,\)"),
+    ((4, 8, 16), (16, 8, 3), (((1, 2), (0, 1)), ((), ())), r"got \(8, 16\) and \(16, 8\)"),
+    ((2, 3, 8), (3, 2, 8), (((2,), (2,)), ((0, 1), (0, 1))), r"got \(2, 3\) and \(3, 2\)"),
+    ((2, 4, 8), (3, 8, 5), (((2,), (1,)), ((0,), (0,))), r"got \(2,\) and \(3,\)"),
+    ((4, 8), (8, 3), (((1,), ()), ((), ())), r"got \(8,\) and \(\)"),
+    ((4, 8), (8, 3), (((2,), (0,)), ((), ())), r"less than the number of axes of the lhs"),
+    ((4, 8), (8, 3), (((1,), (-2,)), ((), ())), r"nonnegative .* rhs_contracting of \(-2,\)"),
+    ((8, 8), (8, 8), (((1, 1), (0, 0)), ((), ())), r"distinct, got lhs_contracting \(1, 1\)"),
+    ((4, 8), (8, 3), (((1,), (0,)), ((1,), (0,))), "disjoint from contracting dimensions"),
+  ],
+)
+def test_axes_are_refused_as_in_lax(lhs, rhs, dimension_numbers, message):
+  x, w = np.ones(lhs, np.float32), np.ones(rhs, np.float32)
+  named = re.escape(f"lhs {lhs}, rhs {rhs}, dimension_numbers={dimension_numbers}: ")
+  with pytest.raises(TypeError, match=f"{named}.*{message}"):
+    fp4jax.dot_general(recipes.FP32)(x, w, dimension_numbers)
+  with pytest.raises(TypeError, match=message):
+    lax.dot_general(x, w, dimension_numbers)
+
+
+@strict
+@pytest.mark.parametrize("dimension_numbers", [None, ((1, 0), ((), ())), (((1,), (0,)),)])
+def test_dimension_numbers_of_another_form_are_refused(dimension_numbers):
+  message = re.escape(f"dimension_numbers={dimension_numbers}: ")
+  with pytest.raises(TypeError, match=message):
+    fp4jax.dot_general(recipes.FP32)(random(4, 8), random(8, 3), dimension_numbers)

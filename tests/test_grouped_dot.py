@@ -291,11 +291,19 @@ def test_bad_arguments_are_refused():
   with pytest.raises(TypeError, match="rhs is int32; a recipe takes"):
     grouped_dot(x, w.astype(np.int32), sizes, recipes.MXFP4)
   with pytest.raises(
-    ValueError, match="recipe 'mxfp4_rht_sr' rounds stochastically and needs key="
+    ValueError, match=r"'mxfp4_rht_sr' rounds stochastically and needs key=, such as jax.random.key"
   ):
     grouped_dot(x, w, sizes, recipes.MXFP4_RHT_SR)
-  with pytest.raises(TypeError, match="recipe='mxfp4' is not a Recipe"):
+  with pytest.raises(TypeError, match=r"recipe has type str, not Recipe such as fp4jax\.recipes"):
     grouped_dot(x, w, sizes, "mxfp4")
+  with pytest.raises(TypeError, match=r"^recipe has type ArrayImpl, not Recipe such as [^ ]*$"):
+    grouped_dot(x, w, recipes.MXFP4, sizes)
+  with pytest.raises(TypeError, match=r"lhs has type list, not jax.Array"):
+    grouped_dot(x.tolist(), w, sizes, recipes.MXFP4)
+  with pytest.raises(TypeError, match=r"group_sizes has type list, not jax.Array"):
+    grouped_dot(x, w, [10, 10, 10], recipes.MXFP4)
+  with pytest.raises(ValueError, match=r"lhs \(0, 32\) has no rows"):
+    grouped_dot(x[:0], w, jnp.asarray([0, 0, 0]), recipes.MXFP4)
 
 
 @pytest.mark.parametrize(

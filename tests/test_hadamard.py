@@ -64,6 +64,12 @@ def test_is_exact_where_the_root_is(block):
   np.testing.assert_array_equal(back, x[0])
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (64, 0)])
+def test_nothing_turns_to_nothing(shape):
+  for axis in (0, 1):
+    assert hadamard(np.zeros(shape, np.float32), axis).shape == shape
+
+
 def test_spreads_an_outlier_over_its_block_alone():
   x = np.zeros((1, 96), np.float32)
   x[0, 40] = 8
@@ -106,6 +112,11 @@ def test_signs_of_a_recipe():
   assert (fp4jax.Hadamard(32, seed=1).signs() != signs).any()
   assert fp4jax.Hadamard(32, seed=None).signs() is None
   assert fp4jax.Hadamard() == fp4jax.Hadamard(block=32, seed=0)
+
+
+def test_a_list_is_refused():
+  with pytest.raises(TypeError, match=r"x has type list, not jax.Array"):
+    hadamard([[1.0] * 32], -1)
 
 
 @pytest.mark.parametrize(

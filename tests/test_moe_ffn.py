@@ -335,11 +335,20 @@ def test_bad_arguments_are_refused():
   refused(ValueError, r"are not both \(90 tokens, k\)", experts=experts[1:], weights=weights[1:])
   refused(TypeError, "experts are float32", experts=experts.astype(jnp.float32))
   refused(TypeError, "weights bfloat16", weights=weights.astype(jnp.bfloat16))
-  refused(TypeError, "rhs is int32", w2=w2.astype(jnp.int32))
-  refused(TypeError, "recipe='mxfp4' is not a Recipe", recipe="mxfp4")
+  refused(TypeError, "w2 is int32; a recipe takes", w2=w2.astype(jnp.int32))
+  refused(TypeError, "experts has type list, not jax.Array", experts=experts.tolist())
+  refused(TypeError, "weights has type list, not", weights=weights.tolist())
+  refused(TypeError, "recipe has type str, not Recipe", recipe="mxfp4")
+  none = {name: good[name][:0] for name in ("x", "experts", "weights")}
+  refused(ValueError, r"x \(0, 64\) has no tokens", **none)
   refused(ValueError, "experts name 5, which is not one of the 5", experts=experts.at[3, 1].set(5))
   refused(ValueError, "experts name -1, which", experts=experts.at[3, 1].set(-1))
-  refused(ValueError, "rounds stochastically and needs key=", recipe=recipes.MXFP4_RHT_SR)
+  needed = r"rounds stochastically and needs keys=, such as jax.random.split\(jax.random.key\(0\)\)"
+  for keys in ({}, {"keys": (KEYS[0], None)}):
+    refused(ValueError, needed, recipe=recipes.MXFP4_RHT_SR, options=keys)
+  named = functools.partial(moe_ffn, recipe=recipes.MXFP4_RHT_SR)
+  out = jax.eval_shape(lambda key: named(**good, keys=jax.random.split(key)), KEYS[0])
+  assert out.shape == good["x"].shape
   refused(ValueError, "implementation='triton' is not", options={"implementation": "triton"})
   crossing = recipes.FP8.replace({"fprop.lhs.format": fp4jax.FP8_BLOCK_2D})
   refused(ValueError, "2-D blocks of FP8_BLOCK_2D in fprop.lhs would cross", recipe=crossing)

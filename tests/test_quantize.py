@@ -379,6 +379,17 @@ def test_shape_bytes_and_pytree(fmt):
   assert abstract.shape == x.shape and abstract.nbytes == q.nbytes
 
 
+@pytest.mark.parametrize("fmt", fp4jax.FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("shape", [(0, 128), (128, 0), (2, 0, 128), (0, 0)])
+def test_nothing_quantizes_to_nothing(fmt, shape):
+  x = np.zeros(shape, np.float32)
+  for axis in (-1, -2):
+    q = quantize(x, fmt, axis)
+    assert q.shape == shape and q.codes.size == 0
+    assert np.isfinite(q.scales).all() and q.tensor_scale in (None, 1)
+    assert dequantize(q).shape == fake_quantize(x, fmt, axis).shape == shape
+
+
 # Identities.
 
 
@@ -480,6 +491,33 @@ def test_dtypes_are_refused(function, dtype):
   x = np.ones((2, 32)).astype(dtype)
   with pytest.raises(TypeError, match=f"x is {dtype}; quantize takes float32, bfloat16 or float16"):
     function(x, fp4jax.MXFP4)
+
+
+@pytest.mark.parametrize("function", [quantize, fake_quantize, fp4jax.decompose])
+@pytest.mark.parametrize(
+  "x, fmt, message",
+  [
+    (fp4jax.MXFP4, np.zeros((2, 32), np.float32), "fmt has type ndarray, not BlockFormat such as "),
+    (
+      np.zeros(32),
+      fp4jax.recipes.MXFP4,
+      r"fmt has type Recipe, not BlockFormat such as fp4jax.MXFP4",
+    ),
+    (np.zeros(32), "MXFP4", "fmt has type str, not BlockFormat"),
+    (np.zeros(32), jnp.bfloat16, "fmt has type _ScalarMeta, not BlockFormat"),
+    ([[0.0] * 32], fp4jax.MXFP4, "x has type list, not jax.Array"),
+    (1.0, fp4jax.MXFP4, "x has type float, not jax.Array"),
+  ],
+)
+def test_arguments_of_the_wrong_kind_are_refused(function, x, fmt, message):
+  with pytest.raises(TypeError, match=message) as raised:
+    function(x, fmt)
+  assert len(str(raised.value)) < 80  # neither the array nor the recipe
+
+
+def test_only_a_quantized_array_is_dequantized():
+  with pytest.raises(TypeError, match=r"^q has type ndarray, not QuantizedArray$"):
+    dequantize(np.zeros((2, 32), np.float32))
 
 
 def test_blocks_of_tiles_are_refused():

@@ -85,12 +85,19 @@ def test_changes_that_need_each_other():
 
 
 @pytest.mark.parametrize(
-  "name, near, far", [("mxpf4", "mxfp4", "bf16"), ("bf_16", "bf16", "hopper_fp4")]
+  "name, near, far",
+  [("mxpf4", "mxfp4", "bf16"), ("bf_16", "bf16", "hopper_fp4"), ("BF_16", "bf16", "hopper_fp4")],
 )
 def test_unknown_recipe_names_the_near_ones(name, near, far):
-  with pytest.raises(ValueError, match=f"unknown recipe '{name}'; did you mean one of") as raised:
+  with pytest.raises(ValueError, match=f"unknown recipe '{name}'; did you mean '") as raised:
     recipes.by_name(name)
   assert repr(near) in str(raised.value) and repr(far) not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_unknown_recipe_in_capitals_names_the_one(name):
+  with pytest.raises(ValueError, match=f"unknown recipe '.*'; did you mean '{name}'\\?$"):
+    recipes.by_name(name.upper())
 
 
 def test_unknown_recipe_like_none_names_all():
@@ -113,6 +120,10 @@ def test_unknown_recipe_like_none_names_all():
     ({"wgrad.lhs.format": jnp.int8}, "format=.*int8.* is neither a BlockFormat nor a float dtype"),
     ({"wgrad.lhs.format": "MXFP4"}, "format='MXFP4' is neither a BlockFormat nor a float dtype"),
     ({"wgrad.lhs.format": None}, "format=None is neither a BlockFormat nor a float dtype"),
+    ({"wgrad.lhs.transform": 32}, "transform=32 is neither a Hadamard nor None"),
+    ({"residual.lhs": jnp.bfloat16}, "residual.lhs=.*bfloat16.* is neither a BlockFormat nor None"),
+    ({"residual.rhs": "MXFP4"}, "residual.rhs='MXFP4' is neither a BlockFormat nor None"),
+    ({"residual.hidden": 4}, "residual.hidden=4 is neither a BlockFormat nor None"),
     ({"wgrad.lhs.format.scale_rule": "flor"}, "scale_rule='flor' is not one of .*'floor'"),
     (
       {"wgrad.lhs.transform": Hadamard()},
@@ -134,6 +145,45 @@ def test_unknown_recipe_like_none_names_all():
 def test_bad_changes_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     recipes.MXFP4.replace(changes)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (
+      {"wgrad.lhs": fp4jax.MXFP4},
+      '^wgrad.lhs has type BlockFormat, not Operand; did you mean "wgrad.lhs.format"',
+    ),
+    (
+      {"dgrad.rhs": jnp.bfloat16, "dgrad.rhs.rounding": "stochastic"},
+      'dgrad.rhs has type _ScalarMeta, not Operand; did you mean "dgrad.rhs.format"',
+    ),
+    ({"wgrad": fp4jax.MXFP4}, "^wgrad has type BlockFormat, not Gemm$"),
+    ({"residual": fp4jax.MXFP4}, "^residual has type BlockFormat, not Residual$"),
+  ],
+)
+def test_changes_of_the_wrong_kind_are_refused(changes, message):
+  with pytest.raises(TypeError, match=message):
+    recipes.MXFP4.replace(changes)
+
+
+@pytest.mark.parametrize("side", ["lhs", "rhs"])
+def test_a_gemm_has_operands(side):
+  operands = {"lhs": Operand(fp4jax.MXFP4), "rhs": Operand(fp4jax.MXFP4)}
+  with pytest.raises(TypeError, match=f"^{side} has type BlockFormat, not Operand such as Operand"):
+    Gemm(**operands | {side: fp4jax.MXFP4})
+
+
+@pytest.mark.parametrize("block", [33, 0, -32, 32.0, "32", None])
+def test_hadamard_blocks_are_powers_of_two(block):
+  with pytest.raises(ValueError, match=f"block={block!r} is not a power of two"):
+    Hadamard(block=block)
+
+
+def test_equal_operands_hash_alike():
+  for dtype in ("bfloat16", jnp.bfloat16, jnp.dtype(jnp.bfloat16)):
+    operand = Operand(dtype)
+    assert operand == recipes.BF16.fprop.lhs and hash(operand) == hash(recipes.BF16.fprop.lhs)
 
 
 def test_stochastic_rounding_needs_a_block_format():
