@@ -20,7 +20,8 @@ from experiments import data, logs, probes
 from experiments.checkpoints import Checkpoints
 from experiments.run import run
 from experiments.train import make_trainer, policy_of, saved_activation_bytes
-from fp4jax import operands, recipes
+from experiments.workdir import WorkDir
+from fp4jax import formats, operands, recipes
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -111,7 +112,8 @@ def straight(command, tmp_path_factory):
 
 def test_a_run_leaves_everything_that_it_promises(straight):
   names = {p.name for p in straight.iterdir()}
-  assert names >= {"config.json", "environment.json", "report.html", "summary.json", *LOGS}
+  assert names >= {"config.json", "recipes.json", "environment.json", "report.html", *LOGS}
+  assert "summary.json" in names
   rows = logs.read_rows(straight / "metrics.jsonl")
   for recipe in ("bf16", "mxfp4_rht_sr"):
     mine = [r for r in rows if r["recipe"] == recipe]
@@ -215,6 +217,49 @@ def test_a_workdir_with_another_config_is_refused_and_kept(straight, corpus_file
   with pytest.raises(ValueError, match=r"config\.model\.num_layers: 1 there, 6 here"):
     run(config, straight)
   assert before == {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
+
+
+RCEIL = dataclasses.replace(formats.MXFP4, scale_rule="rceil")
+MINE = recipes.MXFP4.replace({"name": "mine"})
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"fprop.lhs.format": RCEIL}, "fprop.lhs.format.scale_rule: 'floor' there, 'rceil' here"),
+    ({"dgrad.rhs.format": jnp.float32}, "dgrad.rhs.format: {.*'floor'.*} there, 'float32' here"),
+    ({"dgrad.lhs.rounding": "stochastic"}, "dgrad.lhs.rounding: 'nearest' there, 'stochastic'"),
+    (
+      {f"wgrad.{o}.transform": recipes.MXFP4_RHT_SR.wgrad.lhs.transform for o in ("lhs", "rhs")},
+      "wgrad.rhs.transform: None there, {'block': 32, 'seed': 0} here",
+    ),
+    (
+      {"residual.lhs": formats.MXFP4, "wgrad.lhs.source": "residual"},
+      "wgrad.lhs.source: 'original' there, 'residual' here",
+    ),
+  ],
+)
+def test_a_redefined_recipe_is_refused(tmp_path, monkeypatch, changes, message):
+  config = small(recipes=configs.Names(["bf16", "mine"]))
+  monkeypatch.setitem(recipes.RECIPES, "mine", MINE)
+  WorkDir(tmp_path, config).begin({})
+  monkeypatch.setitem(recipes.RECIPES, "mine", dataclasses.replace(MINE, citation="better words"))
+  WorkDir(tmp_path, config)
+  monkeypatch.setitem(recipes.RECIPES, "mine", MINE.replace(changes))
+  with pytest.raises(ValueError, match=rf"(?s)defined differently.*\n  recipes\.mine\.{message}"):
+    WorkDir(tmp_path, config)
+
+
+def test_a_workdir_of_before_recipes_were_recorded_is_opened_with_a_warning(tmp_path, caplog):
+  config = small()
+  WorkDir(tmp_path, config).begin({})
+  assert not caplog.text
+  recorded = (tmp_path / "recipes.json").read_text()
+  (tmp_path / "recipes.json").unlink()
+  (tmp_path / "environment.json").unlink()
+  WorkDir(tmp_path, config).begin({})
+  assert "does not tell how its recipes were defined" in caplog.text
+  assert (tmp_path / "recipes.json").read_text() == recorded
 
 
 def test_another_corpus_is_refused(tmp_path, command, corpus_file):
