@@ -73,7 +73,8 @@ def run(config, workdir: str) -> None:
     number: signal.signal(number, lambda number, _: stop_signals.append(number))
     for number in (signal.SIGTERM, signal.SIGINT)
   }
-  progress = logs.Progress(len(runs) * config.steps, batch * length)
+  compiling = len({this.recipe for this in runs})
+  progress = logs.Progress(len(runs) * config.steps, compiling, batch * length)
   try:
     for this in runs:
       offsets = train_run(
