@@ -6,6 +6,8 @@ changes single fields on top, `--config.model.num_layers=6`.
 
 import dataclasses
 import difflib
+import math
+import operator
 import typing
 from typing import Any
 
@@ -98,6 +100,26 @@ class Experiment:
     return self.bf16_seeds if recipe == "bf16" and self.bf16_seeds is not None else self.seeds
 
 
+# Of every number but those of `data`, which `load_corpus` checks, and `bf16_seeds`.
+_RANGES = (
+  (
+    "at least 1",
+    lambda x: x >= 1,
+    "seeds steps log_every eval_every eval_batches checkpoints_kept model.num_layers model.d_model"
+    " model.num_heads model.num_kv_heads model.head_dim model.top_k model.d_ff",
+  ),
+  (
+    "at least 0",
+    lambda x: x >= 0,
+    "probe_every checkpoint_every model.num_experts model.d_ff_shared optimizer.warmup_steps"
+    " optimizer.weight_decay optimizer.load_balance_weight optimizer.router_z_weight",
+  ),
+  ("above 0", lambda x: x > 0, "optimizer.learning_rate optimizer.clip_norm model.rope_theta"),
+  ("from 0 to 1", lambda x: 0 <= x <= 1, "optimizer.final_fraction"),
+  ("at least 0 and below 1", lambda x: 0 <= x < 1, "optimizer.b1 optimizer.b2"),
+)
+
+
 def validate(config: Experiment) -> None:
   """Raises ValueError for settings that no run can have; names the value and what is allowed."""
   if not config.recipes:
@@ -106,17 +128,16 @@ def validate(config: Experiment) -> None:
     fp4_recipes.by_name(name)
   if len(set(config.recipes)) < len(config.recipes):
     raise ValueError(f"recipes {','.join(config.recipes)} names one twice")
-  for name in ("seeds", "steps", "log_every", "eval_every", "eval_batches"):
-    if getattr(config, name) < 1:
-      raise ValueError(f"{name}={getattr(config, name)} is not at least 1")
+  for allowed, holds, names in _RANGES:
+    for name in names.split():
+      value = operator.attrgetter(name)(config)
+      if not (holds(value) and math.isfinite(value)):
+        raise ValueError(f"{name}={value} is not {allowed}")
   if config.bf16_seeds is not None and config.bf16_seeds < config.seeds:
     raise ValueError(
       f"bf16_seeds={config.bf16_seeds} is below seeds={config.seeds}: "
       "a seed without its bf16 run has no gap"
     )
-  for name in ("probe_every", "checkpoint_every"):
-    if getattr(config, name) < 0:
-      raise ValueError(f"{name}={getattr(config, name)} is negative; 0 is never")
   if config.implementation not in (None, *typing.get_args(Implementation)):
     raise ValueError(f"implementation={config.implementation!r} is not 'mosaic' or 'xla'")
   if config.implementation == "mosaic" and config.probe_every:
@@ -126,7 +147,8 @@ def validate(config: Experiment) -> None:
     )
   if config.optimizer.warmup_steps >= config.steps:
     raise ValueError(
-      f"optimizer.warmup_steps={config.optimizer.warmup_steps} is not below steps={config.steps}"
+      f"optimizer.warmup_steps={config.optimizer.warmup_steps} is not below steps={config.steps}; "
+      f"add --config.optimizer.warmup_steps={config.steps // 5}"
     )
   if config.model.dtype not in ("bfloat16", "float32"):
     raise ValueError(f"model.dtype={config.model.dtype!r} is not 'bfloat16' or 'float32'")
@@ -151,5 +173,15 @@ def field_paths(cls: type = Experiment, prefix: str = "") -> list[str]:
 
 
 def near_fields(name: str) -> list[str]:
-  """The settings whose names are closest to a misspelt one; all of them when none is close."""
-  return difflib.get_close_matches(name, field_paths(), n=3, cutoff=0.5) or field_paths()
+  """Up to three settings that a wrong name may mean: near in full, in its last part, or `lr`."""
+  last = name.rpartition(".")[2]
+
+  def likeness(path: str) -> float:
+    end = path.rpartition(".")[2]
+    if last == "".join(word[0] for word in end.split("_")):
+      return 1.0
+    pairs = ((name, path), (last, end))
+    return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+  near = [path for path in field_paths() if likeness(path) >= 0.6]
+  return sorted(near, key=likeness, reverse=True)[:3]

@@ -17,10 +17,10 @@ import numpy as np
 from absl import app, flags
 from jax import lax
 
+from experiments import command_line, logs
 from experiments import kernel_cases as cases
 from experiments import kernel_peers as peers
 from experiments import kernel_tables as tables
-from experiments import logs
 from experiments.environment import describe_environment
 from experiments.kernel_checks import sampled_error
 from experiments.kernel_timing import (
@@ -194,4 +194,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=command_line.parse_flags)

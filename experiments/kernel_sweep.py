@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from experiments import command_line, logs
 from experiments import kernel_cases as cases
 from experiments import kernel_timing as timing
-from experiments import logs
 from experiments.environment import describe_environment
 from pallas_kernels.grouped_matmul import TuningConfig
 
@@ -199,4 +199,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=command_line.parse_flags)

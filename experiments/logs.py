@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import socket
+import statistics
 import struct
 import sys
 import time
@@ -148,55 +149,74 @@ class Progress:
 
   On a terminal the line is rewritten in place, elsewhere printed now and then and as a run ends.
   `total_steps` are those this process has to take, all runs together, without those of before a
-  resume; `tokens_per_step` is batch_size * sequence_length.
+  resume; the first `compiling_runs` runs compile in their first step; `tokens_per_step` is
+  batch_size * sequence_length.
   """
 
   def __init__(
     self,
     total_steps: int,
+    compiling_runs: int,
     tokens_per_step: int,
     stream: TextIO | None = None,  # standard error
     clock: Callable[[], float] = time.monotonic,
   ):
     self._left = total_steps
-    self._taken = 0
+    self._compiling_runs = compiling_runs
+    self._first_s: list[float] = []  # of each such run, to the end of its first step
+    self._later_s, self._later_steps = 0.0, 0  # of the other steps of all runs
     self._tokens_per_step = tokens_per_step
     self._stream = sys.stderr if stream is None else stream
     self._clock = clock
     self._terminal = self._stream.isatty()
     self._every_s = 0.1 if self._terminal else 10.0
-    self._begun = self._printed = clock()
+    self._printed = clock()
     self._line = ""
 
   def start(self, run: str, steps: int, step: int = 0) -> None:
     """Begins the run named `run` (recipe/seed) of `steps` steps, of which `step` are done."""
     self._run, self._steps, self._step = run, steps, step
+    self._told = self._clock()
     self._timed = None  # the run's first step compiles, so its speed counts from there
 
   def update(self, step: int, loss: float) -> None:
     """Tells that `step` steps of the run are done; prints when a line is due."""
     now = self._clock()
-    self._taken += step - self._step
-    self._left -= step - self._step
-    self._step = step
+    seconds, steps = now - self._told, step - self._step
+    self._told, self._step = now, step
+    self._left -= steps
     tokens_per_s = None
     if self._timed is None:
       self._timed = now, step
-    elif now > self._timed[0]:
-      seconds, steps = now - self._timed[0], step - self._timed[1]
-      tokens_per_s = self._tokens_per_step * steps / seconds
-    seconds_left = (now - self._begun) / max(self._taken, 1) * self._left
-    self._line = progress_line(self._run, step, self._steps, loss, tokens_per_s, seconds_left)
+      if len(self._first_s) < self._compiling_runs:
+        self._first_s.append(seconds)
+    else:
+      self._later_s += seconds
+      self._later_steps += steps
+      if now > self._timed[0]:
+        tokens_per_s = self._tokens_per_step * (step - self._timed[1]) / (now - self._timed[0])
+    self._line = progress_line(
+      self._run, step, self._steps, loss, tokens_per_s, self._seconds_left()
+    )
     if now - self._printed >= self._every_s:
       self._printed = now
       self._print(end="")
 
   def end(self) -> None:
-    """Ends the run: its last line stays."""
+    """Ends the run, also one that diverged before its last step: its last line stays."""
+    self._left -= self._steps - self._step
     if self._line:
       self._printed = self._clock()
       self._print(end="\n")
       self._line = ""
+
+  def _seconds_left(self) -> float | None:
+    """None before there is a step that did not compile."""
+    if not self._later_steps:
+      return None
+    to_compile = self._compiling_runs - len(self._first_s)
+    compiling_s = to_compile and to_compile * statistics.fmean(self._first_s)
+    return self._later_s / self._later_steps * self._left + compiling_s
 
   def _print(self, end: str) -> None:
     if self._terminal:  # a wrapped line could not be rewritten
@@ -213,13 +233,15 @@ def progress_line(
   steps: int,
   loss: float,
   tokens_per_s: float | None,
-  seconds_left: float,
+  seconds_left: float | None,
 ) -> str:
   """`mxfp4/0  step  40/100  loss 3.2145  12,345 tokens/s  1:02:03 left`."""
   speed = "-" if tokens_per_s is None else f"{tokens_per_s:,.0f}"
-  minutes, seconds = divmod(max(round(seconds_left), 0), 60)
-  hours, minutes = divmod(minutes, 60)
-  left = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+  left = "-"
+  if seconds_left is not None:
+    minutes, seconds = divmod(max(round(seconds_left), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    left = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
   at = f"{step:{len(str(steps))}d}/{steps}"
   return f"{run}  step {at}  loss {loss:.4f}  {speed} tokens/s  {left} left"
 

@@ -18,7 +18,11 @@ from experiments.workdir import Offsets, Run
 
 
 class Interrupted(Exception):
-  """The run was asked to stop, and has saved if it saves at all."""
+  """Signal `number` asked the run to stop, and it has saved if it saves at all."""
+
+  def __init__(self, message: str, number: int):
+    super().__init__(message)
+    self.number = number
 
 
 def train_run(
@@ -29,13 +33,16 @@ def train_run(
   open_logs: Callable[[Offsets], dict[str, logs.JsonLines]],
   offsets: Offsets,
   progress: logs.Progress,
-  asked_to_stop: Callable[[], bool],
+  asked_to_stop: Callable[[], int | None],
 ) -> Offsets:
   """Trains `run` to its end and returns the length of the logs there.
 
   `offsets` is where its rows begin: what stands behind them, or behind the checkpoint from which
-  the run resumes, is from a process that died, and is cut off.
+  the run resumes, is from a process that died, and is cut off. `asked_to_stop` tells the number of
+  the signal that did.
   """
+  if stop := asked_to_stop():
+    raise Interrupted(f"stopped before {run.name}; the same command goes on from there", stop)
   seed = jnp.int32(run.seed)
   train = data.batches(corpus, config.data, run.seed, "train")
   validation = data.batches(corpus, config.data, run.seed, "validation")
@@ -119,7 +126,8 @@ def train_run(
           "the same command goes on from there"
           if config.checkpoint_every
           else f"{run.name} stopped after step {done} without a checkpoint; "
-          "the same command begins it again"
+          "the same command begins it again",
+          stop,
         )
     progress.end()
   run.finish(offsets)

@@ -9,20 +9,18 @@ import concurrent.futures
 import functools
 import multiprocessing
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from ml_collections import config_flags
 
-from experiments import data, logs
+from experiments import command_line, data, logs
 from experiments.config import Experiment, validate
 from experiments.environment import describe_environment
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
 
-_CONFIG = config_flags.DEFINE_config_file("config")
+_CONFIG = command_line.define_config()
 _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
 _COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
 _STEPS = 3
@@ -59,13 +57,16 @@ def main(_) -> None:
   validate(config)
   # A child takes what it uses, so that there may be others on the device.
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-  Path(_OUT.value).parent.mkdir(parents=True, exist_ok=True)
-  log = logs.JsonLines(_OUT.value, 0)
+  log = logs.JsonLines(_OUT.value)  # refuses a place that can't be written; rows there stay
   processes = concurrent.futures.ProcessPoolExecutor(
     1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
   )
   with processes as pool:
-    for row in pool.map(functools.partial(measure, config, _COMMIT.value), config.recipes):
+    rows = pool.map(functools.partial(measure, config, _COMMIT.value), config.recipes)
+    for i, row in enumerate(rows):
+      if i == 0:
+        log.close()
+        log = logs.JsonLines(_OUT.value, 0)
       log.write(row)
       peak = "uncounted" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f} GB"
       print(f"{row['recipe']:20s} peak {peak}, temporaries {row['temp_bytes'] / 1e9:.2f} GB")
@@ -73,4 +74,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(command_line.one_line_errors(main), flags_parser=command_line.parse_flags)

@@ -10,22 +10,21 @@ its like. `make tables` puts the rows into the README.
 import dataclasses
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from ml_collections import config_flags
 
-from experiments import data, logs
+from experiments import command_line, data, logs
 from experiments.config import Experiment, validate
 from experiments.environment import describe_environment
 from experiments.summary import BASELINE
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
+from fp4jax.implementation import choose, device_obstacle
 from fp4jax.recipe import Recipe
 
-_CONFIG = config_flags.DEFINE_config_file("config")
+_CONFIG = command_line.define_config()
 _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "Timed steps of each recipe.", lower_bound=3)
 _COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
@@ -58,9 +57,12 @@ def time_steps(config: Experiment, policies: dict, rounds: int) -> dict[str, lis
 
 def main(_) -> None:
   config = _CONFIG.value
+  choose(config.implementation, device_obstacle())  # before what "mosaic" asks of other settings
   validate(config)
   if BASELINE not in config.recipes:
-    raise ValueError(f"recipes={config.recipes} lack {BASELINE!r}, which times are relative to")
+    raise ValueError(
+      f"recipes={','.join(config.recipes)} lack {BASELINE!r}, which times are relative to"
+    )
   chosen = {name: recipes.by_name(name) for name in config.recipes}
   for name in _SPLIT.value:
     for gemm in ("fprop", "dgrad", "wgrad"):
@@ -70,10 +72,10 @@ def main(_) -> None:
     name: policy_of(recipe, config.quantize, config.implementation)
     for name, recipe in chosen.items()
   }
+  logs.JsonLines(_OUT.value).close()  # refuses a place that can't be written; rows there stay
   times = time_steps(config, policies, _ROUNDS.value)
   environment = describe_environment(_COMMIT.value)
   tokens = config.data.batch_size * config.data.sequence_length
-  Path(_OUT.value).parent.mkdir(parents=True, exist_ok=True)
   log = logs.JsonLines(_OUT.value, 0)
   base = times[BASELINE]
   for name, steps in times.items():
@@ -99,4 +101,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(command_line.one_line_errors(main), flags_parser=command_line.parse_flags)

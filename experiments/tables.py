@@ -14,7 +14,7 @@ from absl import app, flags
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from experiments import kernel_tables, logs
+from experiments import command_line, kernel_tables, logs
 from experiments.summary import read_records, summarize_records
 
 _COLLECT = flags.DEFINE_string(
@@ -185,4 +185,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(command_line.one_line_errors(main), flags_parser=command_line.parse_flags)

@@ -1,17 +1,22 @@
 """The folder of one experiment: what belongs to it, and how far it has come.
 
-config.json  environment.json  metrics.jsonl  probes.jsonl  timing.jsonl
+config.json  recipes.json  environment.json  metrics.jsonl  probes.jsonl  timing.jsonl
 runs/<recipe>-<seed>/checkpoints/  tensorboard/  finished.json
 report.html  summary.json
 """
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+from absl import logging
+
 from experiments import logs
 from experiments.config import Experiment, to_dict
+from fp4jax import recipes
 
 LOGS = ("metrics", "probes", "timing")
 Offsets = dict[str, int]  # bytes of each log
@@ -39,29 +44,29 @@ class Run:
 
 
 class WorkDir:
-  """Opened only by the config and on the corpus that it began with."""
+  """Opened only by the config, with the recipes and on the corpus that it began with.
+
+  A workdir of before recipes.json is opened with a warning: its recipes are taken to be unchanged.
+  """
 
   def __init__(self, path: str | Path, config: Experiment):
     self.path = Path(path)
-    config_path = self.path / "config.json"
-    wanted = to_dict(config)
-    if config_path.exists():
-      differences = list(_differences(json.loads(config_path.read_text()), wanted))
-      if differences:
-        raise ValueError(
-          f"{self.path} belongs to another config; choose another --workdir, or undo\n  "
-          + "\n  ".join(differences)
-        )
+    self._wanted = {"config": to_dict(config), "recipes": _definitions(config.recipes)}
+    if (self.path / "config.json").exists():
+      self._refuse_differences("config", "another config")
+      if (self.path / "recipes.json").exists():
+        self._refuse_differences("recipes", "recipes defined differently")
+      else:
+        logging.warning("%s does not tell how its recipes were defined: taken to be as now", path)
     self.runs = [
       Run(recipe, seed, self.path / "runs" / f"{recipe}-{seed}")
       for seed in range(max(map(config.seeds_of, config.recipes)))
       for recipe in config.recipes
       if seed < config.seeds_of(recipe)
     ]
-    self._wanted = wanted
 
   def begin(self, environment: dict[str, Any]) -> None:
-    """Writes config.json and environment.json, or adds this session to those of the first.
+    """Writes what was configured and environment.json, or adds this session to that of the first.
 
     Raises:
       ValueError: the corpus, or the tokenizer, is not the one that the runs began with.
@@ -78,7 +83,17 @@ class WorkDir:
       again = {k: v for k, v in environment.items() if k != "corpus"}
       environment = first | {"resumed": [*first.get("resumed", []), again]}
     logs.write_json(environment_path, environment)
-    logs.write_json(self.path / "config.json", self._wanted)
+    for name in ("recipes", "config"):  # no config.json of today is without recipes.json
+      logs.write_json(self.path / f"{name}.json", self._wanted[name])
+
+  def _refuse_differences(self, name: str, other: str) -> None:
+    found = json.loads((self.path / f"{name}.json").read_text())
+    differences = list(_differences(found, self._wanted[name], name))
+    if differences:
+      raise ValueError(
+        f"{self.path} belongs to {other}; choose another --workdir, or undo\n  "
+        + "\n  ".join(differences)
+      )
 
   def unfinished(self) -> tuple[list[Run], Offsets]:
     """The runs still to do in order, and the length of the logs where the first of them begins."""
@@ -94,7 +109,15 @@ class WorkDir:
     return {name: logs.JsonLines(self.path / f"{name}.jsonl", offsets[name]) for name in LOGS}
 
 
-def _differences(was, now, path="config"):
+def _definitions(names: Iterable[str]) -> dict[str, Any]:
+  """Every field of the recipes but their citations, as in recipes.json: dtypes by name."""
+  fields = {name: dataclasses.asdict(recipes.by_name(name)) for name in names}
+  for recipe in fields.values():
+    del recipe["name"], recipe["citation"]
+  return json.loads(json.dumps(fields, default=lambda dtype: jnp.dtype(dtype).name))
+
+
+def _differences(was, now, path):
   """`config.model.num_layers: 2 there, 6 here`."""
   if isinstance(was, dict) and isinstance(now, dict):
     for name in {**was, **now}:

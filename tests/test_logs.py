@@ -260,18 +260,20 @@ def test_tensorboard_events(tmp_path):
       ("bf16/12", 7, 7, math.nan, None, 59.6),
       "bf16/12  step 7/7  loss nan  - tokens/s  1:00 left",
     ),
+    (("bf16/0", 1, 7, 2.0, None, None), "bf16/0  step 1/7  loss 2.0000  - tokens/s  - left"),
   ],
 )
 def test_progress_line(arguments, line):
   assert logs.progress_line(*arguments) == line
 
 
-def run_progress(stream, step_s):
+def run_progress(stream, step_s, compile_s=0.0):
   """Two runs told of every second step, the second run resumed at step 20 of 50."""
   now = types.SimpleNamespace(s=100.0)
-  progress = logs.Progress(80, tokens_per_step=10, stream=stream, clock=lambda: now.s)
+  progress = logs.Progress(80, 2, tokens_per_step=10, stream=stream, clock=lambda: now.s)
   for run, first in (("a/0", 0), ("b/0", 20)):
     progress.start(run, steps=50, step=first)
+    now.s += compile_s
     for step in range(first + 2, 51, 2):
       now.s += 2 * step_s
       progress.update(step, loss=step / 10)
@@ -280,16 +282,31 @@ def run_progress(stream, step_s):
 
 def test_progress_in_a_file_prints_now_and_then():
   stream = io.StringIO()
-  run_progress(stream, step_s=0.5)
+  run_progress(stream, step_s=0.5, compile_s=29)
   lines = stream.getvalue().split("\n")
+  # 0.5 s a step and, while run b has not begun, the 30 s to the end of a's first two steps.
   assert lines == [
-    "a/0  step 20/50  loss 2.0000  20 tokens/s  0:30 left",
-    "a/0  step 40/50  loss 4.0000  20 tokens/s  0:20 left",
-    "a/0  step 50/50  loss 5.0000  20 tokens/s  0:15 left",
-    "b/0  step 40/50  loss 4.0000  20 tokens/s  0:05 left",
+    "a/0  step  2/50  loss 0.2000  - tokens/s  - left",
+    "a/0  step 22/50  loss 2.2000  20 tokens/s  0:59 left",
+    "a/0  step 42/50  loss 4.2000  20 tokens/s  0:49 left",
+    "a/0  step 50/50  loss 5.0000  20 tokens/s  0:45 left",
+    "b/0  step 22/50  loss 2.2000  - tokens/s  0:14 left",
+    "b/0  step 42/50  loss 4.2000  20 tokens/s  0:04 left",
     "b/0  step 50/50  loss 5.0000  20 tokens/s  0:00 left",
     "",
   ]
+
+
+def test_the_steps_that_a_diverged_run_lacks_are_not_waited_for():
+  stream, now = io.StringIO(), types.SimpleNamespace(s=0.0)
+  progress = logs.Progress(80, 1, tokens_per_step=10, stream=stream, clock=lambda: now.s)
+  for run, last in (("a/0", 10), ("a/1", 20)):
+    progress.start(run, steps=40)
+    for step in range(1, last + 1):
+      now.s += 1
+      progress.update(step, loss=1.0)
+    progress.end()
+  assert stream.getvalue().splitlines()[-1].endswith("  0:20 left")
 
 
 @pytest.mark.parametrize("columns", [40, 80])

@@ -1,5 +1,6 @@
 """The real runner, in its own process where it has to be killed."""
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -18,9 +19,11 @@ import pytest
 from experiments import config as configs
 from experiments import data, logs, probes
 from experiments.checkpoints import Checkpoints
+from experiments.loop import Interrupted, train_run
 from experiments.run import run
 from experiments.train import make_trainer, policy_of, saved_activation_bytes
-from fp4jax import operands, recipes
+from experiments.workdir import Run, WorkDir
+from fp4jax import formats, operands, recipes
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -111,7 +114,8 @@ def straight(command, tmp_path_factory):
 
 def test_a_run_leaves_everything_that_it_promises(straight):
   names = {p.name for p in straight.iterdir()}
-  assert names >= {"config.json", "environment.json", "report.html", "summary.json", *LOGS}
+  assert names >= {"config.json", "recipes.json", "environment.json", "report.html", *LOGS}
+  assert "summary.json" in names
   rows = logs.read_rows(straight / "metrics.jsonl")
   for recipe in ("bf16", "mxfp4_rht_sr"):
     mine = [r for r in rows if r["recipe"] == recipe]
@@ -168,7 +172,7 @@ def test_sigterm_saves_first(command, straight, tmp_path):
   wait_for_lines(tmp_path / "metrics.jsonl", 1, process)  # before the first step, which compiles
   process.send_signal(signal.SIGTERM)
   out = finish(process, code=128 + signal.SIGTERM)
-  assert "saved its state after step" in out
+  assert "\nstopping after this step\n" in out and "saved its state after step" in out
   steps = [int(p.name) for p in (tmp_path / "runs/bf16-0/checkpoints").iterdir()]
   assert len(steps) == 1 and 1 <= steps[0] < 8
   finish(command(tmp_path, "--config.checkpoint_every=1000"))
@@ -176,12 +180,31 @@ def test_sigterm_saves_first(command, straight, tmp_path):
     assert (tmp_path / name).read_bytes() == (straight / name).read_bytes(), name
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_before_training_a_signal_ends_the_process_at_once(command, tmp_path, number):
+  process = command(tmp_path / "run")
+  status = Path(f"/proc/{process.pid}/status")
+  while not int(status.read_text().split("SigBlk:")[1].split()[0], 16) >> (number - 1) & 1:
+    assert process.poll() is None
+    time.sleep(0.01)
+  process.send_signal(number)
+  assert finish(process, code=128 + number) == "\nstopped\n"
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_between_two_runs_is_no_step_late(tmp_path):
+  with pytest.raises(Interrupted, match="stopped before bf16-1") as caught:
+    train_run(Run("bf16", 1, tmp_path), *[None] * 6, asked_to_stop=lambda: signal.SIGINT)
+  assert caught.value.number == signal.SIGINT
+
+
 def test_without_checkpoints_a_stopped_run_begins_again(command, straight, tmp_path):
   arguments = ("--config.checkpoint_every=0", "--config.bf16_seeds=2")
   process = command(tmp_path, *arguments)
   wait_for_lines(tmp_path / "metrics.jsonl", 12, process)  # as the second run begins
-  process.send_signal(signal.SIGTERM)
-  assert "without a checkpoint" in finish(process, code=128 + signal.SIGTERM)
+  process.send_signal(signal.SIGINT)
+  assert "without a checkpoint" in finish(process, code=128 + signal.SIGINT)
   assert (tmp_path / "runs/bf16-0/finished.json").exists()
   finish(command(tmp_path, *arguments))
   assert not list(tmp_path.rglob("checkpoints"))
@@ -214,7 +237,55 @@ def test_a_workdir_with_another_config_is_refused_and_kept(straight, corpus_file
   config.model.num_layers = 6
   with pytest.raises(ValueError, match=r"config\.model\.num_layers: 1 there, 6 here"):
     run(config, straight)
+  for where, name, value in (("model", "head_dim", 15), ("data", "path", "no/such/file")):
+    wrong = copy.deepcopy(config)
+    setattr(getattr(wrong, where), name, value)
+    with pytest.raises((ValueError, OSError), match=f"{name}={value!r}"):  # what to mend first
+      run(wrong, straight)
   assert before == {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
+
+
+RCEIL = dataclasses.replace(formats.MXFP4, scale_rule="rceil")
+MINE = recipes.MXFP4.replace({"name": "mine"})
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"fprop.lhs.format": RCEIL}, "fprop.lhs.format.scale_rule: 'floor' there, 'rceil' here"),
+    ({"dgrad.rhs.format": jnp.float32}, "dgrad.rhs.format: {.*'floor'.*} there, 'float32' here"),
+    ({"dgrad.lhs.rounding": "stochastic"}, "dgrad.lhs.rounding: 'nearest' there, 'stochastic'"),
+    (
+      {f"wgrad.{o}.transform": recipes.MXFP4_RHT_SR.wgrad.lhs.transform for o in ("lhs", "rhs")},
+      "wgrad.rhs.transform: None there, {'block': 32, 'seed': 0} here",
+    ),
+    (
+      {"residual.lhs": formats.MXFP4, "wgrad.lhs.source": "residual"},
+      "wgrad.lhs.source: 'original' there, 'residual' here",
+    ),
+  ],
+)
+def test_a_redefined_recipe_is_refused(tmp_path, monkeypatch, changes, message):
+  config = small(recipes=configs.Names(["bf16", "mine"]))
+  monkeypatch.setitem(recipes.RECIPES, "mine", MINE)
+  WorkDir(tmp_path, config).begin({})
+  monkeypatch.setitem(recipes.RECIPES, "mine", dataclasses.replace(MINE, citation="better words"))
+  WorkDir(tmp_path, config)
+  monkeypatch.setitem(recipes.RECIPES, "mine", MINE.replace(changes))
+  with pytest.raises(ValueError, match=rf"(?s)defined differently.*\n  recipes\.mine\.{message}"):
+    WorkDir(tmp_path, config)
+
+
+def test_a_workdir_of_before_recipes_were_recorded_is_opened_with_a_warning(tmp_path, caplog):
+  config = small()
+  WorkDir(tmp_path, config).begin({})
+  assert not caplog.text
+  recorded = (tmp_path / "recipes.json").read_text()
+  (tmp_path / "recipes.json").unlink()
+  (tmp_path / "environment.json").unlink()
+  WorkDir(tmp_path, config).begin({})
+  assert "does not tell how its recipes were defined" in caplog.text
+  assert (tmp_path / "recipes.json").read_text() == recorded
 
 
 def test_another_corpus_is_refused(tmp_path, command, corpus_file):
@@ -263,16 +334,21 @@ def test_a_diverged_recipe_ends_alone_and_names_the_first_probe(tmp_path, corpus
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
-    ("--config.model.num_layer=6", "config.model.num_layers"),
+    ("--config.model.num_layer=6", "did you mean --config.model.num_layers"),
+    ("--config.warmup=1", "did you mean --config.optimizer.warmup_steps?"),
+    ("--config.lr=1", "did you mean --config.optimizer.learning_rate?"),
+    ("--config.zzzz=1", "there is no --config.zzzz; --help and experiments/config.py list"),
+    ("mxfp4,", "unexpected argument 'mxfp4,'"),
     ("--config.recipes=bf16,mxfp44", "unknown recipe 'mxfp44'"),
-    ("--config.seeds=0", "seeds=0 is not at least 1"),
     ("--config.data.path=no/such/file", "no/such/file"),
     ("--config.steps=x", "steps"),
-    ("--config.checkpoint_every=-1", "checkpoint_every=-1 is negative"),
-    ("--config.implementation=cuda", "implementation='cuda' is not 'mosaic' or 'xla'"),
-    ("--config.implementation=mosaic", "probe_every=3: probes read the tensors of"),
-    ("--config.bf16_seeds=0", "bf16_seeds=0 is below seeds=1"),
-    ("--config.optimizer.warmup_steps=8", "warmup_steps=8 is not below steps=8"),
+    ("--config.model.num_layers=0", "model.num_layers=0 is not at least 1"),
+    ("--config.implementation=cuda", "implementation='cuda' is not one of ('xla', 'mosaic')"),
+    pytest.param(
+      "--config.implementation=mosaic",
+      "this device has none (cpu)",  # and not that probes need "xla"
+      marks=pytest.mark.skipif(jax.default_backend() != "cpu", reason="for a CPU"),
+    ),
   ],
 )
 def test_bad_settings_are_one_clear_error_and_touch_nothing(command, tmp_path, argument, message):

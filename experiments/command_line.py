@@ -1,0 +1,96 @@
+"""How the commands of experiments/ read their flags: a mistake is one line that says what to write.
+
+_CONFIG = command_line.define_config()
+...
+app.run(command_line.one_line_errors(main), flags_parser=command_line.parse_flags)
+"""
+
+import functools
+import itertools
+import logging as python_logging
+import operator
+import re
+import sys
+from collections.abc import Callable
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from experiments.config import Experiment, Names, field_paths, near_fields
+
+flags.disclaim_key_flags()  # --help of a command shows what is defined here for it
+
+
+def define_config() -> flags.FlagHolder:
+  """--config, whose help lists every setting."""
+  settings = "\n".join(f"--config.{path}={_default(path)}" for path in field_paths())
+  return config_flags.DEFINE_config_file(
+    "config",
+    help_string="A file of configs/. Every setting is a flag behind it; experiments/config.py and, "
+    "for model.*, fp4jax.models.ModelConfig say what they mean. Before the file changes them they "
+    f"are\n{settings}\n",
+  )
+
+
+def one_line_errors(main: Callable) -> Callable:
+  """`main`, but ValueError and OSError are one line; --verbosity=1 shows where they come from."""
+
+  @functools.wraps(main)
+  def guarded(argv):
+    # At INFO, JAX tells of every backend that it did not find.
+    python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+    try:
+      main(argv)
+    except (ValueError, OSError) as error:
+      logging.debug("", exc_info=True)
+      sys.exit(f"error: {error}")
+
+  return guarded
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """absl's parsing, for app.run(flags_parser=)."""
+  try:
+    _, *stray = flags.FLAGS(argv)
+  except (flags.Error, OSError) as error:
+    sys.exit(f"error: {_missing_config(argv) or error}")
+  except (KeyError, AttributeError) as error:
+    if unknown := _unknown_setting(argv, error):
+      sys.exit(f"error: {unknown}")
+    raise
+  if mistake := _missing_config(argv) or _stray_argument(argv, stray):
+    sys.exit(f"error: {mistake}")
+  return argv
+
+
+def _missing_config(argv: list[str]) -> str | None:
+  given = any(re.match("--?config(=|$)", argument) for argument in argv)  # if it can't be read, too
+  if "config" in flags.FLAGS and flags.FLAGS["config"].value is None and not given:
+    return "--config is needed, such as --config=configs/demo.py"
+  return None
+
+
+def _unknown_setting(argv: list[str], error: KeyError | AttributeError) -> str | None:
+  for argument in argv:
+    flag = argument.lstrip("-").partition("=")[0]
+    path = flag.removeprefix("config.")
+    if path != flag and path not in field_paths() and path.rpartition(".")[2] in str(error):
+      near = " or ".join(f"--config.{name}" for name in near_fields(path))
+      hint = f"did you mean {near}?" if near else "--help and experiments/config.py list them all"
+      return f"there is no --{flag}; {hint}"
+  return None
+
+
+def _stray_argument(argv: list[str], stray: list[str]) -> str | None:
+  if not stray:
+    return None
+  at = argv.index(stray[0])
+  rest = itertools.takewhile(lambda a: not a.startswith("-"), argv[at:])
+  joined = "".join(argv[at - 1 : at] + list(rest))
+  hint = f"; lists take no spaces: {joined}" if "," in joined else ""
+  return f"unexpected argument {stray[0]!r}{hint}"
+
+
+def _default(path: str) -> str:
+  value = operator.attrgetter(path)(Experiment())
+  return ",".join(value) if isinstance(value, Names) else str(value)

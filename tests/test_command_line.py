@@ -1,0 +1,115 @@
+"""What the commands of experiments/ say to mistakes, and settings that they refuse."""
+
+import math
+import operator
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import config as configs
+
+ROOT = Path(__file__).parents[1]
+
+
+def changed(**changes) -> configs.Experiment:
+  config = configs.Experiment()
+  for path, value in changes.items():
+    group, _, name = path.rpartition(".")
+    setattr(getattr(config, group) if group else config, name, value)
+  return config
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"seeds": 0}, "seeds=0 is not at least 1"),
+    ({"checkpoint_every": -1}, "checkpoint_every=-1 is not at least 0"),
+    ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate=-1.0 is not above 0"),
+    ({"optimizer.learning_rate": math.nan}, "optimizer.learning_rate=nan is not above 0"),
+    ({"optimizer.clip_norm": math.inf}, "optimizer.clip_norm=inf is not above 0"),
+    ({"optimizer.final_fraction": 1.5}, "optimizer.final_fraction=1.5 is not from 0 to 1"),
+    ({"optimizer.b2": 1.0}, "optimizer.b2=1.0 is not at least 0 and below 1"),
+    ({"bf16_seeds": 0}, "bf16_seeds=0 is below seeds=1"),
+    ({"implementation": "mosaic"}, "probe_every=20: probes read the tensors of"),
+    (
+      {"steps": 10, "optimizer.warmup_steps": 20},
+      "warmup_steps=20 is not below steps=10; add --config.optimizer.warmup_steps=2",
+    ),
+  ],
+)
+def test_senseless_settings_are_refused(changes, message):
+  configs.validate(changed())
+  with pytest.raises(ValueError, match=re.escape(message)):
+    configs.validate(changed(**changes))
+
+
+def test_no_number_is_left_unchecked():
+  config = configs.Experiment()
+  values = {path: operator.attrgetter(path)(config) for path in configs.field_paths()}
+  numbers = [p for p, v in values.items() if type(v) in (int, float) and not p.startswith("data.")]
+  for path in numbers:
+    with pytest.raises(ValueError, match=rf"^{path}=-7 is not"):
+      configs.validate(changed(**{path: -7}))
+  assert len(numbers) > 25
+
+
+@pytest.mark.parametrize(
+  ("module", "arguments", "message"),
+  [
+    ("run", ["--workdir={}", "--config.steps=3"], "--config is needed, such as --config=configs/"),
+    ("step_memory", ["--out={}/rows.jsonl"], "--config is needed, such as --config=configs/"),
+    (
+      "run",
+      ["--config=configs/demo.py", "--config.recipes=bf16,", "mxfp4", "--workdir={}"],
+      "unexpected argument 'mxfp4'; lists take no spaces: --config.recipes=bf16,mxfp4\n",
+    ),
+    ("tables", ["runs/demo"], "unexpected argument 'runs/demo'"),
+    (
+      "kernel_bench",
+      ["--out={}/rows.jsonl", "--only=matmul,", "moe_ffn"],
+      ": --only=matmul,moe_ffn",
+    ),
+    ("kernel_sweep", ["--out={}/rows.jsonl", "--only=swiglu,", "moe"], ": --only=swiglu,moe"),
+    (
+      "step_time",  # before it times what it can't write
+      ["--config=configs/demo.py", "--config.data.path=no/such/file", "--out={}"],
+      "Is a directory",
+    ),
+    (
+      "step_time",
+      ["--config=configs/demo.py", "--config.recipes=mxfp4,fp8", "--out={}/rows.jsonl"],
+      "recipes=mxfp4,fp8 lack 'bf16'",
+    ),
+    (
+      "step_memory",
+      ["--config=configs/demo.py", "--config.data.path=no/such/file", "--out={}/rows.jsonl"],
+      "no/such/file",
+    ),
+  ],
+)
+def test_commands_refuse_what_they_cannot_do_and_keep_what_was_there(
+  tmp_path, module, arguments, message
+):
+  (tmp_path / "rows.jsonl").write_text('{"of": "before"}\n')
+  done = subprocess.run(
+    [sys.executable, "-m", f"experiments.{module}", *(a.format(tmp_path) for a in arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 1 and not done.stdout
+  assert done.stderr.startswith("error: ") and message in done.stderr, done.stderr
+  assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+  assert (tmp_path / "rows.jsonl").read_text() == '{"of": "before"}\n'
+
+
+def test_help_lists_every_setting():
+  line = [sys.executable, "-m", "experiments.run", "--help"]
+  out = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
+  assert all(f"--config.{path}=" in out for path in configs.field_paths())
+  assert "experiments/config.py" in out and "fp4jax.models.ModelConfig" in out
+  assert "--config.recipes=bf16,fp8,mxfp4" in out and "--config.model.num_layers=2\n" in out
