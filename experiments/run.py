@@ -36,17 +36,23 @@ from fp4jax.implementation import choose, device_obstacle
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this experiment.", required=True)
+_COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
 
 
 def main(_) -> None:
   try:
-    run(_CONFIG.value, _WORKDIR.value, _STOP)
+    run(_CONFIG.value, _WORKDIR.value, _STOP, _COMMIT.value)
   except Interrupted as stopped:
     print(f"\n{stopped}", file=sys.stderr)
     sys.exit(128 + stopped.number)
 
 
-def run(config: Experiment, workdir: str, stop: StopSignals | None = None) -> None:
+def run(
+  config: Experiment,
+  workdir: str,
+  stop: StopSignals | None = None,
+  commit: str | None = None,
+) -> None:
   """Trains whatever of `config` is not yet in `workdir`, then writes its report."""
   stop = stop or StopSignals()
   choose(config.implementation, device_obstacle())  # before what "mosaic" asks of other settings
@@ -63,7 +69,7 @@ def run(config: Experiment, workdir: str, stop: StopSignals | None = None) -> No
   batch, length = config.data.batch_size, config.data.sequence_length
   costs = {name: saved_activation_bytes(t, batch, length) for name, t in trainers.items()}
   folder.begin(
-    describe_environment()
+    describe_environment(commit)
     | parameter_counts(config, corpus.vocab_size)
     | {"corpus": corpus.describe(), "saved_activation_bytes_per_token": costs}
   )
