@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import flags
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_dtypes", "numpy", "grain")
+
+
+COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
 
 
 def describe_environment(commit: str | None = None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from experiments import command_line, logs
 from experiments import kernel_cases as cases
 from experiments import kernel_peers as peers
 from experiments import kernel_tables as tables
-from experiments.environment import describe_environment
+from experiments.environment import COMMIT, describe_environment
 from experiments.kernel_checks import sampled_error
 from experiments.kernel_timing import (
   COLUMNS,
@@ -39,7 +39,6 @@ from fp4jax.moe_ffn import moe_ffn
 
 _OUT = flags.DEFINE_string("out", "results/kernel_bench.jsonl", "JSONL file to write.")
 _ONLY = flags.DEFINE_list("only", ["elementwise", "matmul", "moe_ffn"], "Which parts to run.")
-_COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
 _LARGE = flags.DEFINE_boolean("large", True, "moe_ffn also at 64 experts, top-8.")
 _SKEW = np.array([9001, 1, 127, 6144, 0, 3333, 12034, 2128])
 Row = dict
@@ -180,7 +179,7 @@ _PARTS = {
 def main(argv):
   del argv
   log = logs.JsonLines(Path(_OUT.value), 0)
-  environment = describe_environment(_COMMIT.value)
+  environment = describe_environment(COMMIT.value)
   log.write({"kind": "environment"} | environment | {"tuning": tuning()})
   for part in _ONLY.value:
     measure, table = _PARTS[part]

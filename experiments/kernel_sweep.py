@@ -24,13 +24,12 @@ from absl import app, flags
 from experiments import command_line, logs
 from experiments import kernel_cases as cases
 from experiments import kernel_timing as timing
-from experiments.environment import describe_environment
+from experiments.environment import COMMIT, describe_environment
 from pallas_kernels.grouped_matmul import TuningConfig
 
 _OUT = flags.DEFINE_string("out", "results/kernel_sweep.jsonl", "JSONL file to write.")
 _WRITE = flags.DEFINE_boolean("write", True, "Write the fastest into the tables.")
 _ONLY = flags.DEFINE_list("only", [], "Files of pallas_kernels to sweep; none: all.")
-_COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
 _ROOT = Path(__file__).parents[1]
 
 
@@ -174,7 +173,7 @@ def with_table(source: str, table: dict[str, Any]) -> str:
 def main(argv) -> None:
   del argv
   log = logs.JsonLines(Path(_OUT.value), 0)
-  environment = describe_environment(_COMMIT.value)
+  environment = describe_environment(COMMIT.value)
   log.write({"kind": "environment"} | environment)
   best = {}
   for entry in ENTRIES:

@@ -20,7 +20,7 @@ from absl import app, flags
 
 from experiments import command_line, data, logs
 from experiments.config import Experiment, validate
-from experiments.environment import describe_environment
+from experiments.environment import COMMIT, describe_environment
 from experiments.loop import Interrupted, train_run
 from experiments.report import write_report
 from experiments.summary import write_summary
@@ -36,12 +36,11 @@ from fp4jax.implementation import choose, device_obstacle
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this experiment.", required=True)
-_COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
 
 
 def main(_) -> None:
   try:
-    run(_CONFIG.value, _WORKDIR.value, _STOP, _COMMIT.value)
+    run(_CONFIG.value, _WORKDIR.value, _STOP, COMMIT.value)
   except Interrupted as stopped:
     print(f"\n{stopped}", file=sys.stderr)
     sys.exit(128 + stopped.number)

@@ -16,13 +16,12 @@ from absl import app, flags
 
 from experiments import command_line, data, logs
 from experiments.config import Experiment, validate
-from experiments.environment import describe_environment
+from experiments.environment import COMMIT, describe_environment
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
 
 _CONFIG = command_line.define_config()
 _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
-_COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
 _STEPS = 3
 
 
@@ -62,7 +61,7 @@ def main(_) -> None:
     1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
   )
   with processes as pool:
-    rows = pool.map(functools.partial(measure, config, _COMMIT.value), config.recipes)
+    rows = pool.map(functools.partial(measure, config, COMMIT.value), config.recipes)
     for i, row in enumerate(rows):
       if i == 0:
         log.close()

@@ -17,7 +17,7 @@ from absl import app, flags
 
 from experiments import command_line, data, logs
 from experiments.config import Experiment, validate
-from experiments.environment import describe_environment
+from experiments.environment import COMMIT, describe_environment
 from experiments.summary import BASELINE
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
@@ -27,7 +27,6 @@ from fp4jax.recipe import Recipe
 _CONFIG = command_line.define_config()
 _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "Timed steps of each recipe.", lower_bound=3)
-_COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
 _SPLIT = flags.DEFINE_list("split", [], "Recipes to time GEMM by GEMM too.")
 
 
@@ -74,7 +73,7 @@ def main(_) -> None:
   }
   logs.JsonLines(_OUT.value).close()  # refuses a place that can't be written; rows there stay
   times = time_steps(config, policies, _ROUNDS.value)
-  environment = describe_environment(_COMMIT.value)
+  environment = describe_environment(COMMIT.value)
   tokens = config.data.batch_size * config.data.sequence_length
   log = logs.JsonLines(_OUT.value, 0)
   base = times[BASELINE]

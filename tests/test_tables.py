@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from configs import demo
 from experiments import kernel_tables, logs, tables
+from experiments.train import make_trainer, policy_of, saved_activation_bytes
+from fp4jax import recipes
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,6 +63,18 @@ def test_the_pictures_gaps_begin_before_training():
   )
   assert found["bf16"] == {0: [0.0, 0.0], 2: [0.0, 0.0]}
   assert found["r"] == {0: pytest.approx([1.0, 2.0]), 2: pytest.approx([10.0, 0.0])}
+
+
+def test_the_demo_keeps_the_bytes_that_its_rows_say():
+  """Rows of an earlier design would go on to be shown."""
+  config = demo.get_config()
+  for row in rows("demo"):
+    if row["kind"] != "recipe":
+      continue
+    policy = policy_of(recipes.by_name(row["recipe"]), config.quantize)
+    trainer = make_trainer(config, 256, policy)
+    kept = saved_activation_bytes(trainer, config.data.batch_size, config.data.sequence_length)
+    assert kept == row["saved_activation_bytes_per_token"], row["recipe"]
 
 
 def test_table_of_the_moe_ffn():
