@@ -13,7 +13,6 @@ from absl import flags
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_dtypes", "numpy", "grain")
 
-
 COMMIT = flags.DEFINE_string("commit", None, "Commit of a copy that git knows nothing of.")
 
 

@@ -23,24 +23,26 @@ def _high_precision(name: str, dtype) -> Recipe:
 FP32 = _high_precision("fp32", jnp.float32)
 BF16 = _high_precision("bf16", jnp.bfloat16)
 
-_FP8 = Operand(formats.FP8_BLOCK)
-_FP8_WEIGHT = Operand(formats.FP8_BLOCK_2D)
-FP8 = Recipe(
-  name="fp8",
-  fprop=Gemm(_FP8, _FP8_WEIGHT),
-  dgrad=Gemm(_FP8, _FP8_WEIGHT),
-  wgrad=Gemm(_FP8, _FP8),
-  citation="DeepSeek-V3, arXiv 2412.19437: E4M3 in all GEMMs, 1x128 and 128x128 scales",
+
+def _fp8(name: str, rows: Operand, weights: Operand, citation: str) -> Recipe:
+  gemm = Gemm(rows, weights)
+  return Recipe(name=name, fprop=gemm, dgrad=gemm, wgrad=Gemm(rows, rows), citation=citation)
+
+
+FP8 = _fp8(
+  "fp8",
+  Operand(formats.FP8_BLOCK),
+  Operand(formats.FP8_BLOCK_2D),
+  "DeepSeek-V3, arXiv 2412.19437: E4M3 in all GEMMs, 1x128 and 128x128 scales",
 )
 
 _FP8_POW2 = Operand(formats.FP8_BLOCK_POW2)
 _FP8_POW2_WEIGHT = Operand(formats.FP8_BLOCK_POW2_2D)
-FP8_POW2 = Recipe(
-  name="fp8_pow2",
-  fprop=Gemm(_FP8_POW2, _FP8_POW2_WEIGHT),
-  dgrad=Gemm(_FP8_POW2, _FP8_POW2_WEIGHT),
-  wgrad=Gemm(_FP8_POW2, _FP8_POW2),
-  citation="TransformerEngine's Float8BlockScaling: fp8 with scales rounded up to powers of two",
+FP8_POW2 = _fp8(
+  "fp8_pow2",
+  _FP8_POW2,
+  _FP8_POW2_WEIGHT,
+  "TransformerEngine's Float8BlockScaling: fp8 with scales rounded up to powers of two",
 )
 
 _MXFP4 = Operand(formats.MXFP4)

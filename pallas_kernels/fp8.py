@@ -36,9 +36,7 @@ def quantize_fp8_rows(x, *, power_of_two: bool = False):
   if x.ndim != 2 or x.shape[0] < 8 or x.shape[1] % TILE or not x.size:
     raise ValueError(f"{x.shape=} is not (m, k) with m >= 8 and k % 128 == 0")
   m, k = x.shape
-  rows = 8 * TUNING["rows"]["runs"]
-  while rows > m:
-    rows //= 2
+  rows = bl.fit(8 * TUNING["rows"]["runs"], m)
 
   def kernel(x_gmem, codes_gmem, scales_gmem):
     here, block = bl.tile_of(m, rows, k // TILE)

@@ -36,9 +36,7 @@ def swiglu_fp8_rows(h, *, power_of_two: bool = False):
   if m < 8 or f % TILE or not f:
     raise ValueError(f"h with {m=}, {f=} is not (m, 2 f) with m >= 8 and f % 128 == 0")
   blocks = f // TILE
-  rows = 8 * TUNING["forward"]["runs"]
-  while rows > m:
-    rows //= 2
+  rows = bl.fit(8 * TUNING["forward"]["runs"], m)
 
   def kernel(*refs):
     *h_gmem, codes_gmem, scales_gmem = refs

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fp4jax
+import pallas_kernels
 from fp4jax import QuantizedArray, dequantize, grouped_dot, implementation, operands, recipes
 from fp4jax.models import Numerics, Policy
 
@@ -137,8 +138,24 @@ def test_grouped_dot(recipe, sizes, device):
   expected = run("xla", x, w, dy, sizes)
   assert not device
   assert_near(run("mosaic", x, w, dy, sizes), expected)
-  bad = sizes.at[0].set(301)
-  assert all(np.isnan(np.asarray(v, np.float32)).all() for v in run("mosaic", x, w, dy, bad)[:1])
+  assert np.isnan(run("mosaic", x, w, dy, sizes.at[0].set(301))[0].astype(jnp.float32)).all()
+
+
+def test_no_kernel_sees_sizes_beyond_the_rows(hopper, monkeypatch):
+  """Under jit nothing raises, and a kernel would read and write where nothing of its own lies."""
+  seen, matmul = [], pallas_kernels.grouped_matmul.grouped_matmul
+
+  def watched(*args):
+    jax.debug.callback(lambda sizes: seen.append(np.asarray(sizes)), args[-1])
+    return matmul(*args)
+
+  monkeypatch.setattr(pallas_kernels.grouped_matmul, "grouped_matmul", watched)
+  f = functools.partial(grouped_dot, recipe=recipes.FP8, implementation="mosaic")
+  for bad in ([301, 0], [-1, 20], [200, 200]):
+    y = jax.jit(f)(random(300, 128), random(2, 128, 128), jnp.asarray(bad))
+    assert np.isnan(y.astype(jnp.float32)).all()
+  jax.effects_barrier()
+  assert len(seen) == 3 and not np.any(seen)
 
 
 @either

@@ -16,12 +16,12 @@ from fp4jax import recipes
 from fp4jax.formats import BlockFormat
 from fp4jax.implementation import device_obstacle, dtype_obstacle
 from fp4jax.linear import take_rows
+from fp4jax.mosaic.quantize import MIN_ROWS
 from fp4jax.quantization import QuantizedArray
 from fp4jax.recipe import Recipe, Source
 from fp4jax.swiglu import swiglu, swiglu_backward
 
 BLOCK = 128  # rows and columns that share a scale; the widths of the operands are multiples of it
-MIN_ROWS = 8  # of x, for the quantizers of rows
 _SERVED = (
   recipes.BF16,
   recipes.FP8,
