@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
 
 TUNING = {
-  "matmul": dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=8),
+  "matmul": dict(block_m=128, block_n=192, block_k=64, max_concurrent_steps=4, grid_block_n=8),
   "wgrad": dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=8),
 }
 

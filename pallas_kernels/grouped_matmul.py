@@ -47,8 +47,8 @@ ALIGNMENT = 8  # rows of one swizzle pattern, which TMA copies whole
 
 
 TUNING: dict[Literal["matmul", "wgrad"], TuningConfig] = {
-  "matmul": TuningConfig(stages=4),
-  "wgrad": TuningConfig(stages=4),
+  "matmul": TuningConfig(stages=4, cluster=2, skip_idle=True),
+  "wgrad": TuningConfig(stages=4, cluster=2),
 }
 
 # What the tests run besides: every way through the kernels.
@@ -61,24 +61,32 @@ VARIANTS = {
 }
 
 
-def _schedule(tiles_per_group, n_tiles: int, max_tiles: int, width: int):
-  """Output tile w -> (group, row tile, column tile), groups one after another.
+def _schedule(rows, steps, tile_m: int, n_tiles: int, max_tiles: int, width: int):
+  """Output tile w -> (group, row tile, column tile), and the number of tiles.
 
-  Inside a group, strips of `width` column tiles are swept along the rows, back and forth, so that
-  the tiles that run together share their operands in L2.
+  rows[g] of the output are group g's, and each of its tiles takes steps[g] of the contraction.
+  A group's last row tile, cut by its end, is less work than the whole ones before it: the tiles go
+  by work, the most first, so that little is left to wait for at the end. Among a group's whole
+  tiles strips of `width` column tiles are swept along the rows, back and forth, so that the tiles
+  that run together share their operands in L2.
   """
+  whole, cut = rows // tile_m, rows % tile_m
+  work = jnp.concatenate([jnp.where(whole > 0, tile_m, 0) * steps, cut * steps])
+  bands = jnp.argsort(-work)  # whole tiles of a group, or its cut one
+  tiles = jnp.concatenate([whole, jnp.minimum(cut, 1)])[bands]
   items = jnp.arange(max_tiles * n_tiles, dtype=jnp.int32)
-  ends = jnp.cumsum(tiles_per_group) * n_tiles
-  last = tiles_per_group.size - 1
-  group = jnp.minimum(jnp.sum(items[:, None] >= ends[None, :], axis=1, dtype=jnp.int32), last)
-  m_tiles = jnp.maximum(tiles_per_group[group], 1)
-  item = items - (ends[group] - tiles_per_group[group] * n_tiles)
+  ends = jnp.cumsum(tiles) * n_tiles
+  last = tiles.size - 1
+  band = jnp.minimum(jnp.sum(items[:, None] >= ends[None, :], axis=1, dtype=jnp.int32), last)
+  m_tiles = jnp.maximum(tiles[band], 1)
+  item = items - (ends[band] - tiles[band] * n_tiles)
   strip = item // (width * m_tiles)
   item = item - strip * width * m_tiles
   strip_width = jnp.maximum(jnp.minimum(width, n_tiles - strip * width), 1)
   row, column = item // strip_width, strip * width + item % strip_width
   row = jnp.where(strip % 2 == 0, row, m_tiles - 1 - row)
-  return group, row, column, ends[-1:].astype(jnp.int32)
+  row = row + jnp.concatenate([jnp.zeros_like(whole), whole])[bands][band]
+  return bands[band] % rows.size, row, column, ends[-1:].astype(jnp.int32)
 
 
 def _starts(sizes):
@@ -123,10 +131,12 @@ def grouped_matmul(
   lhs_scales = jnp.pad(lhs_scales, ((0, 0), (0, padding))) if padding else lhs_scales
   start = _starts(group_sizes)
   skip = start % ALIGNMENT
-  tiles = jnp.where(group_sizes > 0, pl.cdiv(skip + group_sizes, tile_m), 0)
+  rows = jnp.where(group_sizes > 0, skip + group_sizes, 0)
   max_tiles = (m + (ALIGNMENT - 1) * e) // tile_m + e
   n_tiles = pl.cdiv(n, config.tile_n * config.cluster)
-  group, row, column, num_items = _schedule(tiles, n_tiles, max_tiles, config.grid_tile_width)
+  group, row, column, num_items = _schedule(
+    rows, jnp.ones_like(rows), tile_m, n_tiles, max_tiles, config.grid_tile_width
+  )
   first = (start - skip)[group] + row * tile_m
   begin = jnp.maximum(start[group] - first, 0)
   end = jnp.minimum((start + group_sizes)[group] - first, tile_m)
@@ -242,13 +252,11 @@ def grouped_wgrad(
   config = config or TUNING["wgrad"]
   tile_m, num_sms = config.tile_m, count_sms(interpret) // config.cluster
   k_tiles = pl.cdiv(k, tile_m)
-
   n_tiles = pl.cdiv(n, config.tile_n * config.cluster)
-  group, row, column, num_items = _schedule(
-    jnp.full((e,), k_tiles, jnp.int32), n_tiles, k_tiles * e, config.grid_tile_width
-  )
   token_tiles = pl.cdiv(group_sizes, BLOCK)
-  group = jnp.argsort(-token_tiles)[group]  # the longest contractions first, to share them evenly
+  group, row, column, num_items = _schedule(
+    jnp.full_like(token_tiles, k), token_tiles, tile_m, n_tiles, k_tiles * e, config.grid_tile_width
+  )
   first = _starts(token_tiles)[group]
   schedule = jnp.stack([group, row, column, first, token_tiles[group]]).astype(jnp.int32)
 

@@ -180,14 +180,23 @@ def test_emulation_finds_planted_races(kernel, forgotten):
     )
 
 
-@pytest.mark.parametrize("tiles", [(3, 0, 1, 5), (0, 0), (7,), EXPERTS_256])
+@pytest.mark.parametrize("rows", [(30, 0, 9, 50), (0, 0), (70,), (10, 20), EXPERTS_256])
 @pytest.mark.parametrize("width", [1, 3, 8])
-def test_schedule_visits_every_tile_once(tiles, width):
-  n_tiles = 5
-  *visits, count = gm._schedule(jnp.array(tiles, jnp.int32), n_tiles, sum(tiles) + 2, width)
+def test_schedule_visits_every_tile_once(rows, width):
+  """And the tiles with the most work first: a tile's rows inside its group, times its steps."""
+  tile_m, n_tiles = 10, 5
+  steps = np.random.default_rng(1).integers(0, 4, len(rows), np.int32)
+  most = sum(rows) // tile_m + len(rows)
+  *visits, count = gm._schedule(
+    jnp.array(rows, jnp.int32), jnp.array(steps), tile_m, n_tiles, most, width
+  )
   visits = [tuple(int(x) for x in visit) for visit in zip(*visits, strict=True)][: int(count[0])]
-  every = [(g, i, j) for g, rows in enumerate(tiles) for i in range(rows) for j in range(n_tiles)]
-  assert sorted(visits) == every
+  tiles = [-(-r // tile_m) for r in rows]
+  assert sorted(visits) == [
+    (g, i, j) for g, n in enumerate(tiles) for i in range(n) for j in range(n_tiles)
+  ]
+  work = [steps[g] * min(rows[g] - i * tile_m, tile_m) for g, i, _ in visits]
+  assert work == sorted(work, reverse=True)
 
 
 def test_reference_is_a_loop_over_rows():
