@@ -113,9 +113,7 @@ ENTRIES = (
       TuningConfig(**c)
       for c in (
         *grid(stages=(4,), cluster=(1, 2), skip_idle=(False, True)),
-        *grid(stages=(4,), cluster=(2,), skip_idle=(True,), grid_tile_width=(4,)),
-        *grid(stages=(4,), cluster=(1, 2), compute_warpgroups=(2,), waves=(2,), tile_n=(96,)),
-        *grid(stages=(3,), cluster=(1, 2), waves=(2,), tile_n=(64,)),
+        *grid(stages=(4,), cluster=(2,), skip_idle=(True,), grid_tile_width=(4, 16)),
       )
     ],
     _gemms("fp8 wgrad, float32 result"),

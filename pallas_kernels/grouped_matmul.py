@@ -12,7 +12,6 @@ where x[i, b] is block b of 128 elements of row i. Every block product is promot
 in registers; `ring` has how the kernels run.
 """
 
-import functools
 from typing import Any, Literal
 
 import jax
@@ -24,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ring import (
   BLOCK,
+  SLICE,
   WAVE,
   TuningConfig,
   block_width,
@@ -39,7 +39,6 @@ from pallas_kernels.ring import (
   split_columns,
   store,
   unless_idle,
-  waves_of,
   zeros,
 )
 
@@ -48,14 +47,13 @@ ALIGNMENT = 8  # rows of one swizzle pattern, which TMA copies whole
 
 TUNING: dict[Literal["matmul", "wgrad"], TuningConfig] = {
   "matmul": TuningConfig(stages=4, cluster=2, skip_idle=True),
-  "wgrad": TuningConfig(stages=4, cluster=2),
+  "wgrad": TuningConfig(stages=4, cluster=2, skip_idle=True),
 }
 
 # What the tests run besides: every way through the kernels.
 VARIANTS = {
   "3 warpgroups": TuningConfig(),
   "2 warpgroups": TuningConfig(compute_warpgroups=2, tile_n=192, skip_idle=True),
-  "2 waves": TuningConfig(compute_warpgroups=2, waves=2, tile_n=96),
   "cluster": TuningConfig(cluster=2),
   "cluster, idle warpgroups skipped": TuningConfig(cluster=2, skip_idle=True),
 }
@@ -169,7 +167,7 @@ def grouped_matmul(
 
   def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
     del lhs, lhs_scales, rhs
-    waves, width = waves_of(config, wg), block_width(config)
+    own, width = pl.ds(wg * WAVE, WAVE), block_width(config)
     pieces = split_columns(config, width)
 
     def tile(entry, first_step):
@@ -181,35 +179,29 @@ def grouped_matmul(
         jnp.minimum((column * config.tile_n + piece.start) // BLOCK, n // BLOCK - 1)
         for piece in pieces
       ]
-      own = [tuple(jnp.clip(i - wave.start, 0, WAVE) for i in (begin, end)) for wave in waves]
+      offset = wg * WAVE
+      begin, end = jnp.clip(begin - offset, 0, WAVE), jnp.clip(end - offset, 0, WAVE)
 
       def step(b, sums):
         slot = lax.rem(first_step + b, jnp.int32(config.stages))
         # Read early: their latency hides in the wait.
         block_scales = [rhs_scales[group, block, b] for block in blocks]
         plgpu.barrier_wait(ring["full"].at[slot])
-        products = [issue(ring["lhs"].at[slot, wave], ring["rhs"].at[slot]) for wave in waves]
+        product = issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
         plgpu.wgmma_wait(0)
-        scales = []
-        for wave in waves:
-          row_scales = load_rows(ring["lhs_scales"].at[slot, wave])
-          scales.append([by_row(row_scales * scale, width) for scale in block_scales])
+        row_scales = load_rows(ring["lhs_scales"].at[slot, own])
+        scales = [by_row(row_scales * scale, width) for scale in block_scales]
         plgpu.barrier_arrive(ring["empty"].at[slot])
         return tuple(
-          tuple(
-            total + columns_of(product, piece) * scale
-            for piece, scale, total in zip(pieces, of_rows, totals, strict=True)
-          )
-          for product, of_rows, totals in zip(products, scales, sums, strict=True)
+          total + columns_of(product, piece) * scale
+          for piece, scale, total in zip(pieces, scales, sums, strict=True)
         )
 
       def work():
         sums = lax.fori_loop(0, k_steps, step, zeros(config, width))
-        for wave, rows, totals in zip(waves, own, sums, strict=True):
-          store(ring, config, wg, totals, out, row + wave.start, rows, column * config.tile_n)
+        store(ring, config, wg, sums, out, row + offset, (begin, end), column * config.tile_n)
 
-      busy = functools.reduce(jnp.logical_or, [first < last for first, last in own])
-      unless_idle(ring, config, busy, work, first_step, k_steps)
+      unless_idle(ring, config, begin < end, work, first_step, k_steps)
       return first_step + k_steps
 
     persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
@@ -290,41 +282,37 @@ def grouped_wgrad(
 
   def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
     del lhs, lhs_scales, rhs, rhs_scales
-    waves = waves_of(config, wg)
-    pieces = split_columns(config, config.slice)
+    own = pl.ds(wg * WAVE, WAVE)
 
     def tile(entry, first_step):
       group, row, pair, _, count = entry
       column = column_of(config, pair)
-      tops = [row * tile_m + wave.start for wave in waves]
+      offset = row * tile_m + wg * WAVE
+      end = jnp.clip(k - offset, 0, WAVE)  # the last row tile may reach past k
 
       def step(i, sums):
         slot = lax.rem(first_step + i, jnp.int32(config.stages))
         plgpu.barrier_wait(ring["full"].at[slot])
-        products = [issue(ring["lhs"].at[slot, wave], ring["rhs"].at[slot]) for wave in waves]
+        product = issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
         plgpu.wgmma_wait(0)
         # Scales are read past the wait: what they multiply depends on it through them alone.
-        row_scales = [load_rows(ring["lhs_scales"].at[slot, wave]) for wave in waves]
-        new = [[] for _ in waves]
+        row_scales = load_rows(ring["lhs_scales"].at[slot, own])
+        new = []
         # Only now and by slices: a scale for each of a thread's columns takes many registers.
-        for i, piece in enumerate(pieces):
+        for piece, total in zip(split_columns(config, SLICE), sums, strict=True):
           column_scales = plgpu.load(
             ring["rhs_scales"].at[slot, piece], layout=plgpu.Layout.WGMMA.reduce(0)
           ).astype(jnp.float32)
-          by_column = lax.broadcast_in_dim(column_scales, (WAVE, config.slice), (1,))
-          for product, of_rows, totals, added in zip(products, row_scales, sums, new, strict=True):
-            part = columns_of(product, piece) * by_row(of_rows, config.slice)
-            added.append(totals[i] + part * by_column)
+          part = columns_of(product, piece) * by_row(row_scales, SLICE)
+          new.append(total + part * lax.broadcast_in_dim(column_scales, (WAVE, SLICE), (1,)))
         plgpu.barrier_arrive(ring["empty"].at[slot])
-        return tuple(tuple(added) for added in new)
+        return tuple(new)
 
       def work():
-        sums = lax.fori_loop(0, count, step, zeros(config, config.slice))
-        for top, totals in zip(tops, sums, strict=True):
-          rows = 0, jnp.clip(k - top, 0, WAVE)  # the last row tile may reach past k
-          store(ring, config, wg, totals, out.at[group], top, rows, column * config.tile_n)
+        sums = lax.fori_loop(0, count, step, zeros(config, SLICE))
+        store(ring, config, wg, sums, out.at[group], offset, (0, end), column * config.tile_n)
 
-      unless_idle(ring, config, tops[0] < k, work, first_step, count)
+      unless_idle(ring, config, end > 0, work, first_step, count)
       return first_step + count
 
     persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))

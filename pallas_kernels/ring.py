@@ -7,7 +7,6 @@ copies have landed and `empty` when every compute warpgroup is done with it.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 BLOCK = 128  # elements along the contraction that share a scale; also the k step
 WAVE = 64  # rows of one wgmma
+SLICE = 64  # columns of a product that are scaled and stored together
 NUM_SMS = 132  # of an H100 or H200, for lowering where there is none
 
 OPERAND = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
@@ -24,28 +24,22 @@ OPERAND = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-  """A schedule. Each compute warpgroup owns `waves` wgmma tiles of 64 x tile_n, for each of which a
-  thread has tile_n / 2 registers of products in flight and as many of sums, of the 152 (three
-  warpgroups) or 232 (two) that it can have.
+  """A schedule. Each compute warpgroup owns one wgmma tile of 64 x tile_n: tile_n / 2 registers of
+  products in flight and as many of sums, of the 152 (three warpgroups) or 232 (two) that a thread
+  can have.
   """
 
   compute_warpgroups: int = 3
-  waves: int = 1  # that share what a thread reads of the scales of columns
   tile_n: int = 128
   stages: int = 3
   out_buffers: int = 1  # slices of columns on their way through SMEM to memory at a time
   cluster: int = 1  # CTAs with neighbouring columns that load their rows of lhs together
-  skip_idle: bool = False  # warpgroups without a row of the group multiply nothing
+  skip_idle: bool = False  # waves without a row of the group multiply nothing
   grid_tile_width: int = 8  # columns of output tiles that neighbouring CTAs sweep together
 
   @property
   def tile_m(self) -> int:
-    return WAVE * self.waves * self.compute_warpgroups
-
-  @property
-  def slice(self) -> int:
-    """Columns of a product that are scaled and stored together."""
-    return math.gcd(self.tile_n, 64)
+    return WAVE * self.compute_warpgroups
 
 
 def count_sms(interpret) -> int:
@@ -58,11 +52,6 @@ def count_sms(interpret) -> int:
 def column_of(config, pair):
   """The column tile of this CTA among those that its cluster takes."""
   return pair * config.cluster + (lax.axis_index("cluster") if config.cluster > 1 else 0)
-
-
-def waves_of(config, wg):
-  """The rows of a tile that are a warpgroup's, by waves."""
-  return [pl.ds((wg * config.waves + i) * WAVE, WAVE) for i in range(config.waves)]
 
 
 def issue(lhs_smem, rhs_smem):
@@ -82,13 +71,12 @@ def split_columns(config, width):
 
 def block_width(config):
   """Columns of a tile that certainly share a block of rhs: a tile may begin inside one."""
-  return math.gcd(config.tile_n, BLOCK)
+  return BLOCK if config.tile_n % BLOCK == 0 else SLICE
 
 
 def zeros(config, width):
-  """The sums of all waves, by pieces of `width` columns."""
   zeros = plgpu.layout_cast(jnp.zeros((WAVE, width), jnp.float32), plgpu.Layout.WGMMA)
-  return ((zeros,) * (config.tile_n // width),) * config.waves
+  return (zeros,) * (config.tile_n // width)
 
 
 def columns_of(product, piece):
@@ -159,7 +147,7 @@ def drain(ring, config, steps):
 
 
 def unless_idle(ring, config, busy, work, first_step, steps):
-  """work(), or, for a warpgroup with nothing to store, only passes the slots on."""
+  """work(), or, for a wave with nothing to store, only passes the slots on."""
   if not config.skip_idle:
     work()
     return
@@ -200,7 +188,7 @@ def launch(fill, multiply, out_type, config, interpret, copies, column_scales=No
     lhs=plgpu.SMEM((slots, config.tile_m, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
     rhs=plgpu.SMEM((slots, config.tile_n, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
     lhs_scales=plgpu.SMEM((slots, config.tile_m), jnp.float32),
-    out=plgpu.SMEM((wgs, config.out_buffers, WAVE, config.slice), out_type.dtype),
+    out=plgpu.SMEM((wgs, config.out_buffers, WAVE, SLICE), out_type.dtype),
     full=plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
     empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=slots),
   )
@@ -230,10 +218,10 @@ def store(ring, config, wg, sums, out, row, rows, column):
   number of rows. A slice of columns at a time keeps the buffers small.
   """
   (begin, end), width = rows, sums[0].shape[1]
-  for i, piece in enumerate(split_columns(config, config.slice)):
+  for i, piece in enumerate(split_columns(config, SLICE)):
     out_smem = ring["out"].at[wg, i % config.out_buffers]
-    columns = pl.ds(column + piece.start, config.slice)
-    total = columns_of(sums[piece.start // width], pl.ds(piece.start % width, config.slice))
+    columns = pl.ds(column + piece.start, SLICE)
+    total = columns_of(sums[piece.start // width], pl.ds(piece.start % width, SLICE))
     plgpu.wait_smem_to_gmem(config.out_buffers - 1, wait_read_only=True)
     out_smem[...] = total.astype(out.dtype)
     plgpu.commit_smem()
