@@ -69,22 +69,25 @@ def _schedule(rows, steps, tile_m: int, n_tiles: int, max_tiles: int, width: int
   that run together share their operands in L2.
   """
   whole, cut = rows // tile_m, rows % tile_m
-  work = jnp.concatenate([jnp.where(whole > 0, tile_m, 0) * steps, cut * steps])
-  bands = jnp.argsort(-work)  # whole tiles of a group, or its cut one
-  tiles = jnp.concatenate([whole, jnp.minimum(cut, 1)])[bands]
+  tiles = jnp.concatenate([whole, jnp.minimum(cut, 1)])  # bands: a group's whole tiles, its cut one
+  work = jnp.concatenate([tile_m * steps, cut * steps])
+  bands = jnp.arange(tiles.size, dtype=jnp.int32)
+  # Ranked by comparisons, not sorted: XLA makes fewer kernels of it, of 1 to 2 us each.
+  sooner = (work > work[:, None]) | ((work == work[:, None]) & (bands < bands[:, None]))
+  first = jnp.sum(jnp.where(sooner, tiles, 0), axis=1, dtype=jnp.int32) * n_tiles
   items = jnp.arange(max_tiles * n_tiles, dtype=jnp.int32)
-  ends = jnp.cumsum(tiles) * n_tiles
-  last = tiles.size - 1
-  band = jnp.minimum(jnp.sum(items[:, None] >= ends[None, :], axis=1, dtype=jnp.int32), last)
+  own = (items[:, None] >= first) & (items[:, None] < first + tiles * n_tiles)
+  band = jnp.sum(jnp.where(own, bands, 0), axis=1, dtype=jnp.int32)
   m_tiles = jnp.maximum(tiles[band], 1)
-  item = items - (ends[band] - tiles[band] * n_tiles)
+  item = items - first[band]
   strip = item // (width * m_tiles)
   item = item - strip * width * m_tiles
   strip_width = jnp.maximum(jnp.minimum(width, n_tiles - strip * width), 1)
   row, column = item // strip_width, strip * width + item % strip_width
   row = jnp.where(strip % 2 == 0, row, m_tiles - 1 - row)
-  row = row + jnp.concatenate([jnp.zeros_like(whole), whole])[bands][band]
-  return bands[band] % rows.size, row, column, ends[-1:].astype(jnp.int32)
+  group = band % rows.size
+  row = row + jnp.where(band == group, 0, whole[group])
+  return group, row, column, jnp.sum(tiles, dtype=jnp.int32)[None] * n_tiles
 
 
 def _starts(sizes):
@@ -227,8 +230,8 @@ def grouped_wgrad(
   Group g owns ceil(size/128) tiles of 128 tokens, right after those of group g-1; the fill at the
   end of a group is zeros. Tiles past the last group are never read; an empty group gives zeros.
 
-  lhs_scales are float32; rhs_scales too, or bfloat16, which holds powers of two: they are what most
-  of the traffic out of shared memory is beside the operands.
+  lhs_scales are float32. rhs_scales are float32, or bfloat16, which holds powers of two: shared
+  memory is what holds this kernel back, and two of those leave it as one word.
   """
   _check_operands(lhs, rhs, group_sizes)
   (k, t), (n, rhs_t), (e,) = lhs.shape, rhs.shape, group_sizes.shape
@@ -242,7 +245,14 @@ def grouped_wgrad(
   _check("group_sizes", group_sizes, (e,), jnp.int32)
   _check_sizes(group_sizes, t, tile=BLOCK)
   config = config or TUNING["wgrad"]
+  if narrow:
+    if config.tile_n % BLOCK:
+      raise ValueError(
+        f"bfloat16 rhs_scales need a tile_n that {BLOCK} divides, not {config.tile_n}"
+      )
+    rhs_scales = _pack(rhs_scales)
   tile_m, num_sms = config.tile_m, count_sms(interpret) // config.cluster
+  num_scales = config.tile_n // 2 if narrow else config.tile_n  # words of rhs_scales a tile
   k_tiles = pl.cdiv(k, tile_m)
   n_tiles = pl.cdiv(n, config.tile_n * config.cluster)
   token_tiles = pl.cdiv(group_sizes, BLOCK)
@@ -260,6 +270,7 @@ def grouped_wgrad(
       column = column_of(config, pair)
       rows = pl.ds(row * tile_m, tile_m)
       columns = pl.ds(column * config.tile_n, config.tile_n)
+      scales = pl.ds(column * num_scales, num_scales)
 
       @pl.loop(0, count)
       def _(i):
@@ -272,7 +283,7 @@ def grouped_wgrad(
             (lhs.at[rows, contraction], "lhs"),
             (rhs.at[columns, contraction], "rhs"),
             (lhs_scales.at[first + i, rows], "lhs_scales"),
-            (rhs_scales.at[first + i, columns], "rhs_scales"),
+            (rhs_scales.at[first + i, scales], "rhs_scales"),
           ],
         )
 
@@ -283,6 +294,13 @@ def grouped_wgrad(
   def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
     del lhs, lhs_scales, rhs, rhs_scales
     own = pl.ds(wg * WAVE, WAVE)
+
+    def column_scales(slot):
+      """By slices, each loaded when it is needed: a scale a column takes many registers."""
+      for start in range(0, num_scales, SLICE):
+        words = ring["rhs_scales"].at[slot, pl.ds(start, SLICE)]
+        words = plgpu.load(words, layout=plgpu.Layout.WGMMA.reduce(0))
+        yield from _unpack(words) if narrow else (words,)
 
     def tile(entry, first_step):
       group, row, pair, _, count = entry
@@ -298,13 +316,9 @@ def grouped_wgrad(
         # Scales are read past the wait: what they multiply depends on it through them alone.
         row_scales = load_rows(ring["lhs_scales"].at[slot, own])
         new = []
-        # Only now and by slices: a scale for each of a thread's columns takes many registers.
-        for piece, total in zip(split_columns(config, SLICE), sums, strict=True):
-          column_scales = plgpu.load(
-            ring["rhs_scales"].at[slot, piece], layout=plgpu.Layout.WGMMA.reduce(0)
-          ).astype(jnp.float32)
-          part = columns_of(product, piece) * by_row(row_scales, SLICE)
-          new.append(total + part * lax.broadcast_in_dim(column_scales, (WAVE, SLICE), (1,)))
+        for total, scales in zip(sums, column_scales(slot), strict=True):
+          piece = columns_of(product, pl.ds(len(new) * SLICE, SLICE)) * by_row(row_scales, SLICE)
+          new.append(total + piece * lax.broadcast_in_dim(scales, (WAVE, SLICE), (1,)))
         plgpu.barrier_arrive(ring["empty"].at[slot])
         return tuple(new)
 
@@ -318,10 +332,25 @@ def grouped_wgrad(
     persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
 
   out_type = jax.ShapeDtypeStruct((e, k, n), out_dtype)
-  kernel = launch(
-    fill, multiply, out_type, config, interpret, copies=4, column_scales=rhs_scales.dtype
-  )
+  scales_of_tile = jax.ShapeDtypeStruct((num_scales,), rhs_scales.dtype)
+  kernel = launch(fill, multiply, out_type, config, interpret, 4, scales_of_tile)
   return kernel(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items)
+
+
+def _pack(scales):
+  """bfloat16 (..., n) -> uint32 (..., n/2): of each BLOCK of columns, i low and SLICE + i high.
+
+  So one load, in the layout of SLICE columns, gives a thread the scales of two slices.
+  """
+  halves = lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.uint32)
+  low, high = jnp.unstack(halves.reshape(*scales.shape[:-1], -1, 2, SLICE), axis=-2)
+  return (low | high << 16).reshape(*scales.shape[:-1], -1)
+
+
+def _unpack(words):
+  """float32 of the low halves, then of the high ones."""
+  for half in (words << 16, words & np.uint32(0xFFFF0000)):
+    yield lax.bitcast_convert_type(half, jnp.float32)
 
 
 def _check(name, x, shape, dtype):

@@ -165,7 +165,7 @@ def unless_idle(ring, config, busy, work, first_step, steps):
 def launch(fill, multiply, out_type, config, interpret, copies, column_scales=None):
   """A persistent kernel: `fill` in the last warpgroup, `multiply` in the others.
 
-  `column_scales` is the dtype of the scales of rhs, if the ring has them.
+  `column_scales` are those of rhs for one tile, if the ring has them: shape and dtype.
   """
   wgs, slots = config.compute_warpgroups, config.stages
   registers = min(232, (512 - 40) // wgs // 8 * 8)  # of 512 a thread of each SM quarter
@@ -197,7 +197,7 @@ def launch(fill, multiply, out_type, config, interpret, copies, column_scales=No
     scratch["free"] = plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=slots)
     shape |= dict(cluster=(config.cluster,), cluster_names=("cluster",))
   if column_scales is not None:
-    scratch["rhs_scales"] = plgpu.SMEM((slots, config.tile_n), column_scales)
+    scratch["rhs_scales"] = plgpu.SMEM((slots, *column_scales.shape), column_scales.dtype)
   return plgpu.kernel(
     kernel,
     out_type=out_type,
