@@ -31,7 +31,6 @@ from pallas_kernels.ring import (
   column_of,
   columns_of,
   count_sms,
-  each_slot,
   fill_slot,
   issue,
   launch,
@@ -147,30 +146,35 @@ def grouped_matmul(
   def fill(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring):
     del rhs_scales, out
 
-    def tile(group, row, pair, *_):
-      rows = pl.ds(pl.multiple_of(row, ALIGNMENT), tile_m)
-      columns = pl.ds(column_of(config, pair) * config.tile_n, config.tile_n)
+    def tile(entry, first_step):
+      group, row, pair, *_ = entry
+      row, column = pl.multiple_of(row, ALIGNMENT), column_of(config, pair)
 
-      def step(b, slot, carry):
+      @pl.loop(0, k_steps)
+      def _(b):
         contraction = pl.ds(b * BLOCK, BLOCK)
-        copies = [
-          (lhs.at[rows, contraction], "lhs"),
-          (rhs.at[group, columns, contraction], "rhs"),
-          (lhs_scales.at[b, rows], "lhs_scales"),
-        ]
-        fill_slot(ring, config, slot, copies)
-        return carry
+        fill_slot(
+          ring,
+          config,
+          first_step + b,
+          [
+            (lhs.at[pl.ds(row, tile_m), contraction], "lhs"),
+            (rhs.at[group, pl.ds(column * config.tile_n, config.tile_n), contraction], "rhs"),
+            (lhs_scales.at[b, pl.ds(row, tile_m)], "lhs_scales"),
+          ],
+        )
 
-      each_slot(config, k_steps, step)
+      return first_step + k_steps
 
-    persistent(num_sms, num_items[0], schedule, tile)
+    return persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
 
   def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
     del lhs, lhs_scales, rhs
     own, width = pl.ds(wg * WAVE, WAVE), block_width(config)
     pieces = split_columns(config, width)
 
-    def tile(group, row, pair, begin, end):
+    def tile(entry, first_step):
+      group, row, pair, begin, end = entry
       column = column_of(config, pair)
 
       # Past the last block of rhs the scale is the last one's, and nothing is stored.
@@ -181,7 +185,8 @@ def grouped_matmul(
       offset = wg * WAVE
       begin, end = jnp.clip(begin - offset, 0, WAVE), jnp.clip(end - offset, 0, WAVE)
 
-      def step(b, slot, sums):
+      def step(b, sums):
+        slot = lax.rem(first_step + b, jnp.int32(config.stages))
         # Read early: their latency hides in the wait.
         block_scales = [rhs_scales[group, block, b] for block in blocks]
         plgpu.barrier_wait(ring["full"].at[slot])
@@ -196,12 +201,13 @@ def grouped_matmul(
         )
 
       def work():
-        sums = each_slot(config, k_steps, step, zeros(config, width))
+        sums = lax.fori_loop(0, k_steps, step, zeros(config, width))
         store(ring, config, wg, sums, out, row + offset, (begin, end), column * config.tile_n)
 
-      unless_idle(ring, config, begin < end, work, k_steps)
+      unless_idle(ring, config, begin < end, work, first_step, k_steps)
+      return first_step + k_steps
 
-    persistent(num_sms, num_items[0], schedule, tile)
+    persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
 
   out_type = jax.ShapeDtypeStruct((m, n), out_dtype)
   kernel = launch(fill, multiply, out_type, config, interpret, copies=3)
@@ -259,26 +265,31 @@ def grouped_wgrad(
   def fill(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring):
     del out
 
-    def tile(_, row, pair, first, count):
+    def tile(entry, first_step):
+      _, row, pair, first, count = entry
       column = column_of(config, pair)
       rows = pl.ds(row * tile_m, tile_m)
       columns = pl.ds(column * config.tile_n, config.tile_n)
       scales = pl.ds(column * num_scales, num_scales)
 
-      def step(i, slot, carry):
+      @pl.loop(0, count)
+      def _(i):
         contraction = pl.ds((first + i) * BLOCK, BLOCK)
-        copies = [
-          (lhs.at[rows, contraction], "lhs"),
-          (rhs.at[columns, contraction], "rhs"),
-          (lhs_scales.at[first + i, rows], "lhs_scales"),
-          (rhs_scales.at[first + i, scales], "rhs_scales"),
-        ]
-        fill_slot(ring, config, slot, copies)
-        return carry
+        fill_slot(
+          ring,
+          config,
+          first_step + i,
+          [
+            (lhs.at[rows, contraction], "lhs"),
+            (rhs.at[columns, contraction], "rhs"),
+            (lhs_scales.at[first + i, rows], "lhs_scales"),
+            (rhs_scales.at[first + i, scales], "rhs_scales"),
+          ],
+        )
 
-      each_slot(config, count, step)
+      return first_step + count
 
-    persistent(num_sms, num_items[0], schedule, tile)
+    return persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
 
   def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
     del lhs, lhs_scales, rhs, rhs_scales
@@ -291,12 +302,14 @@ def grouped_wgrad(
         words = plgpu.load(words, layout=plgpu.Layout.WGMMA.reduce(0))
         yield from _unpack(words) if narrow else (words,)
 
-    def tile(group, row, pair, _, count):
+    def tile(entry, first_step):
+      group, row, pair, _, count = entry
       column = column_of(config, pair)
       offset = row * tile_m + wg * WAVE
       end = jnp.clip(k - offset, 0, WAVE)  # the last row tile may reach past k
 
-      def step(_, slot, sums):
+      def step(i, sums):
+        slot = lax.rem(first_step + i, jnp.int32(config.stages))
         plgpu.barrier_wait(ring["full"].at[slot])
         product = issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
         plgpu.wgmma_wait(0)
@@ -310,12 +323,13 @@ def grouped_wgrad(
         return tuple(new)
 
       def work():
-        sums = each_slot(config, count, step, zeros(config, SLICE))
+        sums = lax.fori_loop(0, count, step, zeros(config, SLICE))
         store(ring, config, wg, sums, out.at[group], offset, (0, end), column * config.tile_n)
 
-      unless_idle(ring, config, end > 0, work, count)
+      unless_idle(ring, config, end > 0, work, first_step, count)
+      return first_step + count
 
-    persistent(num_sms, num_items[0], schedule, tile)
+    persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
 
   out_type = jax.ShapeDtypeStruct((e, k, n), out_dtype)
   scales_of_tile = jax.ShapeDtypeStruct((num_scales,), rhs_scales.dtype)

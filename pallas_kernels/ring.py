@@ -91,8 +91,8 @@ def load_rows(ref):
   return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
 
 
-def persistent(num_sms, num_items, schedule, body):
-  """body(*entry) for the entries of the schedule that are this CTA's.
+def persistent(num_sms, num_items, schedule, body, init):
+  """carry = body(entry, carry) for the entries of the schedule that are this CTA's.
 
   Entries are dealt out back and forth, so that no CTA gets the longer one each time. The next
   entry is read before a tile is begun: its latency passes behind the tile.
@@ -106,43 +106,27 @@ def persistent(num_sms, num_items, schedule, body):
     item = jnp.minimum(i * num_sms + place(i), schedule.shape[1] - 1)
     return tuple(schedule[j, item] for j in range(schedule.shape[0]))
 
-  def step(i, entry):
+  def step(i, carry):
+    entry, state = carry
     following = read(i + 1)
-    body(*entry)
-    return following
+    return following, body(entry, state)
 
-  lax.fori_loop(0, count, step, read(0))
-
-
-def each_slot(config, count, step, carry=()):
-  """carry = step(i, slot, carry) for i below `count`: a tile begins at slot 0 and goes around.
-
-  Whole rounds are unrolled: a warp has no instructions to spare for where a slot lies.
-  """
-
-  def whole_round(r, carry):
-    for slot in range(config.stages):
-      carry = step(r * config.stages + slot, slot, carry)
-    return carry
-
-  stages = config.stages if isinstance(count, int) else jnp.int32(config.stages)
-  rounds = count // stages if isinstance(count, int) else lax.div(count, stages)
-  carry = lax.fori_loop(0, rounds, whole_round, carry)
-  if isinstance(count, int) and count % stages == 0:
-    return carry
-  done = rounds * stages
-  return lax.fori_loop(done, count, lambda i, carry: step(i, i - done, carry), carry)
+  return lax.fori_loop(0, count, step, (read(0), init))[1]
 
 
-def fill_slot(ring, config, slot, copies):
-  """Memory warpgroup: wait for the slot to be free, then start its copies."""
-  plgpu.barrier_wait(ring["empty"].at[slot])
-  # The scales were read by loads, and TMA is another proxy: PTX orders its writes after those
-  # loads only past a proxy fence. Here, off the critical path, one serves all readers.
-  plgpu.commit_smem()
-  if config.cluster > 1:  # what this CTA loads goes into the slots of both
-    plgpu.barrier_arrive(ring["free"].at[slot])
-    plgpu.barrier_wait(ring["free"].at[slot])
+def fill_slot(ring, config, step, copies):
+  """Memory warpgroup: wait for the slot of `step` to be free, then start its copies."""
+  slot = lax.rem(step, jnp.int32(config.stages))
+
+  @pl.when(step >= config.stages)
+  def _():
+    plgpu.barrier_wait(ring["empty"].at[slot])
+    # The scales were read by loads, and TMA is another proxy: PTX orders its writes after those
+    # loads only past a proxy fence. Here, off the critical path, one serves all readers.
+    plgpu.commit_smem()
+    if config.cluster > 1:  # what this CTA loads goes into the slots of both
+      plgpu.barrier_arrive(ring["free"].at[slot])
+      plgpu.barrier_wait(ring["free"].at[slot])
 
   for src, name in copies:
     shared = config.cluster > 1 and name == "lhs"
@@ -154,8 +138,16 @@ def fill_slot(ring, config, slot, copies):
     )
 
 
-def unless_idle(ring, config, busy, work, count):
-  """work(), or, for a wave with nothing to store, only passes `count` slots on."""
+def drain(ring, config, steps):
+  """Every barrier must be waited for as often as it completes."""
+
+  @pl.loop(jnp.maximum(steps - config.stages, 0), steps)
+  def _(step):
+    plgpu.barrier_wait(ring["empty"].at[lax.rem(step, jnp.int32(config.stages))])
+
+
+def unless_idle(ring, config, busy, work, first_step, steps):
+  """work(), or, for a wave with nothing to store, only passes the slots on."""
   if not config.skip_idle:
     work()
     return
@@ -163,9 +155,9 @@ def unless_idle(ring, config, busy, work, count):
 
   @pl.when(~busy)
   def _():
-    @pl.loop(0, count)
-    def _(i):
-      slot = lax.rem(i, jnp.int32(config.stages))
+    @pl.loop(first_step, first_step + steps)
+    def _(step):
+      slot = lax.rem(step, jnp.int32(config.stages))
       plgpu.barrier_wait(ring["full"].at[slot])
       plgpu.barrier_arrive(ring["empty"].at[slot])
 
@@ -184,17 +176,13 @@ def launch(fill, multiply, out_type, config, interpret, copies, column_scales=No
     @pl.when(wg < wgs)
     def _():
       plgpu.set_max_registers(registers, action="increase")
-      for slot in range(slots):
-        plgpu.barrier_arrive(ring["empty"].at[slot])
       multiply(*refs, ring, wg)
       plgpu.wait_smem_to_gmem(0)
 
     @pl.when(wg == wgs)
     def _():
       plgpu.set_max_registers(40, action="decrease")
-      fill(*refs, ring)
-      for slot in range(slots):  # every barrier must be waited for as often as it completes
-        plgpu.barrier_wait(ring["empty"].at[slot])
+      drain(ring, config, fill(*refs, ring))
 
   scratch = dict(
     lhs=plgpu.SMEM((slots, config.tile_m, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
