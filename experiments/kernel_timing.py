@@ -77,8 +77,6 @@ def grouped(n: int, k: int, sizes: Int[Array, " e"]) -> Iterator[tuple[str, str,
   for dtype in (jnp.float32, jnp.bfloat16):
     wgrad = functools.partial(grouped_matmul.grouped_wgrad, out_dtype=dtype)
     yield f"fp8 wgrad, {jnp.dtype(dtype).name} result", "wgrad", wgrad, sets
-  narrow = [(*lhs, codes, s.astype(jnp.bfloat16), sizes) for *lhs, codes, s, _ in sets]
-  yield "fp8 wgrad, power-of-two scales", "wgrad", grouped_matmul.grouped_wgrad, narrow
   x, w, dy = bf16_tensor(0, (ROWS, k)), bf16_tensor(1, (e, k, n)), bf16_tensor(2, (ROWS, n))
   yield "bf16 fprop", "fprop", bf16_matmul.grouped_matmul, [(x, w, sizes)]
   dgrad = functools.partial(bf16_matmul.grouped_matmul, transpose_rhs=True)

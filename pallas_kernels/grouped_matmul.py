@@ -36,6 +36,7 @@ from pallas_kernels.ring import (
   launch,
   load_rows,
   persistent,
+  slot_of,
   split_columns,
   store,
   unless_idle,
@@ -186,7 +187,7 @@ def grouped_matmul(
       begin, end = jnp.clip(begin - offset, 0, WAVE), jnp.clip(end - offset, 0, WAVE)
 
       def step(b, sums):
-        slot = lax.rem(first_step + b, jnp.int32(config.stages))
+        slot = slot_of(config, first_step + b)
         # Read early: their latency hides in the wait.
         block_scales = [rhs_scales[group, block, b] for block in blocks]
         plgpu.barrier_wait(ring["full"].at[slot])
@@ -229,9 +230,6 @@ def grouped_wgrad(
 
   Group g owns ceil(size/128) tiles of 128 tokens, right after those of group g-1; the fill at the
   end of a group is zeros. Tiles past the last group are never read; an empty group gives zeros.
-
-  lhs_scales are float32. rhs_scales are float32, or bfloat16, which holds powers of two: shared
-  memory is what holds this kernel back, and two of those leave it as one word.
   """
   _check_operands(lhs, rhs, group_sizes)
   (k, t), (n, rhs_t), (e,) = lhs.shape, rhs.shape, group_sizes.shape
@@ -240,19 +238,11 @@ def grouped_wgrad(
   if k % BLOCK or n % BLOCK or t % BLOCK:
     raise ValueError(f"{k=}, {n=} or {t=} is not a multiple of {BLOCK}")
   _check("lhs_scales", lhs_scales, (t // BLOCK, k), jnp.float32)
-  narrow = rhs_scales.dtype == jnp.bfloat16
-  _check("rhs_scales", rhs_scales, (t // BLOCK, n), jnp.bfloat16 if narrow else jnp.float32)
+  _check("rhs_scales", rhs_scales, (t // BLOCK, n), jnp.float32)
   _check("group_sizes", group_sizes, (e,), jnp.int32)
   _check_sizes(group_sizes, t, tile=BLOCK)
   config = config or TUNING["wgrad"]
-  if narrow:
-    if config.tile_n % BLOCK:
-      raise ValueError(
-        f"bfloat16 rhs_scales need a tile_n that {BLOCK} divides, not {config.tile_n}"
-      )
-    rhs_scales = _pack(rhs_scales)
   tile_m, num_sms = config.tile_m, count_sms(interpret) // config.cluster
-  num_scales = config.tile_n // 2 if narrow else config.tile_n  # words of rhs_scales a tile
   k_tiles = pl.cdiv(k, tile_m)
   n_tiles = pl.cdiv(n, config.tile_n * config.cluster)
   token_tiles = pl.cdiv(group_sizes, BLOCK)
@@ -270,7 +260,6 @@ def grouped_wgrad(
       column = column_of(config, pair)
       rows = pl.ds(row * tile_m, tile_m)
       columns = pl.ds(column * config.tile_n, config.tile_n)
-      scales = pl.ds(column * num_scales, num_scales)
 
       @pl.loop(0, count)
       def _(i):
@@ -283,7 +272,7 @@ def grouped_wgrad(
             (lhs.at[rows, contraction], "lhs"),
             (rhs.at[columns, contraction], "rhs"),
             (lhs_scales.at[first + i, rows], "lhs_scales"),
-            (rhs_scales.at[first + i, scales], "rhs_scales"),
+            (rhs_scales.at[first + i, columns], "rhs_scales"),
           ],
         )
 
@@ -295,13 +284,6 @@ def grouped_wgrad(
     del lhs, lhs_scales, rhs, rhs_scales
     own = pl.ds(wg * WAVE, WAVE)
 
-    def column_scales(slot):
-      """By slices, each loaded when it is needed: a scale a column takes many registers."""
-      for start in range(0, num_scales, SLICE):
-        words = ring["rhs_scales"].at[slot, pl.ds(start, SLICE)]
-        words = plgpu.load(words, layout=plgpu.Layout.WGMMA.reduce(0))
-        yield from _unpack(words) if narrow else (words,)
-
     def tile(entry, first_step):
       group, row, pair, _, count = entry
       column = column_of(config, pair)
@@ -309,16 +291,20 @@ def grouped_wgrad(
       end = jnp.clip(k - offset, 0, WAVE)  # the last row tile may reach past k
 
       def step(i, sums):
-        slot = lax.rem(first_step + i, jnp.int32(config.stages))
+        slot = slot_of(config, first_step + i)
         plgpu.barrier_wait(ring["full"].at[slot])
         product = issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
         plgpu.wgmma_wait(0)
         # Scales are read past the wait: what they multiply depends on it through them alone.
         row_scales = load_rows(ring["lhs_scales"].at[slot, own])
         new = []
-        for total, scales in zip(sums, column_scales(slot), strict=True):
-          piece = columns_of(product, pl.ds(len(new) * SLICE, SLICE)) * by_row(row_scales, SLICE)
-          new.append(total + piece * lax.broadcast_in_dim(scales, (WAVE, SLICE), (1,)))
+        # Only now and by slices: a scale for each of a thread's columns takes many registers.
+        for piece, total in zip(split_columns(config, SLICE), sums, strict=True):
+          column_scales = plgpu.load(
+            ring["rhs_scales"].at[slot, piece], layout=plgpu.Layout.WGMMA.reduce(0)
+          )
+          part = columns_of(product, piece) * by_row(row_scales, SLICE)
+          new.append(total + part * lax.broadcast_in_dim(column_scales, (WAVE, SLICE), (1,)))
         plgpu.barrier_arrive(ring["empty"].at[slot])
         return tuple(new)
 
@@ -332,25 +318,8 @@ def grouped_wgrad(
     persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
 
   out_type = jax.ShapeDtypeStruct((e, k, n), out_dtype)
-  scales_of_tile = jax.ShapeDtypeStruct((num_scales,), rhs_scales.dtype)
-  kernel = launch(fill, multiply, out_type, config, interpret, 4, scales_of_tile)
+  kernel = launch(fill, multiply, out_type, config, interpret, copies=4, column_scales=True)
   return kernel(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items)
-
-
-def _pack(scales):
-  """bfloat16 (..., n) -> uint32 (..., n/2): of each BLOCK of columns, i low and SLICE + i high.
-
-  So one load, in the layout of SLICE columns, gives a thread the scales of two slices.
-  """
-  halves = lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.uint32)
-  low, high = jnp.unstack(halves.reshape(*scales.shape[:-1], -1, 2, SLICE), axis=-2)
-  return (low | high << 16).reshape(*scales.shape[:-1], -1)
-
-
-def _unpack(words):
-  """float32 of the low halves, then of the high ones."""
-  for half in (words << 16, words & np.uint32(0xFFFF0000)):
-    yield lax.bitcast_convert_type(half, jnp.float32)
 
 
 def _check(name, x, shape, dtype):

@@ -114,9 +114,14 @@ def persistent(num_sms, num_items, schedule, body, init):
   return lax.fori_loop(0, count, step, (read(0), init))[1]
 
 
+def slot_of(config, step):
+  """Unsigned, for which a power of two divides in one instruction, not four."""
+  return lax.rem(step.astype(jnp.uint32), jnp.uint32(config.stages)).astype(jnp.int32)
+
+
 def fill_slot(ring, config, step, copies):
   """Memory warpgroup: wait for the slot of `step` to be free, then start its copies."""
-  slot = lax.rem(step, jnp.int32(config.stages))
+  slot = slot_of(config, step)
 
   @pl.when(step >= config.stages)
   def _():
@@ -143,7 +148,7 @@ def drain(ring, config, steps):
 
   @pl.loop(jnp.maximum(steps - config.stages, 0), steps)
   def _(step):
-    plgpu.barrier_wait(ring["empty"].at[lax.rem(step, jnp.int32(config.stages))])
+    plgpu.barrier_wait(ring["empty"].at[slot_of(config, step)])
 
 
 def unless_idle(ring, config, busy, work, first_step, steps):
@@ -157,15 +162,15 @@ def unless_idle(ring, config, busy, work, first_step, steps):
   def _():
     @pl.loop(first_step, first_step + steps)
     def _(step):
-      slot = lax.rem(step, jnp.int32(config.stages))
+      slot = slot_of(config, step)
       plgpu.barrier_wait(ring["full"].at[slot])
       plgpu.barrier_arrive(ring["empty"].at[slot])
 
 
-def launch(fill, multiply, out_type, config, interpret, copies, column_scales=None):
+def launch(fill, multiply, out_type, config, interpret, copies, column_scales=False):
   """A persistent kernel: `fill` in the last warpgroup, `multiply` in the others.
 
-  `column_scales` are those of rhs for one tile, if the ring has them: shape and dtype.
+  With `column_scales` the ring has a scale for every column of rhs too.
   """
   wgs, slots = config.compute_warpgroups, config.stages
   registers = min(232, (512 - 40) // wgs // 8 * 8)  # of 512 a thread of each SM quarter
@@ -196,8 +201,8 @@ def launch(fill, multiply, out_type, config, interpret, copies, column_scales=No
   if config.cluster > 1:
     scratch["free"] = plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=slots)
     shape |= dict(cluster=(config.cluster,), cluster_names=("cluster",))
-  if column_scales is not None:
-    scratch["rhs_scales"] = plgpu.SMEM((slots, *column_scales.shape), column_scales.dtype)
+  if column_scales:
+    scratch["rhs_scales"] = plgpu.SMEM((slots, config.tile_n), jnp.float32)
   return plgpu.kernel(
     kernel,
     out_type=out_type,

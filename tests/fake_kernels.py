@@ -62,7 +62,7 @@ def fake_kernels() -> dict[str, types.SimpleNamespace]:
 
   def spread(codes, scales):
     """Codes (r, c) times scales (r, c/128)."""
-    return codes.astype(jnp.float32) * jnp.repeat(scales.astype(jnp.float32), 128, -1)
+    return codes.astype(jnp.float32) * jnp.repeat(scales, 128, -1)
 
   def matmul(lhs, lhs_scales, rhs, rhs_scales, group_sizes):
     x = spread(lhs, lhs_scales.T)

@@ -144,9 +144,7 @@ class Fp8Gemms:
 
     lhs = x if isinstance(x, Scaled) else self._columns(x, rows)
     out_dtype = jnp.bfloat16 if self.weight_dtype == jnp.bfloat16 else jnp.float32
-    codes, scales = dy.columns
-    scales = scales.astype(jnp.bfloat16) if self.power_of_two else scales
-    dw = grouped_matmul.grouped_wgrad(*lhs, codes, scales, self.group_sizes, out_dtype=out_dtype)
+    dw = grouped_matmul.grouped_wgrad(*lhs, *dy.columns, self.group_sizes, out_dtype=out_dtype)
     return dw, {}
 
   def _columns(self, x, rows):
