@@ -38,6 +38,7 @@ class Trainer:
   policy: Policy
   init: Callable[[Int32[Array, ""]], TrainState]
   step: Callable[[TrainState, Tokens, Int32[Array, ""]], tuple[TrainState, Scalars]]
+  gradients: Callable[[TrainState, Tokens, Int32[Array, ""]], Any]  # shaped like `params`
   evaluate: Callable[[TrainState, Tokens, Int32[Array, ""]], Float32[Array, ""]]
   probe: Callable[[TrainState, Tokens, Int32[Array, ""]], dict[str, operands.Tap]]
   saved_bytes: Callable[[Tokens], int]
@@ -91,6 +92,10 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     return new, {"loss": loss, "grad_norm": norm} | routing
 
+  def gradients(state, tokens, seed):
+    key = _key(seed, state.step)
+    return jax.grad(lambda params: total_loss(params, tokens, key)[0])(state.params)
+
   def evaluate(state, tokens, seed):
     return losses(state.params, tokens, _key(seed, state.step))[0]
 
@@ -110,6 +115,7 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     policy,
     jax.jit(init),
     jax.jit(step, donate_argnums=0),
+    jax.jit(gradients),
     jax.jit(evaluate),
     jax.jit(probe),
     saved_bytes,

@@ -84,6 +84,11 @@ def test_no_number_is_left_unchecked():
       "recipes=mxfp4,fp8 lack 'bf16'",
     ),
     (
+      "gradient_error",  # before it trains for what it can't write
+      ["--config=configs/demo.py", "--config.data.path=no/such/file", "--out={}"],
+      "Is a directory",
+    ),
+    (
       "step_memory",
       ["--config=configs/demo.py", "--config.data.path=no/such/file", "--out={}/rows.jsonl"],
       "no/such/file",

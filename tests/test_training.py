@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import gradient_error
 from experiments.config import Experiment, Optimizer, Quantize
 from experiments.train import make_trainer, parameter_counts, policy_of
 from fp4jax import recipes
@@ -83,6 +84,25 @@ def test_three_steps_agree_within_the_noise_of_the_products(name, other):
   # mean of 1024 by 0.006; by the third step it is three times that. The norm moves by up to 1 %.
   np.testing.assert_allclose(scalars[:, 0], expected[:, 0], atol=0.05)
   np.testing.assert_allclose(scalars[:, 1], expected[:, 1], rtol=0.03)
+
+
+def test_gradients_are_those_of_a_step():
+  trainer, tokens = (
+    trainer_of("fp8", "xla"),
+    np.arange(2 * 129, dtype=np.int32).reshape(2, 129) % 256,
+  )
+  state, seed = trainer.init(jnp.int32(0)), jnp.int32(3)
+  norm = optax.tree.norm(trainer.gradients(state, tokens, seed))
+  _, scalars = trainer.step(state, tokens, seed)
+  assert float(norm) == pytest.approx(float(scalars["grad_norm"]), rel=1e-5)
+
+
+def test_comparison_of_gradients():
+  reference = {"a": {"w": jnp.array([3.0, 4.0])}, "b": jnp.array([1.0])}
+  own = {"a": {"w": jnp.array([3.0 + 4, 4.0 - 3])}, "b": jnp.array([0.9])}
+  found = gradient_error.compare(own, reference)
+  assert found["a/w"] == pytest.approx((1, 1))  # at a right angle: no projection of the error
+  assert found["b"] == pytest.approx((0.1, 0.9))
 
 
 def test_active_parameters_are_those_that_a_token_meets():
