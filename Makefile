@@ -2,7 +2,7 @@
 # make test   lint and tests
 # make tables rebuild the README's tables and picture from results/
 # make gpu-test   the tests marked gpu, on a Hopper GPU with the [cuda] extra installed
-# make gpu-bench  the kernels against their peers there: results/kernel_bench.jsonl
+# make gpu-bench  the kernels against their peers there: results/kernel_bench.jsonl, moe_ffn.jsonl
 # make gpu-sanitize  the kernels under NVIDIA's compute-sanitizer: stray accesses, races, barriers
 # make setup  only the environment
 PYTHON ?= python3.12
@@ -36,7 +36,9 @@ gpu-test:
 	$(PYTHON_GPU) -m pytest -m gpu
 
 gpu-bench:
-	$(PYTHON_GPU) -m experiments.kernel_bench --out=results/kernel_bench.jsonl
+	$(PYTHON_GPU) -m experiments.kernel_bench --only=moe_ffn --out=results/moe_ffn.jsonl
+	$(PYTHON_GPU) -m experiments.kernel_bench --only=elementwise,matmul \
+	  --out=results/kernel_bench.jsonl
 
 # Mosaic's kernels carry mosaic_gpu in their names; XLA's are not instrumented. One allocation per
 # buffer, so that accesses past a buffer's end hit nobody else's memory.

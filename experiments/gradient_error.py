@@ -89,11 +89,12 @@ def main(_) -> None:
   config = _CONFIG.value
   validate(config)
   log = logs.JsonLines(_OUT.value)  # refuses a place that can't be written; rows there stay
-  rows = list(measure(config, _AFTER.value, _BATCHES.value))
-  log.close()
-  log = logs.JsonLines(_OUT.value, 0)
-  log.write({"kind": "environment"} | describe_environment(COMMIT.value) | {"after": _AFTER.value})
-  for row in rows:
+  environment = {"kind": "environment"} | describe_environment(COMMIT.value)
+  for i, row in enumerate(measure(config, _AFTER.value, _BATCHES.value)):
+    if i == 0:
+      log.close()
+      log = logs.JsonLines(_OUT.value, 0)
+      log.write(environment | {"after": _AFTER.value})
     log.write(row)
     print(
       f"{row['recipe']:12s} {row['batches']} {row['tensor']:32s} "

@@ -162,7 +162,8 @@ def main(_) -> None:
   readme = _ROOT / "README.md"
   text = fill(readme.read_text(), "demo", losses_table(demo))
   text = fill(text, "step_time", step_time_table(logs.read_rows(results / "step_time.jsonl")))
-  text = fill(text, "moe_1b", losses_table(logs.read_rows(results / "moe_1b.jsonl")))
+  for name in ("moe_1b", "moe_1b_again"):
+    text = fill(text, name, losses_table(logs.read_rows(results / f"{name}.jsonl")))
   times, memory = (logs.read_rows(results / f"moe_1b_{n}.jsonl") for n in ("step_time", "memory"))
   text = fill(text, "moe_1b_step", cost_table(times, memory))
   readme.write_text(text)
@@ -174,11 +175,12 @@ def main(_) -> None:
   for name, content in (
     ("elementwise", kernel_tables.elementwise_table(bench)),
     ("matmul", kernel_tables.matmul_table(bench)),
+    ("source", _source(bench[0])),
+    ("moe_ffn", kernel_tables.moe_ffn_table(logs.read_rows(results / "moe_ffn.jsonl"))),
     (
-      "moe_ffn",
+      "moe_ffn_64",
       kernel_tables.moe_ffn_profile_table(logs.read_rows(results / "moe_ffn_profile.jsonl")),
     ),
-    ("source", _source(bench[0])),
   ):
     text = fill(text, name, content)
   readme.write_text(text)

@@ -22,6 +22,7 @@ def rows(name):
     ("README.md", "demo", lambda: tables.losses_table(rows("demo"))),
     ("README.md", "step_time", lambda: tables.step_time_table(rows("step_time"))),
     ("README.md", "moe_1b", lambda: tables.losses_table(rows("moe_1b"))),
+    ("README.md", "moe_1b_again", lambda: tables.losses_table(rows("moe_1b_again"))),
     (
       "README.md",
       "moe_1b_step",
@@ -40,6 +41,11 @@ def rows(name):
     (
       "pallas_kernels/README.md",
       "moe_ffn",
+      lambda: kernel_tables.moe_ffn_table(rows("moe_ffn")),
+    ),
+    (
+      "pallas_kernels/README.md",
+      "moe_ffn_64",
       lambda: kernel_tables.moe_ffn_profile_table(rows("moe_ffn_profile")),
     ),
   ],
