@@ -89,6 +89,11 @@ def test_no_number_is_left_unchecked():
       "Is a directory",
     ),
     (
+      "gradient_error",
+      ["--config=configs/demo.py", "--under=bf61", "--out={}/rows.jsonl"],
+      "bf61",
+    ),
+    (
       "step_memory",
       ["--config=configs/demo.py", "--config.data.path=no/such/file", "--out={}/rows.jsonl"],
       "no/such/file",

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import gradient_error
+from experiments import gradients
 from experiments.config import Experiment, Optimizer, Quantize
 from experiments.train import make_trainer, parameter_counts, policy_of
 from fp4jax import recipes
@@ -100,7 +100,7 @@ def test_gradients_are_those_of_a_step():
 def test_comparison_of_gradients():
   reference = {"a": {"w": jnp.array([3.0, 4.0])}, "b": jnp.array([1.0])}
   own = {"a": {"w": jnp.array([3.0 + 4, 4.0 - 3])}, "b": jnp.array([0.9])}
-  found = gradient_error.compare(own, reference)
+  found = gradients.compare(own, reference)
   assert found["a/w"] == pytest.approx((1, 1))  # at a right angle: no projection of the error
   assert found["b"] == pytest.approx((0.1, 0.9))
 
