@@ -1,4 +1,4 @@
-"""How far a grouped FP8 matmul may be from its reference, and how far one of the benchmark is."""
+"""Errors of grouped FP8 matmuls and their bounds; whether a kernel repeats itself, bit for bit."""
 
 import functools
 
@@ -58,3 +58,17 @@ def _error(reference, out, operands, sizes):
   bound = error_bound(expected, magnitudes, operands[0].shape[1], out.dtype)
   error = jnp.abs(out.astype(jnp.float32) - expected) / bound
   return jnp.max(jnp.where(jnp.isnan(error), jnp.inf, error))  # a maximum may pass over NaN
+
+
+def runs_that_differ(kernel, arguments: tuple, runs: int = 50) -> int:
+  """Of `runs` more calls, those that give other bits than the first: a race shows now and then."""
+  kernel = jax.jit(kernel)
+  first = kernel(*arguments)
+  return sum(int(_differ(first, kernel(*arguments))) for _ in range(runs))
+
+
+@jax.jit
+def _differ(one, other):
+  bits = lambda x: jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")  # noqa: E731
+  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+  return jnp.any(jnp.stack([jnp.any(bits(a) != bits(b)) for a, b in pairs]))

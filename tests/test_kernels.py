@@ -10,6 +10,7 @@ import wgmma_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from experiments import kernel_cases as cases
+from experiments.kernel_checks import runs_that_differ
 from fp4jax import dequantize, formats, hadamard
 from fp4jax.quantization import QuantizedArray
 from pallas_kernels import convert, fp8, mxfp4, swiglu, transpose
@@ -113,6 +114,27 @@ def test_more_rows_than_a_grid_has_beside_its_first_axis():
     case = cases.BY_NAME[name]
     x = jax.jit(case.prepare)(jnp.tile(tensor(1024, 128), (4096, 1)))
     assert_same(jax.jit(case.kernel)(x), jax.jit(case.definition)(x), "to_fp8" not in name)
+
+
+@gpu
+@pytest.mark.parametrize("case", cases.BY_NAME.values(), ids=lambda c: c.name)
+def test_the_same_bits_every_time(case):
+  x = jax.jit(case.prepare)(jnp.tile(tensor(1024, 1024), (16, 1)))
+  assert runs_that_differ(case.kernel, (x,)) == 0
+
+
+def test_runs_that_differ_are_counted():
+  """One bit of one of two results, in every third run; NaN is no difference."""
+  runs = iter(range(100))
+
+  def kernel(x):
+    odd = jax.pure_callback(
+      lambda: np.int32(next(runs) % 3 == 2), jax.ShapeDtypeStruct((), np.int32)
+    )
+    codes = jax.lax.bitcast_convert_type(x, jnp.uint16).at[7, 3].add(odd.astype(jnp.uint16))
+    return x * jnp.nan, codes
+
+  assert runs_that_differ(kernel, (tensor(64, 128),), runs=9) == 3
 
 
 @gpu
