@@ -34,7 +34,7 @@ class TuningConfig:
   stages: int = 3
   out_buffers: int = 1  # slices of columns on their way through SMEM to memory at a time
   cluster: int = 1  # CTAs with neighbouring columns that load their rows of lhs together
-  skip_idle: bool = False  # waves without a row of the group multiply nothing
+  skip_idle: bool = False  # warpgroups without a row of the group multiply nothing
   grid_tile_width: int = 8  # columns of output tiles that neighbouring CTAs sweep together
 
   @property
@@ -152,7 +152,7 @@ def drain(ring, config, steps):
 
 
 def unless_idle(ring, config, busy, work, first_step, steps):
-  """work(), or, for a wave with nothing to store, only passes the slots on."""
+  """work(), or, for a warpgroup with nothing to store, only passes the slots on."""
   if not config.skip_idle:
     work()
     return
