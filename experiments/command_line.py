@@ -11,7 +11,7 @@ import logging as python_logging
 import operator
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -30,6 +30,18 @@ def define_config() -> flags.FlagHolder:
     "for model.*, fp4jax.models.ModelConfig say what they mean. Before the file changes them they "
     f"are\n{settings}\n",
   )
+
+
+def allow(name: str, items: Iterable[str]) -> None:
+  """Refuses other items in the list that is the flag `name`, but empty ones."""
+  allowed = list(dict.fromkeys(items))
+
+  def validate(given):
+    if unknown := [item for item in given if item and item not in allowed]:
+      raise flags.ValidationError(f"{unknown[0]!r} is none of {', '.join(allowed)}")
+    return True
+
+  flags.register_validator(name, validate)
 
 
 def one_line_errors(main: Callable) -> Callable:

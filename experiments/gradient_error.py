@@ -25,14 +25,9 @@ _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
 def main(_) -> None:
   config = _CONFIG.value
   validate(config)
-  log = logs.JsonLines(_OUT.value)  # refuses a place that can't be written; rows there stay
   environment = {"kind": "environment"} | describe_environment(COMMIT.value)
-  rows = gradients.measure(config, _UNDER.value, _AFTER.value, _BATCHES.value)
-  for i, row in enumerate(rows):
-    if i == 0:
-      log.close()
-      log = logs.JsonLines(_OUT.value, 0)
-      log.write(environment | {"under": _UNDER.value, "after": _AFTER.value})
+  log = logs.Rewritten(_OUT.value, environment | {"under": _UNDER.value, "after": _AFTER.value})
+  for row in gradients.measure(config, _UNDER.value, _AFTER.value, _BATCHES.value):
     log.write(row)
     print(
       f"{row['recipe']:12s} {row['batches']} {row['tensor']:32s} "

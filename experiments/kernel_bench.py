@@ -13,7 +13,6 @@ import functools
 import multiprocessing
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -184,14 +183,16 @@ _PARTS = {
 }
 
 
+command_line.allow("only", _PARTS)
+
+
 def main(argv):
   del argv
   # For the processes of `moe_ffn`, and for torch.
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-  log = logs.JsonLines(Path(_OUT.value), 0)
-  environment = describe_environment(COMMIT.value)
-  log.write({"kind": "environment"} | environment | {"tuning": tuning()})
-  for part in _ONLY.value:
+  environment = {"kind": "environment"} | describe_environment(COMMIT.value)
+  log = logs.Rewritten(_OUT.value, environment | {"tuning": tuning()})
+  for part in filter(None, _ONLY.value):
     measure, table = _PARTS[part]
     rows = []
     for row in measure():

@@ -170,11 +170,13 @@ def with_table(source: str, table: dict[str, Any]) -> str:
   return "".join(lines)
 
 
+command_line.allow("only", [entry.module for entry in ENTRIES])
+
+
 def main(argv) -> None:
   del argv
-  log = logs.JsonLines(Path(_OUT.value), 0)
-  environment = describe_environment(COMMIT.value)
-  log.write({"kind": "environment"} | environment)
+  environment = {"kind": "environment"} | describe_environment(COMMIT.value)
+  log = logs.Rewritten(_OUT.value, environment)
   best = {}
   for entry in ENTRIES:
     if _ONLY.value and entry.module not in _ONLY.value:

@@ -63,6 +63,24 @@ class JsonLines:
     self._file.close()
 
 
+class Rewritten(JsonLines):
+  """A .jsonl file written anew: a place that can't be written is refused at once, and what it held
+  stays until there is a first row. `header` is written before that."""
+
+  def __init__(self, path: str | os.PathLike, header: dict[str, Any] | None = None):
+    super().__init__(path)
+    self._before = [] if header is None else [header]
+    self._begun = False
+
+  def write(self, row: dict[str, Any]) -> None:
+    if not self._begun:
+      self._file.truncate(0)
+      self._begun = True
+      for earlier in self._before:
+        super().write(earlier)
+    super().write(row)
+
+
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
   """Rows of a .jsonl file; without a file none. A last line without its line end is no row."""
   try:

@@ -56,16 +56,13 @@ def main(_) -> None:
   validate(config)
   # A child takes what it uses, so that there may be others on the device.
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-  log = logs.JsonLines(_OUT.value)  # refuses a place that can't be written; rows there stay
+  log = logs.Rewritten(_OUT.value)
   processes = concurrent.futures.ProcessPoolExecutor(
     1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
   )
   with processes as pool:
     rows = pool.map(functools.partial(measure, config, COMMIT.value), config.recipes)
-    for i, row in enumerate(rows):
-      if i == 0:
-        log.close()
-        log = logs.JsonLines(_OUT.value, 0)
+    for row in rows:
       log.write(row)
       peak = "uncounted" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f} GB"
       print(f"{row['recipe']:20s} peak {peak}, temporaries {row['temp_bytes'] / 1e9:.2f} GB")

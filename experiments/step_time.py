@@ -71,11 +71,10 @@ def main(_) -> None:
     name: policy_of(recipe, config.quantize, config.implementation)
     for name, recipe in chosen.items()
   }
-  logs.JsonLines(_OUT.value).close()  # refuses a place that can't be written; rows there stay
+  log = logs.Rewritten(_OUT.value)
   times = time_steps(config, policies, _ROUNDS.value)
   environment = describe_environment(COMMIT.value)
   tokens = config.data.batch_size * config.data.sequence_length
-  log = logs.JsonLines(_OUT.value, 0)
   base = times[BASELINE]
   for name, steps in times.items():
     ratios = [a / b for a, b in zip(steps, base, strict=True)]

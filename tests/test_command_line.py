@@ -72,7 +72,9 @@ def test_no_number_is_left_unchecked():
       ["--out={}/rows.jsonl", "--only=matmul,", "moe_ffn"],
       ": --only=matmul,moe_ffn",
     ),
-    ("kernel_sweep", ["--out={}/rows.jsonl", "--only=swiglu,", "moe"], ": --only=swiglu,moe"),
+    ("kernel_sweep", ["--out={}/rows.jsonl", "--only=swiglu,", "fp8"], ": --only=swiglu,fp8"),
+    ("kernel_sweep", ["--out={}/rows.jsonl", "--only=fp8,moe"], "'moe' is none of mxfp4, fp8,"),
+    ("kernel_bench", ["--out={}/rows.jsonl", "--only=matmuls"], "'matmuls' is none of elementwise"),
     (
       "step_time",  # before it times what it can't write
       ["--config=configs/demo.py", "--config.data.path=no/such/file", "--out={}"],

@@ -140,6 +140,21 @@ def test_write_json_never_shows_half_a_file(tmp_path, monkeypatch):
     logs.write_json(tmp_path / "none" / "config.json", 1)
 
 
+def test_a_file_is_rewritten_once_there_is_a_row(tmp_path):
+  path = tmp_path / "m.jsonl"
+  path.write_text('{"a":1}\n{"a":2}\n')
+  logs.Rewritten(path, {"of": "now"}).close()
+  assert logs.read_rows(path) == [{"a": 1}, {"a": 2}]
+  file = logs.Rewritten(path, {"of": "now"})
+  for b in (3, 4):
+    file.write({"b": b})
+    assert logs.read_rows(path)[:2] == [{"of": "now"}, {"b": 3}]
+  file.close()
+  assert logs.read_rows(path) == [{"of": "now"}, {"b": 3}, {"b": 4}]
+  with pytest.raises(OSError):
+    logs.Rewritten(tmp_path)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk_is_one_clear_error():
   file = logs.JsonLines("/dev/full")
