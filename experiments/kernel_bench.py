@@ -25,7 +25,7 @@ from experiments import kernel_cases as cases
 from experiments import kernel_peers as peers
 from experiments import kernel_tables as tables
 from experiments.environment import COMMIT, describe_environment
-from experiments.kernel_checks import sampled_error
+from experiments.kernel_checks import equal, sampled_error
 from experiments.kernel_timing import (
   COLUMNS,
   CONTRACTION,
@@ -62,7 +62,7 @@ def elementwise() -> Iterator[Row]:
     xla = {}
     if case.definition:
       definition = compiled(case.definition, *sets[0])
-      what["equal"] = _equal(kernel(*sets[0]), definition(*sets[0]))
+      what["equal"] = equal(kernel(*sets[0]), definition(*sets[0]))
       xla = {"xla_time_us": time_us(definition, sets[0], repeats=3)["time_us"]}
     row = time_us(kernel, *sets)
     rate = case.bytes_per_value * ROWS * CONTRACTION / row["time_us"] * 1e6
@@ -70,18 +70,6 @@ def elementwise() -> Iterator[Row]:
     if xla:
       row["times_xla"] = xla["xla_time_us"] / row["time_us"]
     yield what | row
-
-
-@jax.jit
-def _differences(actual, expected):
-  bits = lambda x: lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")  # noqa: E731
-  return jax.tree.map(lambda a, e: jnp.sum(bits(a) != bits(e), dtype=jnp.int32), actual, expected)
-
-
-def _equal(actual, expected) -> bool:
-  """Every bit of every result."""
-  found = _differences(*(tuple(jax.tree.leaves(x)) for x in (actual, expected)))
-  return not any(map(int, found))
 
 
 def matmuls() -> Iterator[Row]:

@@ -60,15 +60,20 @@ def _error(reference, out, operands, sizes):
   return jnp.max(jnp.where(jnp.isnan(error), jnp.inf, error))  # a maximum may pass over NaN
 
 
+def equal(actual, expected) -> bool:
+  """Every bit of every array of two results."""
+  return not _differ(*(tuple(jax.tree.leaves(x)) for x in (actual, expected)))
+
+
+@jax.jit
+def _differ(actual, expected):
+  bits = lambda x: jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")  # noqa: E731
+  pairs = zip(actual, expected, strict=True)
+  return jnp.any(jnp.stack([jnp.any(bits(a) != bits(e)) for a, e in pairs]))
+
+
 def runs_that_differ(kernel, arguments: tuple, runs: int = 50) -> int:
   """Of `runs` more calls, those that give other bits than the first: a race shows now and then."""
   kernel = jax.jit(kernel)
   first = kernel(*arguments)
-  return sum(int(_differ(first, kernel(*arguments))) for _ in range(runs))
-
-
-@jax.jit
-def _differ(one, other):
-  bits = lambda x: jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")  # noqa: E731
-  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-  return jnp.any(jnp.stack([jnp.any(bits(a) != bits(b)) for a, b in pairs]))
+  return sum(not equal(kernel(*arguments), first) for _ in range(runs))

@@ -1,6 +1,7 @@
 """Whole training steps of the language model: the Hopper kernels against XLA."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 from experiments import gradients
-from experiments.config import Experiment, Optimizer, Quantize
+from experiments.config import Experiment, Names, Optimizer, Quantize
 from experiments.train import make_trainer, parameter_counts, policy_of
 from fp4jax import recipes
 from fp4jax.models import ModelConfig
@@ -101,6 +102,34 @@ def test_comparison_of_gradients():
   found = gradients.compare(own, reference)
   assert found["a/w"] == pytest.approx((1, 1))  # at a right angle: no projection of the error
   assert found["b"] == pytest.approx((0.1, 0.9))
+
+
+def test_gradients_are_of_the_state_and_the_batches_that_follow(monkeypatch):
+  """Steps of mxfp4 add 10, others 1; fp8 is off by the state over 100: -, +, +, -."""
+
+  def gradient(name, state, batch):
+    off = state / 100 * (-1) ** (batch // 2) if name == "fp8" else 0.0
+    return {"w": jnp.array([1.0 + off])}
+
+  def make_trainer(_, vocab_size, recipe):
+    del vocab_size
+    return types.SimpleNamespace(
+      init=lambda seed: 0.0,
+      step=lambda state, batch, seed: (state + (10 if recipe.name == "mxfp4" else 1), {}),
+      gradients=lambda state, batch, seed: gradient(recipe.name, state, batch),
+    )
+
+  monkeypatch.setattr(gradients, "make_trainer", make_trainer)
+  monkeypatch.setattr(gradients, "policy_of", lambda recipe, *_: recipe)
+  monkeypatch.setattr(gradients.data, "load_corpus", lambda _: types.SimpleNamespace(vocab_size=1))
+  monkeypatch.setattr(gradients.data, "batches", lambda *_: range(100))
+  config = Experiment(recipes=Names(("bf16", "fp8", "mxfp4")))
+  rows = {(r["recipe"], r["batches"]): r for r in gradients.measure(config, "mxfp4", 3, 4)}
+  assert list(rows) == [("fp8", 1), ("fp8", 4), ("mxfp4", 1), ("mxfp4", 4)]
+  found = {key: (row["relative_error"], row["projection"]) for key, row in rows.items()}
+  assert found["fp8", 1] == pytest.approx((0.3, 0.7))  # batch 3, after 3 steps of 10
+  assert found["fp8", 4] == pytest.approx((0, 1), abs=1e-6)
+  assert found["mxfp4", 4] == (0, 1)
 
 
 def test_active_parameters_are_those_that_a_token_meets():
