@@ -22,26 +22,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ring import (
-  BLOCK,
   SLICE,
-  WAVE,
   TuningConfig,
   block_width,
   by_row,
   column_of,
   columns_of,
   count_sms,
+  each_slot,
   fill_slot,
-  issue,
   launch,
   load_rows,
   persistent,
-  slot_of,
+  slot_after,
   split_columns,
   store,
   unless_idle,
   zeros,
 )
+from pallas_kernels.wgmma import BLOCK, WAVE, issue, wait
 
 ALIGNMENT = 8  # rows of one swizzle pattern, which TMA copies whole
 
@@ -147,34 +146,32 @@ def grouped_matmul(
   def fill(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring):
     del rhs_scales, out
 
-    def tile(entry, first_step):
+    def tile(entry, first_slot):
       group, row, pair, *_ = entry
-      row, column = pl.multiple_of(row, ALIGNMENT), column_of(config, pair)
+      rows = pl.ds(pl.multiple_of(row, ALIGNMENT), tile_m)
+      columns = pl.ds(column_of(config, pair) * config.tile_n, config.tile_n)
 
-      @pl.loop(0, k_steps)
-      def _(b):
+      def step(b, slot, carry):
         contraction = pl.ds(b * BLOCK, BLOCK)
-        fill_slot(
-          ring,
-          config,
-          first_step + b,
-          [
-            (lhs.at[pl.ds(row, tile_m), contraction], "lhs"),
-            (rhs.at[group, pl.ds(column * config.tile_n, config.tile_n), contraction], "rhs"),
-            (lhs_scales.at[b, pl.ds(row, tile_m)], "lhs_scales"),
-          ],
-        )
+        copies = [
+          (lhs.at[rows, contraction], "lhs"),
+          (rhs.at[group, columns, contraction], "rhs"),
+          (lhs_scales.at[b, rows], "lhs_scales"),
+        ]
+        fill_slot(ring, config, slot, copies)
+        return carry
 
-      return first_step + k_steps
+      each_slot(config, first_slot, k_steps, step)
+      return slot_after(config, first_slot, k_steps)
 
-    return persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
+    persistent(num_sms, num_items[0], schedule, tile)
 
   def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
     del lhs, lhs_scales, rhs
     own, width = pl.ds(wg * WAVE, WAVE), block_width(config)
     pieces = split_columns(config, width)
 
-    def tile(entry, first_step):
+    def tile(entry, first_slot):
       group, row, pair, begin, end = entry
       column = column_of(config, pair)
 
@@ -186,29 +183,27 @@ def grouped_matmul(
       offset = wg * WAVE
       begin, end = jnp.clip(begin - offset, 0, WAVE), jnp.clip(end - offset, 0, WAVE)
 
-      def step(b, sums):
-        slot = slot_of(config, first_step + b)
+      def step(b, slot, sums):
         # Read early: their latency hides in the wait.
         block_scales = [rhs_scales[group, block, b] for block in blocks]
         plgpu.barrier_wait(ring["full"].at[slot])
-        product = issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
-        plgpu.wgmma_wait(0)
+        product = issue(ring["lhs"], ring["rhs"], slot, own, interpret)
         row_scales = load_rows(ring["lhs_scales"].at[slot, own])
-        scales = [by_row(row_scales * scale, width) for scale in block_scales]
+        scales = wait([row_scales * scale for scale in block_scales], interpret)
         plgpu.barrier_arrive(ring["empty"].at[slot])
         return tuple(
-          total + columns_of(product, piece) * scale
+          total + columns_of(product, piece) * by_row(scale, width)
           for piece, scale, total in zip(pieces, scales, sums, strict=True)
         )
 
       def work():
-        sums = lax.fori_loop(0, k_steps, step, zeros(config, width))
+        sums = each_slot(config, first_slot, k_steps, step, zeros(config, width))
         store(ring, config, wg, sums, out, row + offset, (begin, end), column * config.tile_n)
 
-      unless_idle(ring, config, begin < end, work, first_step, k_steps)
-      return first_step + k_steps
+      unless_idle(ring, config, begin < end, work, first_slot, k_steps)
+      return slot_after(config, first_slot, k_steps)
 
-    persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
+    persistent(num_sms, num_items[0], schedule, tile)
 
   out_type = jax.ShapeDtypeStruct((m, n), out_dtype)
   kernel = launch(fill, multiply, out_type, config, interpret, copies=3)
@@ -255,48 +250,42 @@ def grouped_wgrad(
   def fill(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring):
     del out
 
-    def tile(entry, first_step):
+    def tile(entry, first_slot):
       _, row, pair, first, count = entry
       column = column_of(config, pair)
       rows = pl.ds(row * tile_m, tile_m)
       columns = pl.ds(column * config.tile_n, config.tile_n)
 
-      @pl.loop(0, count)
-      def _(i):
+      def step(i, slot, carry):
         contraction = pl.ds((first + i) * BLOCK, BLOCK)
-        fill_slot(
-          ring,
-          config,
-          first_step + i,
-          [
-            (lhs.at[rows, contraction], "lhs"),
-            (rhs.at[columns, contraction], "rhs"),
-            (lhs_scales.at[first + i, rows], "lhs_scales"),
-            (rhs_scales.at[first + i, columns], "rhs_scales"),
-          ],
-        )
+        copies = [
+          (lhs.at[rows, contraction], "lhs"),
+          (rhs.at[columns, contraction], "rhs"),
+          (lhs_scales.at[first + i, rows], "lhs_scales"),
+          (rhs_scales.at[first + i, columns], "rhs_scales"),
+        ]
+        fill_slot(ring, config, slot, copies)
+        return carry
 
-      return first_step + count
+      each_slot(config, first_slot, count, step)
+      return slot_after(config, first_slot, count)
 
-    return persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
+    persistent(num_sms, num_items[0], schedule, tile)
 
   def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
     del lhs, lhs_scales, rhs, rhs_scales
     own = pl.ds(wg * WAVE, WAVE)
 
-    def tile(entry, first_step):
+    def tile(entry, first_slot):
       group, row, pair, _, count = entry
       column = column_of(config, pair)
       offset = row * tile_m + wg * WAVE
       end = jnp.clip(k - offset, 0, WAVE)  # the last row tile may reach past k
 
-      def step(i, sums):
-        slot = slot_of(config, first_step + i)
+      def step(_, slot, sums):
         plgpu.barrier_wait(ring["full"].at[slot])
-        product = issue(ring["lhs"].at[slot, own], ring["rhs"].at[slot])
-        plgpu.wgmma_wait(0)
-        # Scales are read past the wait: what they multiply depends on it through them alone.
-        row_scales = load_rows(ring["lhs_scales"].at[slot, own])
+        product = issue(ring["lhs"], ring["rhs"], slot, own, interpret)
+        (row_scales,) = wait([load_rows(ring["lhs_scales"].at[slot, own])], interpret)
         new = []
         # Only now and by slices: a scale for each of a thread's columns takes many registers.
         for piece, total in zip(split_columns(config, SLICE), sums, strict=True):
@@ -309,13 +298,13 @@ def grouped_wgrad(
         return tuple(new)
 
       def work():
-        sums = lax.fori_loop(0, count, step, zeros(config, SLICE))
+        sums = each_slot(config, first_slot, count, step, zeros(config, SLICE))
         store(ring, config, wg, sums, out.at[group], offset, (0, end), column * config.tile_n)
 
-      unless_idle(ring, config, end > 0, work, first_step, count)
-      return first_step + count
+      unless_idle(ring, config, end > 0, work, first_slot, count)
+      return slot_after(config, first_slot, count)
 
-    persistent(num_sms, num_items[0], schedule, tile, jnp.int32(0))
+    persistent(num_sms, num_items[0], schedule, tile)
 
   out_type = jax.ShapeDtypeStruct((e, k, n), out_dtype)
   kernel = launch(fill, multiply, out_type, config, interpret, copies=4, column_scales=True)

@@ -14,12 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-BLOCK = 128  # elements along the contraction that share a scale; also the k step
-WAVE = 64  # rows of one wgmma
+from pallas_kernels.wgmma import BLOCK, OPERAND, WAVE
+
 SLICE = 64  # columns of a product that are scaled and stored together
 NUM_SMS = 132  # of an H100 or H200, for lowering where there is none
-
-OPERAND = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +52,6 @@ def column_of(config, pair):
   return pair * config.cluster + (lax.axis_index("cluster") if config.cluster > 1 else 0)
 
 
-def issue(lhs_smem, rhs_smem):
-  """Starts a fresh product of 64 rows. Its value holds once wgmma_wait says so."""
-
-  def scope(acc):
-    plgpu.wgmma(acc, lhs_smem, rhs_smem.transpose((1, 0)))
-    return plgpu.wgmma_accumulator_load(acc, wait_n=None)
-
-  return pl.run_scoped(scope, plgpu.ACC((WAVE, rhs_smem.shape[0]), jnp.float32))
-
-
 def split_columns(config, width):
   """The columns of a tile by `width`."""
   return [pl.ds(c, width) for c in range(0, config.tile_n, width)]
@@ -91,8 +79,8 @@ def load_rows(ref):
   return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
 
 
-def persistent(num_sms, num_items, schedule, body, init):
-  """carry = body(entry, carry) for the entries of the schedule that are this CTA's.
+def persistent(num_sms, num_items, schedule, body):
+  """slot = body(entry, slot) for the entries of the schedule that are this CTA's.
 
   Entries are dealt out back and forth, so that no CTA gets the longer one each time. The next
   entry is read before a tile is begun: its latency passes behind the tile.
@@ -107,31 +95,37 @@ def persistent(num_sms, num_items, schedule, body, init):
     return tuple(schedule[j, item] for j in range(schedule.shape[0]))
 
   def step(i, carry):
-    entry, state = carry
+    entry, slot = carry
     following = read(i + 1)
-    return following, body(entry, state)
+    return following, body(entry, slot)
 
-  return lax.fori_loop(0, count, step, (read(0), init))[1]
-
-
-def slot_of(config, step):
-  """Unsigned, for which a power of two divides in one instruction, not four."""
-  return lax.rem(step.astype(jnp.uint32), jnp.uint32(config.stages)).astype(jnp.int32)
+  lax.fori_loop(0, count, step, (read(0), jnp.int32(0)))
 
 
-def fill_slot(ring, config, step, copies):
-  """Memory warpgroup: wait for the slot of `step` to be free, then start its copies."""
-  slot = slot_of(config, step)
+def each_slot(config, first_slot, count, step, carry=()):
+  """carry = step(i, slot, carry) for i below `count`, around the ring from `first_slot` on."""
 
-  @pl.when(step >= config.stages)
-  def _():
-    plgpu.barrier_wait(ring["empty"].at[slot])
-    # The scales were read by loads, and TMA is another proxy: PTX orders its writes after those
-    # loads only past a proxy fence. Here, off the critical path, one serves all readers.
-    plgpu.commit_smem()
-    if config.cluster > 1:  # what this CTA loads goes into the slots of both
-      plgpu.barrier_arrive(ring["free"].at[slot])
-      plgpu.barrier_wait(ring["free"].at[slot])
+  def body(i, state):
+    slot, carry = state
+    carry = step(i, slot, carry)
+    return jnp.where(slot == config.stages - 1, 0, slot + 1), carry
+
+  return lax.fori_loop(0, count, body, (first_slot, carry))[1]
+
+
+def slot_after(config, first_slot, count):
+  return lax.rem(first_slot + count, jnp.int32(config.stages))
+
+
+def fill_slot(ring, config, slot, copies):
+  """Memory warpgroup: wait for the slot to be free, then start its copies."""
+  plgpu.barrier_wait(ring["empty"].at[slot])
+  # The scales were read by loads, and TMA is another proxy: PTX orders its writes after those
+  # loads only past a proxy fence. Here, off the critical path, one serves all readers.
+  plgpu.commit_smem()
+  if config.cluster > 1:  # what this CTA loads goes into the slots of both
+    plgpu.barrier_arrive(ring["free"].at[slot])
+    plgpu.barrier_wait(ring["free"].at[slot])
 
   for src, name in copies:
     shared = config.cluster > 1 and name == "lhs"
@@ -143,16 +137,8 @@ def fill_slot(ring, config, step, copies):
     )
 
 
-def drain(ring, config, steps):
-  """Every barrier must be waited for as often as it completes."""
-
-  @pl.loop(jnp.maximum(steps - config.stages, 0), steps)
-  def _(step):
-    plgpu.barrier_wait(ring["empty"].at[slot_of(config, step)])
-
-
-def unless_idle(ring, config, busy, work, first_step, steps):
-  """work(), or, for a warpgroup with nothing to store, only passes the slots on."""
+def unless_idle(ring, config, busy, work, first_slot, count):
+  """work(), or, for a warpgroup with nothing to store, only passes `count` slots on."""
   if not config.skip_idle:
     work()
     return
@@ -160,11 +146,12 @@ def unless_idle(ring, config, busy, work, first_step, steps):
 
   @pl.when(~busy)
   def _():
-    @pl.loop(first_step, first_step + steps)
-    def _(step):
-      slot = slot_of(config, step)
+    def step(_, slot, carry):
       plgpu.barrier_wait(ring["full"].at[slot])
       plgpu.barrier_arrive(ring["empty"].at[slot])
+      return carry
+
+    each_slot(config, first_slot, count, step)
 
 
 def launch(fill, multiply, out_type, config, interpret, copies, column_scales=False):
@@ -181,13 +168,17 @@ def launch(fill, multiply, out_type, config, interpret, copies, column_scales=Fa
     @pl.when(wg < wgs)
     def _():
       plgpu.set_max_registers(registers, action="increase")
+      for slot in range(slots):
+        plgpu.barrier_arrive(ring["empty"].at[slot])
       multiply(*refs, ring, wg)
       plgpu.wait_smem_to_gmem(0)
 
     @pl.when(wg == wgs)
     def _():
       plgpu.set_max_registers(40, action="decrease")
-      drain(ring, config, fill(*refs, ring))
+      fill(*refs, ring)
+      for slot in range(slots):  # every barrier must be waited for as often as it completes
+        plgpu.barrier_wait(ring["empty"].at[slot])
 
   scratch = dict(
     lhs=plgpu.SMEM((slots, config.tile_m, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
