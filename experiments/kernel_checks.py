@@ -74,6 +74,6 @@ def _differ(actual, expected):
 
 def runs_that_differ(kernel, arguments: tuple, runs: int = 50) -> int:
   """Of `runs` more calls, those that give other bits than the first: a race shows now and then."""
-  run = jax.jit(lambda *a: kernel(*a))  # some kernels are partials of partials: no name for jit
-  first = run(*arguments)
-  return sum(not equal(run(*arguments), first) for _ in range(runs))
+  kernel = jax.jit(kernel)
+  first = kernel(*arguments)
+  return sum(not equal(kernel(*arguments), first) for _ in range(runs))

@@ -264,7 +264,7 @@ def _check(x, scale_rule, seed, signs):
     raise ValueError(f"{x.shape=} has {x.size} values; indices are 32 bits, for below 2^34")
   if scale_rule not in get_args(ScaleRule):
     raise ValueError(f"{scale_rule=} is not one of {get_args(ScaleRule)}")
-  if seed is not None and jnp.shape(seed) != (2,):
-    raise ValueError(f"seed has the shape {jnp.shape(seed)}, not (2,)")
-  if signs is not None and jnp.shape(signs) != (32,):
-    raise ValueError(f"signs have the shape {jnp.shape(signs)}, not (32,)")
+  if seed is not None and np.shape(seed) != (2,):
+    raise ValueError(f"seed has the shape {np.shape(seed)}, not (2,)")
+  if signs is not None and np.shape(signs) != (32,):
+    raise ValueError(f"signs have the shape {np.shape(signs)}, not (32,)")

@@ -123,6 +123,14 @@ def test_the_same_bits_every_time(case):
   assert runs_that_differ(case.kernel, (x,)) == 0
 
 
+@pytest.mark.parametrize("case", cases.BY_NAME.values(), ids=lambda c: c.name)
+def test_every_case_can_be_traced(case):
+  """Where no GPU is, and without a warning."""
+  x = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
+  results = jax.tree.leaves(jax.eval_shape(lambda x: case.kernel(case.prepare(x)), x))
+  assert results and all(result.size for result in results)
+
+
 def test_runs_that_differ_are_counted():
   """One bit of one of two results, in every third run; NaN is no difference."""
   runs = iter(range(100))
