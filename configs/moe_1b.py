@@ -8,7 +8,8 @@ how much of it is installed. At 56 to 61 ms a step 8 minutes on one H100 beside 
 20 GB; no checkpoints (12 GB each), so a stopped run begins again. `--config.checkpoint_every=500`
 keeps them.
 Expected: at half this batch (README) losses near 0.99 nats, 2 below the unigram entropy of the
-validation bytes; HOPPER_FP4 +0.3 and +0.9 % in two runs, FP8 +2.0 and +2.2 %, which is unexplained.
+validation bytes; HOPPER_FP4 +0.3 and +0.9 % in two runs of seed 0, FP8 +2.0 and +2.2 % there and
+-2.5 % at seed 1: of one seed, such a gap says nothing of a recipe.
 
 1,033 million parameters, 126 million of them active: each expert is 1024 x 2048 and 1024 x 1024,
 40 a layer, 4 a token, so that the experts alone are 1,007 million and 101 million active. Attention

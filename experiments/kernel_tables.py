@@ -68,18 +68,3 @@ def moe_ffn_table(rows: list[Row]) -> str:
       f" {row['saved_bytes_to_bf16']:.3f} | {row['saved_on_device_bytes_to_bf16']:.3f} |"
     )
   return "\n".join(lines) + "\n\n32768 tokens, d = 7168, f = 2048."
-
-
-def moe_ffn_profile_table(rows: list[Row]) -> str:
-  """From results/moe_ffn_profile.jsonl, profiles of one forward and backward pass."""
-  lines = [
-    "| recipe | experts | forward + backward, ms | in the kernels, ms |",
-    "|---|---|---|---|",
-  ]
-  for row in rows:
-    kernels = sum(k["time_ms"] for k in row["kernels"] if "mosaic" in k["name"])
-    lines.append(
-      f"| `{row['recipe']}` | {row['experts']}, top-{row['top_k']} |"
-      f" {row['device_time_ms']:.2f} | {kernels:.2f} |"
-    )
-  return "\n".join(lines)

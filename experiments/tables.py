@@ -27,6 +27,8 @@ _COLOURS = dict(
 )
 _PARTS = {"grid noise": "#b0b0b0", "deadzone": _SKY, "lost to the scale": _ORANGE}
 _ENVIRONMENT = ("versions", "device", "git_commit", "git_dirty", "corpus")
+_STRETCHES = (500, 1100), (1200, 2000)  # steps of validation, both included
+_RUNS_OF_1B = ("moe_1b", "moe_1b_again", "moe_1b_seeds")
 Row = dict
 
 
@@ -68,6 +70,56 @@ def losses_table(rows: list[Row]) -> str:
   entropy = next(r for r in rows if r["kind"] == "entropy")["unigram_entropy_nats"]
   lines.append(f"\nUnigram entropy of the validation bytes: {entropy:.3f} nats. {_source(rows[0])}")
   return "\n".join(lines)
+
+
+def gaps_of_runs_table(runs: dict[str, list[Row]]) -> str:
+  """Every run beside the mean of its seed's BF16 runs, over stretches of steps; by name of results.
+
+  A stretch is blank where a run, or every BF16 run of its seed, ended before it did.
+  """
+  losses: dict[tuple, dict[int, float]] = {}
+  for name, rows in runs.items():
+    for row in (r for r in rows if r["kind"] == "validation"):
+      run = row["seed"], row["recipe"], row.get("implementation", "mosaic"), name
+      losses.setdefault(run, {})[row["step"]] = row["loss"]
+
+  def gap(run, first, last):
+    steps = [s for s in losses[run] if first <= s <= last]
+    complete = [
+      own
+      for (seed, recipe, *_), own in losses.items()
+      if (seed, recipe) == (run[0], "bf16") and last in own
+    ]
+    if last not in losses[run] or not complete:
+      return ""
+    means = {s: sum(own[s] for own in complete) / len(complete) for s in steps}
+    return f"{sum(100 * (losses[run][s] / means[s] - 1) for s in steps) / len(steps):+.1f} %"
+
+  heads = " | ".join(f"steps {first} to {last}" for first, last in _STRETCHES)
+  lines = [f"| seed | recipe | implementation | rows | {heads} |", "|---|---|---|---|---|---|"]
+  for run in sorted(losses):
+    seed, recipe, implementation, name = run
+    gaps = " | ".join(gap(run, *stretch) for stretch in _STRETCHES)
+    lines.append(f"| {seed} | `{recipe}` | {implementation} | `{name}` | {gaps} |")
+  sources = [f"`{name}`: {_source(rows[0])}" for name, rows in runs.items()]
+  return "\n".join(lines) + "\n\n" + "  \n".join(sources)
+
+
+def gradients_table(rows: list[Row]) -> str:
+  """Of the experts and their router, by the mean of the most batches."""
+  lines = [
+    "| gradient of | recipe | error, of BF16's | projection on BF16's |",
+    "|---|---|---|---|",
+  ]
+  gradients = [r for r in rows if r["kind"] == "gradient" and "feed_forward/" in r["tensor"]]
+  most = max(r["batches"] for r in gradients)
+  for row in sorted(gradients, key=lambda r: r["tensor"]):
+    if row["batches"] == most:
+      lines.append(
+        f"| `{row['tensor'].split('/')[-1]}` | `{row['recipe']}` | {row['relative_error']:.1%} |"
+        f" {row['projection']:.3f} |"
+      )
+  return "\n".join(lines) + f"\n\nMean gradients of {most} batches. {_source(rows[0])}"
 
 
 def step_time_table(rows: list[Row]) -> str:
@@ -164,23 +216,27 @@ def main(_) -> None:
   text = fill(text, "step_time", step_time_table(logs.read_rows(results / "step_time.jsonl")))
   for name in ("moe_1b", "moe_1b_again"):
     text = fill(text, name, losses_table(logs.read_rows(results / f"{name}.jsonl")))
+  text = fill(
+    text,
+    "moe_1b_seeds",
+    gaps_of_runs_table({n: logs.read_rows(results / f"{n}.jsonl") for n in _RUNS_OF_1B}),
+  )
+  gradients = gradients_table(logs.read_rows(results / "moe_1b_gradients.jsonl"))
+  text = fill(text, "moe_1b_gradients", gradients)
   times, memory = (logs.read_rows(results / f"moe_1b_{n}.jsonl") for n in ("step_time", "memory"))
   text = fill(text, "moe_1b_step", cost_table(times, memory))
   readme.write_text(text)
   demo_picture(demo, _ROOT / "docs" / "demo.svg")
 
-  bench = logs.read_rows(results / "kernel_bench.jsonl")
+  bench, moe_ffn = (logs.read_rows(results / f"{n}.jsonl") for n in ("kernel_bench", "moe_ffn"))
   readme = _ROOT / "pallas_kernels" / "README.md"
   text = readme.read_text()
   for name, content in (
     ("elementwise", kernel_tables.elementwise_table(bench)),
     ("matmul", kernel_tables.matmul_table(bench)),
     ("source", _source(bench[0])),
-    ("moe_ffn", kernel_tables.moe_ffn_table(logs.read_rows(results / "moe_ffn.jsonl"))),
-    (
-      "moe_ffn_64",
-      kernel_tables.moe_ffn_profile_table(logs.read_rows(results / "moe_ffn_profile.jsonl")),
-    ),
+    ("moe_ffn", kernel_tables.moe_ffn_table(moe_ffn)),
+    ("moe_ffn_source", _source(moe_ffn[0])),
   ):
     text = fill(text, name, content)
   readme.write_text(text)

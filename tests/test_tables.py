@@ -25,6 +25,14 @@ def rows(name):
     ("README.md", "moe_1b_again", lambda: tables.losses_table(rows("moe_1b_again"))),
     (
       "README.md",
+      "moe_1b_seeds",
+      lambda: tables.gaps_of_runs_table(
+        {n: rows(n) for n in ("moe_1b", "moe_1b_again", "moe_1b_seeds")}
+      ),
+    ),
+    ("README.md", "moe_1b_gradients", lambda: tables.gradients_table(rows("moe_1b_gradients"))),
+    (
+      "README.md",
       "moe_1b_step",
       lambda: tables.cost_table(rows("moe_1b_step_time"), rows("moe_1b_memory")),
     ),
@@ -42,11 +50,6 @@ def rows(name):
       "pallas_kernels/README.md",
       "moe_ffn",
       lambda: kernel_tables.moe_ffn_table(rows("moe_ffn")),
-    ),
-    (
-      "pallas_kernels/README.md",
-      "moe_ffn_64",
-      lambda: kernel_tables.moe_ffn_profile_table(rows("moe_ffn_profile")),
     ),
   ],
 )
@@ -69,6 +72,48 @@ def test_the_pictures_gaps_begin_before_training():
   )
   assert found["bf16"] == {0: [0.0, 0.0], 2: [0.0, 0.0]}
   assert found["r"] == {0: pytest.approx([1.0, 2.0]), 2: pytest.approx([10.0, 0.0])}
+
+
+def test_gaps_of_runs_are_to_the_mean_of_their_seeds_bf16_runs():
+  losses = {
+    ("a", 0, "bf16"): {500: 1.0, 1100: 2.0, 1200: 1.0, 2000: 1.0},
+    ("b", 0, "bf16"): {500: 3.0, 1100: 2.0},
+    ("b", 0, "fp8"): {400: 9.0, 500: 2.2, 1100: 2.0, 1200: 1.1, 2000: 1.3},
+    ("b", 1, "fp8"): {500: 2.2, 1100: 2.0},
+  }
+  environment = {"kind": "environment", "git_dirty": None, "git_commit": "0" * 40, "device": "d"}
+  runs = {"a": [environment], "b": [environment | {"git_dirty": True}]}
+  for (name, seed, recipe), own in losses.items():
+    row = {"kind": "validation", "seed": seed, "recipe": recipe}
+    runs[name] += [row | {"step": step, "loss": loss} for step, loss in own.items()]
+  assert tables.gaps_of_runs_table(runs).splitlines()[2:] == [
+    "| 0 | `bf16` | mosaic | `a` | -25.0 % | +0.0 % |",
+    "| 0 | `bf16` | mosaic | `b` | +25.0 % |  |",
+    "| 0 | `fp8` | mosaic | `b` | +5.0 % | +20.0 % |",
+    "| 1 | `fp8` | mosaic | `b` |  |  |",
+    "",
+    "`a`: Device: d. Commit 000000000.  ",
+    "`b`: Device: d. Commit 000000000, with uncommitted changes.",
+  ]
+
+
+def test_gradients_of_the_experts_are_of_the_most_batches():
+  row = {"kind": "gradient", "recipe": "fp8", "relative_error": 0.0326, "projection": 0.99551}
+  found = tables.gradients_table(
+    [
+      {"kind": "environment", "git_dirty": None, "git_commit": "0123456789", "device": "d"},
+      row | {"tensor": "blocks/feed_forward/w2", "batches": 6},
+      row | {"tensor": "blocks/feed_forward/w13", "batches": 6},
+      row | {"tensor": "blocks/feed_forward/w13", "batches": 1},
+      row | {"tensor": "blocks/attention/w_out", "batches": 6},
+    ]
+  )
+  assert found.splitlines()[2:] == [
+    "| `w13` | `fp8` | 3.3% | 0.996 |",
+    "| `w2` | `fp8` | 3.3% | 0.996 |",
+    "",
+    "Mean gradients of 6 batches. Device: d. Commit 012345678.",
+  ]
 
 
 def test_the_demo_keeps_the_bytes_that_its_rows_say():
