@@ -99,7 +99,7 @@ def _product_ptx(n, lhs_size, rhs_size):
   first_lhs, first_rhs, slot = (f"${n // 2 + i}" for i in range(3))
   lines = ["{", ".reg .pred add;", ".reg .b32 low, high;", ".reg .b64 a, b, lhs, rhs;"]
   for side, first, size in (("lhs", first_lhs, lhs_size), ("rhs", first_rhs, rhs_size)):
-    lines += [  # the address is in the low half, and does not overflow it
+    lines += [  # the low 14 bits are the address, of any slot: SMEM ends below 2^18 bytes
       f"mov.b64 {{low, high}}, {first};",
       f"mad.lo.s32 low, {slot}, {size}, low;",
       f"mov.b64 {side}, {{low, high}};",
