@@ -101,7 +101,7 @@ ENTRIES = (
       for c in (
         *grid(stages=(4,), cluster=(1, 2), skip_idle=(False, True)),
         *grid(stages=(4,), cluster=(2,), skip_idle=(True,), grid_tile_width=(4, 16)),
-        *grid(stages=(4,), compute_warpgroups=(2,), tile_n=(192,), skip_idle=(True,)),
+        *grid(stages=(4,), compute_warpgroups=(2,), skip_idle=(True,)),
       )
     ],
     _gemms("fp8 fprop"),

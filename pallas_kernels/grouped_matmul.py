@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ring import (
+  PIECES,
   SLICE,
   TuningConfig,
-  block_width,
   by_row,
   column_of,
   columns_of,
@@ -35,7 +35,6 @@ from pallas_kernels.ring import (
   load_rows,
   persistent,
   slot_after,
-  split_columns,
   store,
   unless_idle,
   zeros,
@@ -53,7 +52,7 @@ TUNING: dict[Literal["matmul", "wgrad"], TuningConfig] = {
 # What the tests run besides: every way through the kernels.
 VARIANTS = {
   "3 warpgroups": TuningConfig(),
-  "2 warpgroups": TuningConfig(compute_warpgroups=2, tile_n=192, skip_idle=True),
+  "2 warpgroups": TuningConfig(compute_warpgroups=2, skip_idle=True),
   "cluster": TuningConfig(cluster=2),
   "cluster, idle warpgroups skipped": TuningConfig(cluster=2, skip_idle=True),
 }
@@ -134,7 +133,7 @@ def grouped_matmul(
   skip = start % ALIGNMENT
   rows = jnp.where(group_sizes > 0, skip + group_sizes, 0)
   max_tiles = (m + (ALIGNMENT - 1) * e) // tile_m + e
-  n_tiles = pl.cdiv(n, config.tile_n * config.cluster)
+  n_tiles = pl.cdiv(n, BLOCK * config.cluster)
   group, row, column, num_items = _schedule(
     rows, jnp.ones_like(rows), tile_m, n_tiles, max_tiles, config.grid_tile_width
   )
@@ -149,7 +148,7 @@ def grouped_matmul(
     def tile(entry, first_slot):
       group, row, pair, *_ = entry
       rows = pl.ds(pl.multiple_of(row, ALIGNMENT), tile_m)
-      columns = pl.ds(column_of(config, pair) * config.tile_n, config.tile_n)
+      columns = pl.ds(column_of(config, pair) * BLOCK, BLOCK)
 
       def step(b, slot, carry):
         contraction = pl.ds(b * BLOCK, BLOCK)
@@ -168,37 +167,28 @@ def grouped_matmul(
 
   def multiply(lhs, lhs_scales, rhs, rhs_scales, schedule, num_items, out, ring, wg):
     del lhs, lhs_scales, rhs
-    own, width = pl.ds(wg * WAVE, WAVE), block_width(config)
-    pieces = split_columns(config, width)
+    own = pl.ds(wg * WAVE, WAVE)
 
     def tile(entry, first_slot):
       group, row, pair, begin, end = entry
       column = column_of(config, pair)
-
-      # Past the last block of rhs the scale is the last one's, and nothing is stored.
-      blocks = [
-        jnp.minimum((column * config.tile_n + piece.start) // BLOCK, n // BLOCK - 1)
-        for piece in pieces
-      ]
+      block = jnp.minimum(column, n // BLOCK - 1)  # past the last one nothing is stored
       offset = wg * WAVE
       begin, end = jnp.clip(begin - offset, 0, WAVE), jnp.clip(end - offset, 0, WAVE)
 
-      def step(b, slot, sums):
-        # Read early: their latency hides in the wait.
-        block_scales = [rhs_scales[group, block, b] for block in blocks]
+      def step(b, slot, total):
+        block_scale = rhs_scales[group, block, b]  # read early: its latency hides in the wait
         plgpu.barrier_wait(ring["full"].at[slot])
         product = issue(ring["lhs"], ring["rhs"], slot, own, interpret)
         row_scales = load_rows(ring["lhs_scales"].at[slot, own])
-        scales = wait([row_scales * scale for scale in block_scales], interpret)
+        scales = wait(row_scales * block_scale, interpret)
         plgpu.barrier_arrive(ring["empty"].at[slot])
-        return tuple(
-          total + columns_of(product, piece) * by_row(scale, width)
-          for piece, scale, total in zip(pieces, scales, sums, strict=True)
-        )
+        return total + product * by_row(scales, BLOCK)
 
       def work():
-        sums = each_slot(config, first_slot, k_steps, step, zeros(config, width))
-        store(ring, config, wg, sums, out, row + offset, (begin, end), column * config.tile_n)
+        total = each_slot(config, first_slot, k_steps, step, zeros(BLOCK))
+        sums = [columns_of(total, piece) for piece in PIECES]
+        store(ring, config, wg, sums, out, row + offset, (begin, end), column * BLOCK)
 
       unless_idle(ring, config, begin < end, work, first_slot, k_steps)
       return slot_after(config, first_slot, k_steps)
@@ -239,7 +229,7 @@ def grouped_wgrad(
   config = config or TUNING["wgrad"]
   tile_m, num_sms = config.tile_m, count_sms(interpret) // config.cluster
   k_tiles = pl.cdiv(k, tile_m)
-  n_tiles = pl.cdiv(n, config.tile_n * config.cluster)
+  n_tiles = pl.cdiv(n, BLOCK * config.cluster)
   token_tiles = pl.cdiv(group_sizes, BLOCK)
   group, row, column, num_items = _schedule(
     jnp.full_like(token_tiles, k), token_tiles, tile_m, n_tiles, k_tiles * e, config.grid_tile_width
@@ -254,7 +244,7 @@ def grouped_wgrad(
       _, row, pair, first, count = entry
       column = column_of(config, pair)
       rows = pl.ds(row * tile_m, tile_m)
-      columns = pl.ds(column * config.tile_n, config.tile_n)
+      columns = pl.ds(column * BLOCK, BLOCK)
 
       def step(i, slot, carry):
         contraction = pl.ds((first + i) * BLOCK, BLOCK)
@@ -285,10 +275,10 @@ def grouped_wgrad(
       def step(_, slot, sums):
         plgpu.barrier_wait(ring["full"].at[slot])
         product = issue(ring["lhs"], ring["rhs"], slot, own, interpret)
-        (row_scales,) = wait([load_rows(ring["lhs_scales"].at[slot, own])], interpret)
+        row_scales = wait(load_rows(ring["lhs_scales"].at[slot, own]), interpret)
         new = []
         # Only now and by slices: a scale for each of a thread's columns takes many registers.
-        for piece, total in zip(split_columns(config, SLICE), sums, strict=True):
+        for piece, total in zip(PIECES, sums, strict=True):
           column_scales = plgpu.load(
             ring["rhs_scales"].at[slot, piece], layout=plgpu.Layout.WGMMA.reduce(0)
           )
@@ -298,8 +288,8 @@ def grouped_wgrad(
         return tuple(new)
 
       def work():
-        sums = each_slot(config, first_slot, count, step, zeros(config, SLICE))
-        store(ring, config, wg, sums, out.at[group], offset, (0, end), column * config.tile_n)
+        sums = each_slot(config, first_slot, count, step, (zeros(SLICE),) * len(PIECES))
+        store(ring, config, wg, sums, out.at[group], offset, (0, end), column * BLOCK)
 
       unless_idle(ring, config, end > 0, work, first_slot, count)
       return slot_after(config, first_slot, count)

@@ -16,19 +16,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.wgmma import BLOCK, OPERAND, WAVE
 
-SLICE = 64  # columns of a product that are scaled and stored together
+SLICE = 64  # columns of a product that are stored together
+PIECES = tuple(pl.ds(c, SLICE) for c in range(0, BLOCK, SLICE))
 NUM_SMS = 132  # of an H100 or H200, for lowering where there is none
 
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-  """A schedule. Each compute warpgroup owns one wgmma tile of 64 x tile_n: tile_n / 2 registers of
-  products in flight and as many of sums, of the 152 (three warpgroups) or 232 (two) that a thread
-  can have.
+  """A schedule. Each compute warpgroup owns a tile of 64 x 128: 64 registers of products in flight
+  and as many of sums, of the 152 (three warpgroups) or 232 (two) that a thread can have.
   """
 
   compute_warpgroups: int = 3
-  tile_n: int = 128
   stages: int = 3
   out_buffers: int = 1  # slices of columns on their way through SMEM to memory at a time
   cluster: int = 1  # CTAs with neighbouring columns that load their rows of lhs together
@@ -52,19 +51,9 @@ def column_of(config, pair):
   return pair * config.cluster + (lax.axis_index("cluster") if config.cluster > 1 else 0)
 
 
-def split_columns(config, width):
-  """The columns of a tile by `width`."""
-  return [pl.ds(c, width) for c in range(0, config.tile_n, width)]
-
-
-def block_width(config):
-  """Columns of a tile that certainly share a block of rhs: a tile may begin inside one."""
-  return BLOCK if config.tile_n % BLOCK == 0 else SLICE
-
-
-def zeros(config, width):
-  zeros = plgpu.layout_cast(jnp.zeros((WAVE, width), jnp.float32), plgpu.Layout.WGMMA)
-  return (zeros,) * (config.tile_n // width)
+def zeros(width):
+  """Sums of 64 rows and `width` columns before anything is added."""
+  return plgpu.layout_cast(jnp.zeros((WAVE, width), jnp.float32), plgpu.Layout.WGMMA)
 
 
 def columns_of(product, piece):
@@ -182,7 +171,7 @@ def launch(fill, multiply, out_type, config, interpret, copies, column_scales=Fa
 
   scratch = dict(
     lhs=plgpu.SMEM((slots, config.tile_m, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
-    rhs=plgpu.SMEM((slots, config.tile_n, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
+    rhs=plgpu.SMEM((slots, BLOCK, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
     lhs_scales=plgpu.SMEM((slots, config.tile_m), jnp.float32),
     out=plgpu.SMEM((wgs, config.out_buffers, WAVE, SLICE), out_type.dtype),
     full=plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
@@ -193,7 +182,7 @@ def launch(fill, multiply, out_type, config, interpret, copies, column_scales=Fa
     scratch["free"] = plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=slots)
     shape |= dict(cluster=(config.cluster,), cluster_names=("cluster",))
   if column_scales:
-    scratch["rhs_scales"] = plgpu.SMEM((slots, config.tile_n), jnp.float32)
+    scratch["rhs_scales"] = plgpu.SMEM((slots, BLOCK), jnp.float32)
   return plgpu.kernel(
     kernel,
     out_type=out_type,
@@ -208,16 +197,15 @@ def launch(fill, multiply, out_type, config, interpret, copies, column_scales=Fa
 
 
 def store(ring, config, wg, sums, out, row, rows, column):
-  """Stores rows[0]:rows[1] of a wave's sums, which belong at out[row:, column:].
+  """Stores rows[0]:rows[1] of a wave's sums, one for each of PIECES, at out[row:, column:].
 
   Copies have static shapes, so a wave cut by the ends of its group takes one for each bit of its
   number of rows. A slice of columns at a time keeps the buffers small.
   """
-  (begin, end), width = rows, sums[0].shape[1]
-  for i, piece in enumerate(split_columns(config, SLICE)):
+  begin, end = rows
+  for i, (piece, total) in enumerate(zip(PIECES, sums, strict=True)):
     out_smem = ring["out"].at[wg, i % config.out_buffers]
     columns = pl.ds(column + piece.start, SLICE)
-    total = columns_of(sums[piece.start // width], pl.ds(piece.start % width, SLICE))
     plgpu.wait_smem_to_gmem(config.out_buffers - 1, wait_read_only=True)
     out_smem[...] = total.astype(out.dtype)
     plgpu.commit_smem()

@@ -70,7 +70,7 @@ def issue(lhs, rhs, slot, rows, interpret):
 
 
 def wait(scales, interpret):
-  """Waits for the product. Returns `scales`, a list of (64,), one for each of its rows.
+  """Waits for the product. Returns `scales`, (64,), one for each of its rows.
 
   Compilers don't know that the product comes later than its instruction: what multiplies it by
   scales that come out of the wait can't be moved before it.
@@ -81,16 +81,16 @@ def wait(scales, interpret):
   layout = plgpu.Layout.WGMMA.reduce(1)
   result = plgpu.ShapeDtypeStruct((WAVE,), jnp.float32, layout=layout)
 
-  @plgpu.inline_mgpu(arg_types=(layout,) * len(scales), return_type=[result] * len(scales))
-  def held_back(ctx, *scales):
+  @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+  def held_back(ctx, scales):
     del ctx
-    values = [vector.extract(v, [], [0]) for scale in scales for v in scale.registers.flat]
+    values = [vector.extract(register, [], [0]) for register in scales.registers.flat]
     tied = [str(i) for i in range(len(values))]
     ptx = "wgmma.wait_group.sync.aligned 0;"
-    registers = np.split(_assemble(ptx, values, tied, outputs=len(values)), len(scales))
-    return [_fragments(r, (WAVE,), s.layout, 1) for r, s in zip(registers, scales, strict=True)]
+    registers = _assemble(ptx, values, tied, outputs=len(values))
+    return _fragments(registers, (WAVE,), scales.layout, 1)
 
-  return held_back(*scales)
+  return held_back(scales)
 
 
 def _product_ptx(n, lhs_size, rhs_size):
