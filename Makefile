@@ -27,8 +27,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Two workers, each with whole files: XLA compiles on threads of its own beside them.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # PYTHON_GPU is a Python that sees the GPU; torch there adds its matmuls to the benchmark.
 PYTHON_GPU ?= $(BIN)/python
