@@ -31,7 +31,7 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# PYTHON_GPU is a Python that sees the GPU; torch there adds its matmuls to the benchmark.
+# PYTHON_GPU is a Python that sees the GPU; gpu-bench times the kernels beside its torch.
 PYTHON_GPU ?= $(BIN)/python
 gpu-test:
 	$(PYTHON_GPU) -m pytest -m gpu

@@ -4,8 +4,9 @@ python -m experiments.kernel_bench --out=results/kernel_bench.jsonl
 
 Device time from the profiler, two sets of random inputs in turns, each larger than L2; median and
 quartiles. Ratios to what a user would pick instead are of the same run: a device copy, XLA on the
-same definition, torch's matmuls where torch is installed. Each run of `moe_ffn` is a process of its
-own, whose memory is its own to count: it comes first, before this one takes any.
+same definition, torch's matmuls, torchao's quantizers where it is installed. Each run of `moe_ffn`
+is a process of its own, whose memory is its own to count: it comes first, before this one takes
+any.
 """
 
 import concurrent.futures
@@ -34,6 +35,7 @@ from experiments.kernel_timing import (
   bf16_tensor,
   compiled,
   grouped,
+  require_hopper,
   time_us,
   tuning,
 )
@@ -177,9 +179,13 @@ def main(argv):
   del argv
   # For the processes of `moe_ffn`, and for torch.
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+  require_hopper()
+  parts = [part for part in _ONLY.value if part]
+  if beside_torch := sorted({"elementwise", "matmul"}.intersection(parts)):
+    peers.require_torch(beside_torch)
   environment = {"kind": "environment"} | describe_environment(COMMIT.value)
   log = logs.Rewritten(_OUT.value, environment | {"tuning": tuning()})
-  for part in filter(None, _ONLY.value):
+  for part in parts:
     measure, table = _PARTS[part]
     rows = []
     for row in measure():
@@ -191,4 +197,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=command_line.parse_flags)
+  app.run(command_line.one_line_errors(main), flags_parser=command_line.parse_flags)

@@ -1,10 +1,11 @@
 """What a user of torch would pick instead of the kernels, timed in the same run.
 
-torch is asked for only here, and only when the benchmark runs; torchao, too, may be missing. A peer
-that its library refuses for a shape is left out.
+torch is asked for only here, and only when the benchmark runs; torchao may be missing. A peer that
+its library refuses for a shape is left out.
 """
 
 import functools
+import importlib.util
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
@@ -12,6 +13,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 Peer = tuple[str, Callable[[], object]]
+
+
+def require_torch(parts: list[str]) -> None:
+  """Raises ValueError where torch, which gives the copy too, is not installed."""
+  if importlib.util.find_spec("torch") is None:
+    raise ValueError(
+      f"{' and '.join(parts)}: the kernels are timed beside torch, which is not installed here"
+    )
 
 
 def times_us(f: Callable[[], object], repeats: int = 20) -> list[float]:

@@ -175,6 +175,7 @@ command_line.allow("only", [entry.module for entry in ENTRIES])
 
 def main(argv) -> None:
   del argv
+  timing.require_hopper()
   environment = {"kind": "environment"} | describe_environment(COMMIT.value)
   log = logs.Rewritten(_OUT.value, environment)
   best = {}
@@ -200,4 +201,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=command_line.parse_flags)
+  app.run(command_line.one_line_errors(main), flags_parser=command_line.parse_flags)

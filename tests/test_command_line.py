@@ -1,7 +1,9 @@
 """What the commands of experiments/ say to mistakes, and settings that they refuse."""
 
+import importlib.util
 import math
 import operator
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import config as configs
+from experiments import kernel_peers
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,6 +79,16 @@ def test_no_number_is_left_unchecked():
     ("kernel_sweep", ["--out={}/rows.jsonl", "--only=fp8,moe"], "'moe' is none of mxfp4, fp8,"),
     ("kernel_bench", ["--out={}/rows.jsonl", "--only=matmuls"], "'matmuls' is none of elementwise"),
     (
+      "kernel_bench",
+      ["--out={}/rows.jsonl"],
+      "this device has none (cpu)",
+    ),
+    (
+      "kernel_sweep",
+      ["--out={}/rows.jsonl"],
+      "this device has none (cpu)",
+    ),
+    (
       "step_time",  # before it times what it can't write
       ["--config=configs/demo.py", "--config.data.path=no/such/file", "--out={}"],
       "Is a directory",
@@ -109,6 +122,7 @@ def test_commands_refuse_what_they_cannot_do_and_keep_what_was_there(
   done = subprocess.run(
     [sys.executable, "-m", f"experiments.{module}", *(a.format(tmp_path) for a in arguments)],
     cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
     timeout=300,
@@ -117,6 +131,14 @@ def test_commands_refuse_what_they_cannot_do_and_keep_what_was_there(
   assert done.stderr.startswith("error: ") and message in done.stderr, done.stderr
   assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
   assert (tmp_path / "rows.jsonl").read_text() == '{"of": "before"}\n'
+
+
+def test_a_benchmark_without_torch_says_which_parts_want_it(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"elementwise and matmul: .* torch, which is not installed"):
+    kernel_peers.require_torch(["elementwise", "matmul"])
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+  kernel_peers.require_torch(["matmul"])
 
 
 def test_help_lists_every_setting():
