@@ -35,11 +35,11 @@ from experiments.kernel_timing import (
   bf16_tensor,
   compiled,
   grouped,
-  require_hopper,
   time_us,
   tuning,
 )
 from fp4jax import recipes
+from fp4jax.implementation import choose, device_obstacle
 from fp4jax.moe_ffn import moe_ffn
 
 _OUT = flags.DEFINE_string("out", "results/kernel_bench.jsonl", "JSONL file to write.")
@@ -179,7 +179,7 @@ def main(argv):
   del argv
   # For the processes of `moe_ffn`, and for torch.
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-  require_hopper()
+  choose("mosaic", device_obstacle())
   parts = [part for part in _ONLY.value if part]
   if beside_torch := sorted({"elementwise", "matmul"}.intersection(parts)):
     peers.require_torch(beside_torch)

@@ -25,6 +25,7 @@ from experiments import command_line, logs
 from experiments import kernel_cases as cases
 from experiments import kernel_timing as timing
 from experiments.environment import COMMIT, describe_environment
+from fp4jax.implementation import choose, device_obstacle
 from pallas_kernels.grouped_matmul import TuningConfig
 
 _OUT = flags.DEFINE_string("out", "results/kernel_sweep.jsonl", "JSONL file to write.")
@@ -175,7 +176,7 @@ command_line.allow("only", [entry.module for entry in ENTRIES])
 
 def main(argv) -> None:
   del argv
-  timing.require_hopper()
+  choose("mosaic", device_obstacle())
   environment = {"kind": "environment"} | describe_environment(COMMIT.value)
   log = logs.Rewritten(_OUT.value, environment)
   best = {}

@@ -14,17 +14,10 @@ from jax.experimental.mosaic.gpu import profiler
 from jaxtyping import Array, Int
 
 import pallas_kernels
-from fp4jax.implementation import device_obstacle
 from pallas_kernels import bf16_matmul, grouped_matmul
 
 ROWS, CONTRACTION, COLUMNS = 32768, 7168, 2048
 GEMMS = (COLUMNS, CONTRACTION), (CONTRACTION, COLUMNS)  # columns and contraction of fprop
-
-
-def require_hopper() -> None:
-  """Raises ValueError where the kernels can't run."""
-  if obstacle := device_obstacle():
-    raise ValueError(obstacle)
 
 
 def plain(candidate) -> dict[str, Any]:

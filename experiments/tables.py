@@ -28,7 +28,7 @@ _COLOURS = dict(
 _PARTS = {"grid noise": "#b0b0b0", "deadzone": _SKY, "lost to the scale": _ORANGE}
 _ENVIRONMENT = ("versions", "device", "git_commit", "git_dirty", "corpus")
 _STRETCHES = (500, 1100), (1200, 2000)  # steps of validation, both included
-_RUNS_OF_1B = ("moe_1b", "moe_1b_again", "moe_1b_seeds")
+RUNS_OF_1B = ("moe_1b", "moe_1b_again", "moe_1b_seeds")  # names of results
 Row = dict
 
 
@@ -219,7 +219,7 @@ def main(_) -> None:
   text = fill(
     text,
     "moe_1b_seeds",
-    gaps_of_runs_table({n: logs.read_rows(results / f"{n}.jsonl") for n in _RUNS_OF_1B}),
+    gaps_of_runs_table({n: logs.read_rows(results / f"{n}.jsonl") for n in RUNS_OF_1B}),
   )
   gradients = gradients_table(logs.read_rows(results / "moe_1b_gradients.jsonl"))
   text = fill(text, "moe_1b_gradients", gradients)

@@ -26,9 +26,7 @@ def rows(name):
     (
       "README.md",
       "moe_1b_seeds",
-      lambda: tables.gaps_of_runs_table(
-        {n: rows(n) for n in ("moe_1b", "moe_1b_again", "moe_1b_seeds")}
-      ),
+      lambda: tables.gaps_of_runs_table({name: rows(name) for name in tables.RUNS_OF_1B}),
     ),
     ("README.md", "moe_1b_gradients", lambda: tables.gradients_table(rows("moe_1b_gradients"))),
     (
