@@ -30,7 +30,9 @@ from pallas_kernels.grouped_matmul import TuningConfig
 
 _OUT = flags.DEFINE_string("out", "results/kernel_sweep.jsonl", "JSONL file to write.")
 _WRITE = flags.DEFINE_boolean("write", True, "Write the fastest into the tables.")
-_ONLY = flags.DEFINE_list("only", [], "Files of pallas_kernels to sweep; none: all.")
+_ONLY = flags.DEFINE_list(
+  "only", [], "Files of pallas_kernels, or entries such as fp8.rows, to sweep; none: all."
+)
 _ROOT = Path(__file__).parents[1]
 
 
@@ -42,6 +44,10 @@ class Entry:
   key: str
   candidates: Sequence[Any]
   time: Callable[[], float]  # of all calls, in us, with the candidate in place
+
+  @property
+  def name(self) -> str:
+    return f"{self.module}.{self.key}"
 
 
 def grid(**choices) -> list[dict]:
@@ -81,6 +87,13 @@ _BF16 = [
   dict(block_m=m, block_n=n, block_k=64, max_concurrent_steps=steps, grid_block_n=8)
   for m, n, steps in ((128, 128, 4), (64, 256, 4), (128, 192, 4))
 ]
+_SCHEDULES = [
+  TuningConfig(stages=4, **c)
+  for c in (
+    *grid(cluster=(1, 2), skip_idle=(False, True)),
+    *grid(cluster=(2,), skip_idle=(True,), grid_tile_width=(4, 16)),
+  )
+]
 ENTRIES = (
   Entry("mxfp4", "nearest", grid(runs=(4, 8, 16)), _case("quantize_mxfp4 floor")),
   Entry("mxfp4", "stochastic", grid(runs=(2, 4, 8)), _case("quantize_mxfp4 rceil, stochastic")),
@@ -97,26 +110,13 @@ ENTRIES = (
   Entry(
     "grouped_matmul",
     "matmul",
-    [
-      TuningConfig(**c)
-      for c in (
-        *grid(stages=(4,), cluster=(1, 2), skip_idle=(False, True)),
-        *grid(stages=(4,), cluster=(2,), skip_idle=(True,), grid_tile_width=(4, 16)),
-        *grid(stages=(4,), compute_warpgroups=(2,), skip_idle=(True,)),
-      )
-    ],
+    [*_SCHEDULES, TuningConfig(compute_warpgroups=2, stages=5, skip_idle=True)],
     _gemms("fp8 fprop"),
   ),
   Entry(
     "grouped_matmul",
     "wgrad",
-    [
-      TuningConfig(**c)
-      for c in (
-        *grid(stages=(4,), cluster=(1, 2), skip_idle=(False, True)),
-        *grid(stages=(4,), cluster=(2,), skip_idle=(True,), grid_tile_width=(4, 16)),
-      )
-    ],
+    _SCHEDULES,
     _gemms("fp8 wgrad, float32 result"),
   ),
   Entry("bf16_matmul", "matmul", _BF16, _gemms("bf16 fprop", "bf16 dgrad")),
@@ -135,7 +135,7 @@ def sweep(entry: Entry):
         time_us, error = None, str(e).splitlines()[0][:200]
     yield {
       "kind": "sweep",
-      "table": f"{entry.module}.{entry.key}",
+      "table": entry.name,
       "candidate": timing.plain(candidate),
       "time_us": time_us,
       "error": error,
@@ -171,7 +171,7 @@ def with_table(source: str, table: dict[str, Any]) -> str:
   return "".join(lines)
 
 
-command_line.allow("only", [entry.module for entry in ENTRIES])
+command_line.allow("only", [name for entry in ENTRIES for name in (entry.module, entry.name)])
 
 
 def main(argv) -> None:
@@ -181,7 +181,7 @@ def main(argv) -> None:
   log = logs.Rewritten(_OUT.value, environment)
   best = {}
   for entry in ENTRIES:
-    if _ONLY.value and entry.module not in _ONLY.value:
+    if _ONLY.value and not {entry.module, entry.name}.intersection(_ONLY.value):
       continue
     rows = list(sweep(entry))
     for row, candidate in zip(rows, entry.candidates, strict=True):

@@ -188,7 +188,7 @@ def grouped_matmul(
       def work():
         total = each_slot(config, first_slot, k_steps, step, zeros(BLOCK))
         sums = [columns_of(total, piece) for piece in PIECES]
-        store(ring, config, wg, sums, out, row + offset, (begin, end), column * BLOCK)
+        store(ring, wg, sums, out, row + offset, (begin, end), column * BLOCK)
 
       unless_idle(ring, config, begin < end, work, first_slot, k_steps)
       return slot_after(config, first_slot, k_steps)
@@ -289,7 +289,7 @@ def grouped_wgrad(
 
       def work():
         sums = each_slot(config, first_slot, count, step, (zeros(SLICE),) * len(PIECES))
-        store(ring, config, wg, sums, out.at[group], offset, (0, end), column * BLOCK)
+        store(ring, wg, sums, out.at[group], offset, (0, end), column * BLOCK)
 
       unless_idle(ring, config, end > 0, work, first_slot, count)
       return slot_after(config, first_slot, count)

@@ -7,6 +7,7 @@ copies have landed and `empty` when every compute warpgroup is done with it.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from pallas_kernels.wgmma import BLOCK, OPERAND, WAVE
 
 SLICE = 64  # columns of a product that are stored together
 PIECES = tuple(pl.ds(c, SLICE) for c in range(0, BLOCK, SLICE))
+STAGING = 16 * 1024  # bytes of SMEM through which a warpgroup's results go to memory
 NUM_SMS = 132  # of an H100 or H200, for lowering where there is none
 
 
@@ -29,7 +31,6 @@ class TuningConfig:
 
   compute_warpgroups: int = 3
   stages: int = 3
-  out_buffers: int = 1  # slices of columns on their way through SMEM to memory at a time
   cluster: int = 1  # CTAs with neighbouring columns that load their rows of lhs together
   skip_idle: bool = False  # warpgroups without a row of the group multiply nothing
   grid_tile_width: int = 8  # columns of output tiles that neighbouring CTAs sweep together
@@ -169,11 +170,12 @@ def launch(fill, multiply, out_type, config, interpret, copies, column_scales=Fa
       for slot in range(slots):  # every barrier must be waited for as often as it completes
         plgpu.barrier_wait(ring["empty"].at[slot])
 
+  staged = STAGING // (WAVE * SLICE * out_type.dtype.itemsize)
   scratch = dict(
     lhs=plgpu.SMEM((slots, config.tile_m, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
     rhs=plgpu.SMEM((slots, BLOCK, BLOCK), jnp.float8_e4m3fn, transforms=OPERAND),
     lhs_scales=plgpu.SMEM((slots, config.tile_m), jnp.float32),
-    out=plgpu.SMEM((wgs, config.out_buffers, WAVE, SLICE), out_type.dtype),
+    out=plgpu.SMEM((wgs, staged, WAVE, SLICE), out_type.dtype),
     full=plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
     empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=slots),
   )
@@ -196,28 +198,34 @@ def launch(fill, multiply, out_type, config, interpret, copies, column_scales=Fa
   )
 
 
-def store(ring, config, wg, sums, out, row, rows, column):
+def store(ring, wg, sums, out, row, rows, column):
   """Stores rows[0]:rows[1] of a wave's sums, one for each of PIECES, at out[row:, column:].
 
   Copies have static shapes, so a wave cut by the ends of its group takes one for each bit of its
-  number of rows. A slice of columns at a time keeps the buffers small.
+  number of rows.
   """
-  begin, end = rows
-  for i, (piece, total) in enumerate(zip(PIECES, sums, strict=True)):
-    out_smem = ring["out"].at[wg, i % config.out_buffers]
-    columns = pl.ds(column + piece.start, SLICE)
-    plgpu.wait_smem_to_gmem(config.out_buffers - 1, wait_read_only=True)
-    out_smem[...] = total.astype(out.dtype)
+  begin, count = rows[0], rows[1] - rows[0]
+  staging = ring["out"].at[wg]
+  staged = staging.shape[0]
+  for first in range(0, len(PIECES), staged):
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for i in range(staged):
+      staging[i] = sums[first + i].astype(out.dtype)
     plgpu.commit_smem()
-    start, count = begin, end - begin
-    for size in (64, 32, 16, 8, 4, 2, 1):
-      # The full wave is the common case: its static start lets it be one plain copy.
-      begins = 0 if size == WAVE else start
 
-      @pl.when(count & size != 0)
-      def _(start=begins, size=size, columns=columns, out_smem=out_smem):
+    def copy(start, size, first=first):
+      for i in range(staged):
+        columns = pl.ds(column + PIECES[first + i].start, SLICE)
         target = out.at[pl.ds(row + start, size), columns]
-        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(start, size)], target, commit_group=False)
+        plgpu.copy_smem_to_gmem(staging.at[i, pl.ds(start, size)], target, commit_group=False)
 
-      start = start + (count & size)
+    pl.when(count == WAVE)(functools.partial(copy, 0, WAVE))
+
+    @pl.when(count < WAVE)
+    def _(copy=copy):
+      start = begin
+      for size in (32, 16, 8, 4, 2, 1):
+        pl.when(count & size != 0)(functools.partial(copy, start, size))
+        start = start + (count & size)
+
     plgpu.commit_smem_to_gmem_group()

@@ -39,7 +39,7 @@ def test_a_table_is_replaced_and_nothing_else(name):
 
 
 def test_every_entry_of_every_table_is_swept():
-  swept = {f"{entry.module}.{entry.key}" for entry in kernel_sweep.ENTRIES}
+  swept = {entry.name for entry in kernel_sweep.ENTRIES}
   assert swept == kernel_timing.tuning().keys()
 
 
