@@ -23,7 +23,7 @@ from fp4jax.models import ModelConfig
 def get_config() -> Experiment:
   config = Experiment(
     recipes=Names(("bf16", "hopper_fp4", "fp8")),
-    bf16_seeds=2,
+    seeds=4,
     steps=2000,
     log_every=10,
     eval_every=100,
@@ -44,6 +44,7 @@ def get_config() -> Experiment:
   )
   config.quantize.attention = False
   config.data.sequence_length = 512
+  config.data.batch_size = 8
   config.optimizer.learning_rate = 5e-4
   config.optimizer.warmup_steps = 100
   return config
