@@ -171,7 +171,7 @@ def with_table(source: str, table: dict[str, Any]) -> str:
   return "".join(lines)
 
 
-command_line.allow("only", [name for entry in ENTRIES for name in (entry.module, entry.name)])
+command_line.allow("only", [*(e.module for e in ENTRIES), *(e.name for e in ENTRIES)])
 
 
 def main(argv) -> None:

@@ -6,6 +6,7 @@ Works on a run that is still going or was killed: what can't be known yet is Non
 import dataclasses
 import functools
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable
@@ -266,6 +267,7 @@ def _gap(recipe: str, validation: dict[str, dict], runs: dict[str, list[Row]]) -
     verdict = "within noise" if abs(percent) <= noise else "above noise"
   return {
     "percent": percent,
+    "standard_error_percent": _standard_error(percents),
     "step_0_percent": _mean(paired(0)),  # before training: of the forward pass's rounding alone
     "noise_percent": noise,
     "verdict": verdict,
@@ -332,6 +334,10 @@ def _notes(records: Records, runs: dict[str, list[Row]]) -> list[str]:
 def _mean(values: Iterable[float | None]) -> float | None:
   known = [value for value in values if value is not None]
   return statistics.fmean(known) if known else None
+
+
+def _standard_error(values: list[float]) -> float | None:
+  return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def _ratio(value: float | None, reference: float | None) -> float | None:

@@ -209,6 +209,7 @@ def store(ring, wg, sums, out, row, rows, column):
   staged = staging.shape[0]
   for first in range(0, len(PIECES), staged):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    # An array each: halves of one that is twice as wide, as Mosaic swizzles it, came out wrong.
     for i in range(staged):
       staging[i] = sums[first + i].astype(out.dtype)
     plgpu.commit_smem()

@@ -196,6 +196,7 @@ def test_losses_gaps_and_noise_by_hand(tmp_path):
   assert bf16["gap"]["verdict"] == "reference"
   # Paired by seed: +1 % and +3 %. BF16's spread: 0.1 / 2.05 = 4.878 %.
   assert close["gap"]["percent"] == pytest.approx(2.0)
+  assert close["gap"]["standard_error_percent"] == pytest.approx(1.0)
   assert close["gap"]["noise_percent"] == pytest.approx(4.8780488)
   assert close["gap"]["verdict"] == "within noise"
   assert far["gap"]["percent"] == pytest.approx(10.0)
@@ -263,6 +264,7 @@ def test_one_seed_has_no_spread_and_unknown_noise(tmp_path):
   assert found["r"]["validation_loss"]["spread"] is None
   assert found["r"]["gap"]["percent"] == pytest.approx(5.0)
   assert found["r"]["gap"]["noise_percent"] is None
+  assert found["r"]["gap"]["standard_error_percent"] is None
   assert found["r"]["gap"]["verdict"] == "one seed: noise unknown"
 
 
@@ -461,7 +463,9 @@ def test_a_gap_within_the_noise_reads_so(tmp_path):
     tmp_path, {"bf16": [2.0, 2.1], "close": [2.02, 2.163], "far": [2.2, 2.31]}
   )
   text = page_without_plotly(report.write_report(workdir)).replace("\N{NO-BREAK SPACE}", " ")
-  assert re.search(r'<td class="noise">\+2\.00 %<small>within noise</small>', text)
+  assert re.search(
+    r'<td class="noise">\+2\.00 %<small>within noise</small>\s*<small>± 1\.00 % over seeds', text
+  )
   assert re.search(r'<td class="clear">\+10\.00 %<small>above noise</small>', text)
 
 

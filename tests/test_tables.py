@@ -1,11 +1,13 @@
 """The tables in the READMEs are what the committed rows say."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from matplotlib import pyplot as plt
 
 from configs import demo
-from experiments import kernel_tables, logs, tables
+from experiments import kernel_tables, logs, pictures, tables
 from experiments.train import make_trainer, policy_of, saved_activation_bytes
 from fp4jax import recipes
 
@@ -22,12 +24,6 @@ def rows(name):
     ("README.md", "demo", lambda: tables.losses_table(rows("demo"))),
     ("README.md", "step_time", lambda: tables.step_time_table(rows("step_time"))),
     ("README.md", "moe_1b", lambda: tables.losses_table(rows("moe_1b"))),
-    ("README.md", "moe_1b_again", lambda: tables.losses_table(rows("moe_1b_again"))),
-    (
-      "README.md",
-      "moe_1b_seeds",
-      lambda: tables.gaps_of_runs_table({name: rows(name) for name in tables.RUNS_OF_1B}),
-    ),
     ("README.md", "moe_1b_gradients", lambda: tables.gradients_table(rows("moe_1b_gradients"))),
     (
       "README.md",
@@ -57,42 +53,48 @@ def test_readmes_hold_the_tables_of_the_rows(readme, name, content):
   assert tables.fill(text, name, "something else") != text
 
 
+def losses(runs):
+  """Rows of {(recipe, seed): {step: loss}}."""
+  return [
+    {"kind": "validation", "recipe": recipe, "seed": seed, "step": step, "loss": loss}
+    for (recipe, seed), own in runs.items()
+    for step, loss in own.items()
+  ]
+
+
 def test_the_pictures_gaps_begin_before_training():
-  losses = {("bf16", 0): (4.0, 5.0), ("bf16", 2): (2.0, 2.5)}
-  losses |= {("r", 0): (4.04, 5.1), ("r", 2): (2.2, 2.5)}
-  found = tables.gaps_to_bf16(
-    [{"kind": "environment"}]
-    + [
-      {"kind": "validation", "recipe": recipe, "seed": seed, "step": step, "loss": loss}
-      for (recipe, step), own in losses.items()
-      for seed, loss in enumerate(own)
-    ]
-  )
+  runs = {("bf16", 0): {0: 4.0, 2: 2.0}, ("bf16", 1): {0: 5.0, 2: 2.5}}
+  runs |= {("r", 0): {0: 4.04, 2: 2.2}, ("r", 1): {0: 5.1, 2: 2.5}}
+  found = pictures.gaps_to_bf16([{"kind": "environment"}, *losses(runs)])
   assert found["bf16"] == {0: [0.0, 0.0], 2: [0.0, 0.0]}
   assert found["r"] == {0: pytest.approx([1.0, 2.0]), 2: pytest.approx([10.0, 0.0])}
 
 
-def test_gaps_of_runs_are_to_the_mean_of_their_seeds_bf16_runs():
-  losses = {
-    ("a", 0, "bf16"): {500: 1.0, 1100: 2.0, 1200: 1.0, 2000: 1.0},
-    ("b", 0, "bf16"): {500: 3.0, 1100: 2.0},
-    ("b", 0, "fp8"): {400: 9.0, 500: 2.2, 1100: 2.0, 1200: 1.1, 2000: 1.3},
-    ("b", 1, "fp8"): {500: 2.2, 1100: 2.0},
-  }
+def test_a_gaps_error_is_of_its_mean_over_pairs_of_one_seed():
+  runs = {("bf16", 0): {5: 2.0}, ("bf16", 1): {5: 4.0}, ("r", 0): {5: 2.02}, ("r", 1): {5: 4.12}}
+  gap = {"percent": 2.0, "step": 5, "noise_percent": 66.7, "verdict": "within noise"}
+  recipe = {"kind": "recipe", "validation_loss": {"mean": 3.0}, "gap": gap}
+  recipe |= {"saved_activation_bytes_per_token": 1000}
   environment = {"kind": "environment", "git_dirty": None, "git_commit": "0" * 40, "device": "d"}
-  runs = {"a": [environment], "b": [environment | {"git_dirty": True}]}
-  for (name, seed, recipe), own in losses.items():
-    row = {"kind": "validation", "seed": seed, "recipe": recipe}
-    runs[name] += [row | {"step": step, "loss": loss} for step, loss in own.items()]
-  assert tables.gaps_of_runs_table(runs).splitlines()[2:] == [
-    "| 0 | `bf16` | mosaic | `a` | -25.0 % | +0.0 % |",
-    "| 0 | `bf16` | mosaic | `b` | +25.0 % |  |",
-    "| 0 | `fp8` | mosaic | `b` | +5.0 % | +20.0 % |",
-    "| 1 | `fp8` | mosaic | `b` |  |  |",
-    "",
-    "`a`: Device: d. Commit 000000000.  ",
-    "`b`: Device: d. Commit 000000000, with uncommitted changes.",
-  ]
+  entropy = {"kind": "entropy", "unigram_entropy_nats": 3.0}
+  rows = [environment, entropy, *losses(runs)]
+  table = tables.losses_table([*rows, recipe | {"recipe": "bf16"}, recipe | {"recipe": "r"}])
+  line = "| `r` | 3.0000 | +2.00 ± 1.00 % | 66.70 % | within noise | 1,000 |"
+  assert line in table.splitlines()
+  one = [row for row in rows if row.get("seed") != 1]
+  assert "| +2.00 % |" in tables.losses_table([*one, recipe | {"recipe": "r"}])
+
+
+def test_a_picture_of_seeds_has_a_line_for_each_and_one_for_their_mean(tmp_path):
+  curve = {0: 2.0, 10: 1.0, 20: 0.9}
+  runs = {(recipe, seed): curve for recipe in ("bf16", "fp8", "mxfp4") for seed in (0, 1, 2)}
+  drawn = []
+  with mock.patch.object(pictures, "_save", lambda figure, path: drawn.append(figure)):
+    pictures.seeds_picture(losses(runs), tmp_path / "seeds.svg")
+  (figure,) = drawn
+  assert [axes.get_title("left") for axes in figure.axes] == ["fp8", "mxfp4"]
+  assert [len(axes.lines) for axes in figure.axes] == [1 + 3 + 1] * 2  # beside that of no gap
+  plt.close(figure)
 
 
 def test_gradients_of_the_experts_are_of_the_most_batches():
