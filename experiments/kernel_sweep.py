@@ -124,6 +124,11 @@ ENTRIES = (
 )
 
 
+def chosen(only: Sequence[str]) -> list[Entry]:
+  """The entries of these files or names; all, where there is none."""
+  return [entry for entry in ENTRIES if not only or {entry.module, entry.name} & set(only)]
+
+
 def sweep(entry: Entry):
   """Rows of all candidates; those that do not fit the chip have no time."""
   table = importlib.import_module(f"pallas_kernels.{entry.module}").TUNING
@@ -180,9 +185,7 @@ def main(argv) -> None:
   environment = {"kind": "environment"} | describe_environment(COMMIT.value)
   log = logs.Rewritten(_OUT.value, environment)
   best = {}
-  for entry in ENTRIES:
-    if _ONLY.value and not {entry.module, entry.name}.intersection(_ONLY.value):
-      continue
+  for entry in chosen(_ONLY.value):
     rows = list(sweep(entry))
     for row, candidate in zip(rows, entry.candidates, strict=True):
       log.write(row)

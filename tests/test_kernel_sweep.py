@@ -50,3 +50,9 @@ def test_candidates_are_of_the_kind_in_the_table(entry):
     assert type(candidate) is type(now)
     if isinstance(now, dict):
       assert candidate.keys() == now.keys()
+
+
+def test_files_and_entries_are_chosen_by_name():
+  names = [entry.name for entry in kernel_sweep.chosen(["fp8", "widen.columns"])]
+  assert names == ["fp8.rows", "widen.columns"]
+  assert kernel_sweep.chosen([]) == list(kernel_sweep.ENTRIES)
