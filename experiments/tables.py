@@ -6,13 +6,11 @@ python -m experiments.tables                        # results/*.jsonl become REA
 """
 
 import re
-import statistics
 from pathlib import Path
 
 from absl import app, flags
 
 from experiments import command_line, kernel_tables, logs, pictures
-from experiments.pictures import gaps_to_bf16
 from experiments.summary import read_records, summarize_records
 
 _COLLECT = flags.DEFINE_string(
@@ -40,9 +38,6 @@ def collect(workdir: Path, out: Path) -> None:
 
 
 def losses_table(rows: list[Row]) -> str:
-  """A gap is the mean over the seeds of each run's gap to BF16 of its seed, plus or minus its
-  standard error."""
-  gaps = gaps_to_bf16(rows)
   lines = [
     "| recipe | validation loss, nats/token | gap to BF16 | BF16 seed spread | reads as |"
     " saved activations, bytes/token |",
@@ -55,8 +50,7 @@ def losses_table(rows: list[Row]) -> str:
     if row["recipe"] == "bf16":
       difference, noise, verdict = "reference", "", ""
     else:
-      by_seed, verdict = gaps[row["recipe"]][gap["step"]], gap["verdict"]
-      error = statistics.stdev(by_seed) / len(by_seed) ** 0.5 if len(by_seed) > 1 else None
+      error, verdict = gap["standard_error_percent"], gap["verdict"]
       difference = f"{gap['percent']:+.2f}" + ("" if error is None else f" ± {error:.2f}") + " %"
       noise = "" if gap["noise_percent"] is None else f"{gap['noise_percent']:.2f} %"
     lines.append(

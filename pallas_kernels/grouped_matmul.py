@@ -111,6 +111,7 @@ def grouped_matmul(
   the last group, but no output depends on those: they may be NaN.
   """
   _check_operands(lhs, rhs, group_sizes)
+  _check_result(out_dtype)
   (m, k), (e, n, rhs_k) = lhs.shape, rhs.shape
   if k != rhs_k:
     raise ValueError(f"lhs has {k=}, rhs has k={rhs_k}")
@@ -217,6 +218,7 @@ def grouped_wgrad(
   end of a group is zeros. Tiles past the last group are never read; an empty group gives zeros.
   """
   _check_operands(lhs, rhs, group_sizes)
+  _check_result(out_dtype)
   (k, t), (n, rhs_t), (e,) = lhs.shape, rhs.shape, group_sizes.shape
   if t != rhs_t:
     raise ValueError(f"lhs has {t=}, rhs has t={rhs_t}")
@@ -316,6 +318,11 @@ def _check_operands(lhs, rhs, group_sizes):
     raise ValueError(f"{lhs.shape=}, {rhs.shape=}, {group_sizes.shape=}: wrong ranks")
   if not (lhs.size and rhs.size and group_sizes.size):
     raise ValueError(f"{lhs.shape=}, {rhs.shape=} or {group_sizes.shape=} is empty")
+
+
+def _check_result(out_dtype):
+  if jnp.dtype(out_dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+    raise TypeError(f"out_dtype is {jnp.dtype(out_dtype)}, not float32 or bfloat16")
 
 
 def _check_sizes(group_sizes, limit, tile=1):

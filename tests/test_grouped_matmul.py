@@ -44,13 +44,17 @@ TUNED = "as tuned"  # what a call without a config runs
 
 
 def runs(cases, many):
-  """Emulation is slow: every case with one variant, and the first one with the others.
+  """(implementation, variant, case, dtype of the result).
 
-  It knows no clusters.
+  Emulation is slow: every case with one variant, and the first one with the others and with a
+  bfloat16 result, which is staged in another way. It knows no clusters.
   """
   first, *others = [name for name, config in gm.VARIANTS.items() if config.cluster == 1]
-  emulated = [(first, case) for case in cases] + [(variant, cases[0]) for variant in others]
-  on_gpu = [(variant, case) for variant in (*gm.VARIANTS, TUNED) for case in [*cases, many]]
+  emulated = [(first, case, jnp.float32) for case in cases]
+  emulated += [(variant, cases[0], jnp.float32) for variant in others]
+  emulated += [(first, cases[0], jnp.bfloat16)]
+  ways = [(variant, jnp.float32) for variant in (*gm.VARIANTS, TUNED)] + [(TUNED, jnp.bfloat16)]
+  on_gpu = [(variant, case, dtype) for variant, dtype in ways for case in [*cases, many]]
   return [
     *(pytest.param("mosaic-interpret", *run) for run in emulated),
     *(pytest.param("mosaic", *run, marks=pytest.mark.gpu) for run in on_gpu),
@@ -107,40 +111,44 @@ def wgrad_operands(t, k, n, sizes):
 
 
 @pytest.mark.parametrize(
-  ("implementation", "variant", "case"), runs(MATMULS, (sum(EXPERTS_256) + 9, EXPERTS_256))
+  ("implementation", "variant", "case", "dtype"),
+  runs(MATMULS, (sum(EXPERTS_256) + 9, EXPERTS_256)),
 )
-def test_matmul_equals_reference(implementation, variant, case):
+def test_matmul_equals_reference(implementation, variant, case, dtype):
   m, sizes = case
   k = 384  # three steps: no multiple of the ring
   n = 256 if implementation == "mosaic-interpret" else 1408  # 11 tiles: more than a strip
   group_sizes = jnp.array(sizes, jnp.int32)
   operands = matmul_operands(m, k, n, sizes)
-  out = run(
-    gm.grouped_matmul, implementation, variant, *operands, group_sizes, out_dtype=jnp.float32
-  )
+  out = run(gm.grouped_matmul, implementation, variant, *operands, group_sizes, out_dtype=dtype)
   used = sum(sizes)
   reference = gm.grouped_matmul_reference(*operands, group_sizes, out_dtype=jnp.float32)
   magnitudes = gm.grouped_matmul_reference(
     *magnitudes_of(operands), group_sizes, out_dtype=jnp.float32
   )
   bound = np.asarray(error_bound(reference, magnitudes, k, out.dtype))
-  assert np.all(np.abs(out - reference)[:used] <= bound[:used])
+  assert out.dtype == dtype
+  assert np.all(np.abs(out.astype(np.float32) - reference)[:used] <= bound[:used])
   if implementation == "mosaic-interpret":
     # The emulator hands out memory full of NaN: these rows were not written.
     assert np.all(np.isnan(out[used:]))
 
 
-@pytest.mark.parametrize(("implementation", "variant", "case"), runs(WGRADS, (256, EXPERTS_256)))
-def test_wgrad_equals_reference(implementation, variant, case):
+@pytest.mark.parametrize(
+  ("implementation", "variant", "case", "dtype"), runs(WGRADS, (256, EXPERTS_256))
+)
+def test_wgrad_equals_reference(implementation, variant, case, dtype):
   k, sizes = case
   n = 128 if implementation == "mosaic-interpret" else 1408  # 11 tiles: more than a strip
   t = 128 * (2 + sum(-(-s // 128) for s in sizes))
   group_sizes = jnp.array(sizes, jnp.int32)
   operands = wgrad_operands(t, k, n, sizes)
-  out = run(gm.grouped_wgrad, implementation, variant, *operands, group_sizes)
+  out = run(gm.grouped_wgrad, implementation, variant, *operands, group_sizes, out_dtype=dtype)
   reference = gm.grouped_wgrad_reference(*operands, group_sizes)
   magnitudes = gm.grouped_wgrad_reference(*magnitudes_of(operands), group_sizes)
-  assert np.all(np.abs(out - reference) <= error_bound(reference, magnitudes, t, out.dtype))
+  bound = error_bound(reference, magnitudes, t, out.dtype)
+  assert out.dtype == dtype
+  assert np.all(np.abs(out.astype(np.float32) - reference) <= bound)
 
 
 @pytest.mark.gpu
@@ -266,6 +274,8 @@ def test_refuses_wrong_operands():
     gm.grouped_matmul(lhs[:, :200], lhs_scales, rhs[:, :, :200], rhs_scales, sizes)
   with pytest.raises(TypeError, match="group_sizes is float32"):
     gm.grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, sizes.astype(jnp.float32))
+  with pytest.raises(TypeError, match="out_dtype is float16, not float32 or bfloat16"):
+    gm.grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, sizes, out_dtype=jnp.float16)
   for bad in ([-1, 5], [200, 57]):
     with pytest.raises(ValueError, match="group_sizes="):
       gm.grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, jnp.array(bad, jnp.int32))
@@ -282,6 +292,9 @@ def test_wgrad_refuses_wrong_operands():
   with pytest.raises(TypeError, match="rhs_scales is float16, not float32"):
     half = rhs_scales.astype(jnp.float16)
     gm.grouped_wgrad(lhs, lhs_scales, rhs, half, jnp.array([100, 100], jnp.int32))
+  with pytest.raises(TypeError, match="out_dtype is int8"):
+    sizes = jnp.array([100, 100], jnp.int32)
+    gm.grouped_wgrad(lhs, lhs_scales, rhs, rhs_scales, sizes, out_dtype=jnp.int8)
   # 129 tokens take two tiles of 128: three tiles are 384 rows of the 256.
   for bad in ([-1, 5], [129, 1], [257]):
     with pytest.raises(ValueError, match="need more than 256"):
