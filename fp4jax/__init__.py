@@ -21,8 +21,10 @@ from fp4jax.formats import (
 )
 from fp4jax.grouped import grouped_dot
 from fp4jax.moe_ffn import moe_ffn
+from fp4jax.operands import init_state
 from fp4jax.quantization import QuantizedArray, dequantize, fake_quantize, quantize
-from fp4jax.recipe import Gemm, Hadamard, Operand, Recipe, Residual
+from fp4jax.quantizers import Hadamard, Operand
+from fp4jax.recipe import Gemm, Recipe, Residual
 from fp4jax.transforms import hadamard
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
   "fake_quantize",
   "grouped_dot",
   "hadamard",
+  "init_state",
   "moe_ffn",
   "nnx",
   "quantize",

@@ -22,12 +22,11 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from fp4jax import float_bits as fb
 from fp4jax import quantization as qz
-from fp4jax.formats import BlockFormat, Rounding
+from fp4jax.formats import WHOLE, Format, Rounding, Slices
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +102,7 @@ class ErrorDecomposition:
       cross_scale_grid=_ratio(2 * scale_grid, error),
       cross_scale_deadzone=_ratio(2 * scale_dead, error),
       cosine=_ratio(scale_grid, jnp.sqrt(scale_2) * jnp.sqrt(grid_2)),
-      sqnr_db=10 * (jnp.log10(energy) - jnp.log10(error)),
+      sqnr_db=_decibels(energy, error),
       gain=1 + _ratio(x_error, energy),
       flushed=_ratio(flushed, count),
       clipped=_ratio(clipped, count),
@@ -127,9 +126,16 @@ def _ratio(numerator, denominator):
   return jnp.where(denominator == 0, 0.0, numerator / jnp.where(denominator == 0, 1, denominator))
 
 
+def _decibels(energy, error):
+  """10 log10(energy / error); infinite where nothing was lost."""
+  exact = error == 0
+  ratio = jnp.log10(energy) - jnp.log10(jnp.where(exact, 1, error))
+  return 10 * jnp.where(exact, jnp.inf, ratio)
+
+
 def decompose(
-  x: Float[Array, "*s"],
-  fmt: BlockFormat,
+  x: ArrayLike,
+  fmt: Format,
   axis: int = -1,
   *,
   rounding: Rounding = "nearest",
@@ -150,19 +156,25 @@ def decompose(
     dtype: dtype of the differences: float32, in which the parts sum to the total within one ulp of
       x, or float64 (under jax_enable_x64), in which they sum exactly.
   """
-  axis = qz.check_arguments(x, fmt, axis, rounding, key)
+  x, axis = qz.check_arguments(x, fmt, axis, rounding, key)
   if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
     raise ValueError("dtype=float64 needs jax.config.update('jax_enable_x64', True)")
-  r = qz.round_blocks(x, fmt, axis, rounding, key)
-  ideal_scale = fb.multiply(r.amax, jnp.full_like(r.amax, 1 / fmt.q_max, jnp.float32))
-  ideal_scale = jnp.maximum(ideal_scale, 2.0**-126)
-  ideal_scaled = fb.multiply(r.magnitude, 1.0 / ideal_scale)
-  ideal = fb.round_to_grid(ideal_scaled, fmt.element_dtype, r.random_bits) * ideal_scale
-  ideal = jnp.copysign(ideal, r.elements)
-  in_deadzone = (ideal_scaled < fmt.q_min / 2).reshape(x.shape)
-  quantized = qz.values(r.elements, r.scales, r.tensor_scale, fmt)
+  return decompose_slices(x, fmt, axis, rounding, key, WHOLE, dtype)
 
-  x, quantized, ideal = (a.reshape(x.shape).astype(dtype) for a in (x, quantized, ideal))
+
+def decompose_slices(
+  x: Float[Array, "*s"],
+  fmt: Format,
+  axis: int,
+  rounding: Rounding,
+  key: jax.Array | None,
+  slices: Slices,
+  dtype: DTypeLike = jnp.float32,
+) -> ErrorDecomposition:
+  """`decompose` where several slices have a scale each. Arguments as `check_arguments` passes."""
+  r = qz.round_blocks(x, fmt, axis, rounding, key, slices)
+  ideal, in_deadzone = fmt.ideal(r)
+  x, quantized, ideal = (a.astype(dtype) for a in (x, fmt.values(r), ideal))
   ideal_error = ideal - x
   return ErrorDecomposition(
     x=x,
@@ -170,5 +182,5 @@ def decompose(
     scale_bias=quantized - ideal,
     deadzone=jnp.where(in_deadzone, ideal_error, 0),
     grid_noise=jnp.where(in_deadzone, 0, ideal_error),
-    clipped=(r.scaled > fmt.q_max).reshape(x.shape),
+    clipped=fmt.clipped(r),
   )

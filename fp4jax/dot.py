@@ -11,20 +11,19 @@ is m, the free axes of lhs.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Never
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
 from fp4jax import operands as ops
+from fp4jax.formats import WHOLE, Slices, is_format
 from fp4jax.implementation import Implementation, choose, device_obstacle
 from fp4jax.linear import linear
-from fp4jax.mosaic import gemms as mosaic_gemms
-from fp4jax.mosaic import linear as mosaic_linear
+from fp4jax.mosaic import gemms as mosaic
 from fp4jax.recipe import Recipe
 
 
@@ -33,8 +32,9 @@ def dot_general(
   *operands: Never,
   key: jax.Array | None = None,
   tap: ops.Tap | None = None,
+  state: ops.State | None = None,
   implementation: Implementation | None = None,
-) -> Callable[..., Array]:
+) -> "DotGeneral":
   """A drop-in for `lax.dot_general` that computes forward and backward as `recipe` says.
 
   Args:
@@ -43,31 +43,61 @@ def dot_general(
     key: seeds stochastic rounding; give each call of each step its own. Operands and GEMMs of one
       call draw apart from each other.
     tap: see `operands.new_tap`; read by "xla" alone.
+    state: of quantizers that have one, see `init_state`; read by "xla" alone.
     implementation: see `fp4jax.implementation`. "mosaic" serves recipes with FP8 operands, in
       bfloat16 without batch axes; plain dtypes are left to XLA's own matmul.
   Returns:
     A function of (lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None). Its
     result has the dtype that `lax.dot_general` would give it; `precision` must be left None.
   Raises:
-    ValueError: a stochastic recipe without a key, or what makes `implementation` impossible.
-    TypeError: what is no recipe, operands that are not arrays of float32, bfloat16 or float16, or
-      that `lax.dot_general` itself refuses.
+    ValueError: a stochastic recipe without a key, one with state without it, or what makes
+      `implementation` impossible.
+    TypeError: what is no recipe or no key, operands that are not arrays of float32, bfloat16 or
+      float16, or that `lax.dot_general` itself refuses.
   """
   if operands:
     raise TypeError(
       "dot_general takes the recipe: call dot_general(recipe)(x, w, dimension_numbers)"
     )
   ops.check_recipe_and_keys(recipe, [key])
+  ops.check_state(recipe, state)
+  return DotGeneral(recipe, key, tap, state, implementation)
 
-  def apply(
-    lhs: Array,
-    rhs: Array,
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DotGeneral:
+  """What `dot_general` returns. Equal to another of the same recipe, and hashable.
+
+  So two models with equal recipes are equal and share a trace. Keys, taps and states are compared
+  by identity, for arrays have no equality.
+  """
+
+  recipe: Recipe
+  key: jax.Array | None = None
+  tap: ops.Tap | None = None
+  state: ops.State | None = None
+  implementation: Implementation | None = None
+
+  def _identity(self):
+    return self.recipe, self.implementation, id(self.key), id(self.tap), id(self.state)
+
+  def __eq__(self, other):
+    return isinstance(other, DotGeneral) and self._identity() == other._identity()
+
+  def __hash__(self):
+    return hash(self._identity())
+
+  def __call__(
+    self,
+    lhs: ArrayLike,
+    rhs: ArrayLike,
     dimension_numbers: lax.DotDimensionNumbers,
     precision: None = None,
     preferred_element_type: DTypeLike | None = None,
     **unsupported,
   ) -> Array:
-    ops.check_operands(lhs=lhs, rhs=rhs)
+    recipe = self.recipe
+    lhs, rhs = ops.to_operands(lhs=lhs, rhs=rhs)
     if precision is not None:
       raise ValueError(f"{precision=}: recipe {recipe.name!r} sets the precision of each GEMM")
     for name, value in unsupported.items():
@@ -75,14 +105,29 @@ def dot_general(
         raise ValueError(f"dot_general with a recipe does not support {name}={value!r}")
     result = _result_of_lax(lhs, rhs, dimension_numbers, preferred_element_type)
     lhs3, rhs3 = _canonical(lhs, rhs, dimension_numbers)
-    if choose(implementation, _obstacle(recipe, tap, lhs3, rhs3, result.dtype)) == "mosaic":
-      slots = mosaic_linear.Slots.of_one_matrix(len(lhs3))
-      out = mosaic_linear.linear(recipe, slots, lhs3, rhs3[None])
+    obstacle = self._obstacle(lhs3, rhs3, result.dtype)
+    implementation = choose(self.implementation, obstacle)
+    if implementation == "mosaic":
+      layout, rhs3 = mosaic.Slots.of_one_matrix(len(lhs3)), rhs3[None]
     else:
-      out = linear(recipe, result.dtype, _OneMatrix(), lhs3, rhs3, key, tap)
+      layout = _OneMatrix(lhs3.ndim - 2)
+    keys, state = ops.Keys.of(self.key), self.state or {}
+    out = linear(recipe, implementation, result.dtype, layout, lhs3, rhs3, keys, self.tap, state)
     return out.reshape(result.shape)
 
-  return apply
+  def _obstacle(self, lhs, rhs, dtype):
+    """Why the kernels can't compute lhs (*b, m, k) @ rhs (*b, k, n) in `dtype`."""
+    if why := device_obstacle():
+      return why
+    if lhs.ndim == 3:
+      return "the kernels take no batch axes"
+    if not any(is_format(quantizer.format) for _, quantizer in self.recipe.operands()):
+      return f"recipe {self.recipe.name!r} quantizes nothing: XLA's own matmul serves it"
+    if dtype != jnp.bfloat16:
+      return f"the kernels return bfloat16, not {dtype.name}"
+    (m, k), n = lhs.shape, rhs.shape[1]
+    watched = (self.tap, self.state or None)
+    return mosaic.obstacle(self.recipe, watched, m, {"k": k, "n": n}, lhs=lhs, rhs=rhs)
 
 
 def _result_of_lax(lhs, rhs, dimension_numbers, preferred_element_type):
@@ -115,24 +160,21 @@ def _canonical(lhs, rhs, dimension_numbers):
   return lhs3, rhs3
 
 
-def _obstacle(recipe, tap, lhs, rhs, dtype):
-  """Why the kernels can't compute lhs (*b, m, k) @ rhs (*b, k, n) in `dtype`."""
-  if why := device_obstacle():
-    return why
-  if lhs.ndim == 3:
-    return "the kernels take no batch axes"
-  if not recipe.fprop.lhs.is_quantized:
-    return f"recipe {recipe.name!r} quantizes nothing: XLA's own matmul serves it"
-  if dtype != jnp.bfloat16:
-    return f"the kernels return bfloat16, not {dtype.name}"
-  (m, k), n = lhs.shape, rhs.shape[1]
-  return mosaic_gemms.obstacle(recipe, (tap,), m, {"k": k, "n": n}, lhs=lhs, rhs=rhs)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _OneMatrix:
   """The layout of a plain matmul: every row meets the same weights."""
+
+  batch: int = dataclasses.field(metadata={"static": True})  # axes in front
+
+  rows_in = rows_out = None
+
+  @property
+  def slices(self) -> Slices:
+    """Each entry of a batch is a GEMM of its own."""
+    return Slices(self.batch) if self.batch else WHOLE
+
+  weight_slices = group_slices = slices
 
   def rows(self, x):
     return x
@@ -141,16 +183,16 @@ class _OneMatrix:
     return x
 
   def fprop(self, x, w):
-    return _product(x, w, -1, -2)
+    return self._product(x, w, [-1], [-2])
 
   def dgrad(self, dy, w):
-    return _product(dy, w, -1, -1)
+    return self._product(dy, w, [-1], [-1])
 
   def wgrad(self, x, dy):
-    return _product(x, dy, -2, -2)
+    tokens = range(self.batch, x.ndim - 1)
+    return self._product(x, dy, tokens, tokens)
 
-
-def _product(lhs, rhs, lhs_axis, rhs_axis):
-  ndim = lhs.values.ndim
-  batch = tuple(range(ndim - 2))
-  return ops.gemm(lhs, rhs, (((lhs_axis % ndim,), (rhs_axis % ndim,)), (batch, batch)))
+  def _product(self, lhs, rhs, lhs_axes, rhs_axes):
+    contract = tuple(a % lhs.ndim for a in lhs_axes), tuple(a % rhs.ndim for a in rhs_axes)
+    batch = tuple(range(self.batch))
+    return ops.gemm(lhs, rhs, (contract, (batch, batch)))

@@ -7,15 +7,17 @@ Magnitudes are passed as int32 bit patterns with the sign cleared, which order a
 
 import jax.numpy as jnp
 import ml_dtypes
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 ABS_MASK = 0x7FFFFFFF
 EXPONENT_MASK = 0x7F800000  # also the bits of infinity; above it lie the NaNs
 MANTISSA_MASK = 0x007FFFFF
 SMALLEST_NORMAL = 0x00800000  # the bits of 2^-126
 _BIAS = 127
+_NAN_BITS = 0x7FC00000
 _FRACTION_BITS = 18  # of a stochastic rounding's uniform: its sum with a small integer is exact
 
 
@@ -65,6 +67,7 @@ def round_to_grid(
   steps (within 2^-19, the resolution of the draw).
   """
   info = ml_dtypes.finfo(dtype)
+  x = jnp.minimum(x, float(info.max))  # beyond, the shift below would overflow
   exponent = jnp.maximum(to_bits(x) & EXPONENT_MASK, (info.minexp + _BIAS) << 23)
   if random_bits is None:
     # Adding 2^23 steps leaves no fraction bit below one step, so the addition itself rounds.
@@ -73,7 +76,25 @@ def round_to_grid(
   else:
     step = from_bits(exponent - (info.nmant << 23))
     steps = from_bits((2 * _BIAS << 23) - exponent + (info.nmant << 23))  # 1 / step
-    fraction = (random_bits >> (32 - _FRACTION_BITS)).astype(jnp.int32).astype(jnp.float32)
-    uniform = (fraction + 0.5) * 2.0**-_FRACTION_BITS
-    rounded = jnp.floor(x * steps + uniform) * step
+    rounded = jnp.floor(x * steps + uniform(random_bits)) * step
   return jnp.minimum(rounded, float(info.max))
+
+
+def uniform(random_bits: UInt32[Array, "*s"]) -> Float32[Array, "*s"]:
+  """In (0, 1), on a grid so coarse that its sum with a small integer is exact."""
+  fraction = (random_bits >> (32 - _FRACTION_BITS)).astype(jnp.int32).astype(jnp.float32)
+  return (fraction + 0.5) * 2.0**-_FRACTION_BITS
+
+
+def nan_where(lost: Bool[Array, "*#s"], x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+  """x, NaN where `lost`. On the bits: no NaN is made where none is lost, not even a constant."""
+  return from_bits(jnp.where(lost, _NAN_BITS, to_bits(x)))
+
+
+def saturate(x: Float32[Array, "*s"], dtype: DTypeLike) -> Float[Array, "*s"]:
+  """x in `dtype`, an overflow as its largest finite value: an infinity too, NaN stays."""
+  largest = int(np.float32(jnp.finfo(dtype).max).view(np.int32))
+  bits = to_bits(x)
+  magnitude = bits & ABS_MASK
+  finite = jnp.where(magnitude > EXPONENT_MASK, magnitude, jnp.minimum(magnitude, largest))
+  return from_bits(finite | (bits & ~ABS_MASK)).astype(dtype)

@@ -10,43 +10,51 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from fp4jax import operands as ops
-from fp4jax.arguments import check_arrays
+from fp4jax.arguments import to_arrays
+from fp4jax.formats import Slices, is_format
 from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import linear
-from fp4jax.mosaic import gemms as mosaic_gemms
-from fp4jax.mosaic import linear as mosaic_linear
+from fp4jax.mosaic import gemms as mosaic
 from fp4jax.recipe import Recipe
 
 TILE = 128  # rows; a multiple of every block and Hadamard group along the tokens
 
 
 def grouped_dot(
-  lhs: Float[Array, "m k"],
-  rhs: Float[Array, "e k n"],
-  group_sizes: Int[Array, " e"],
+  lhs: ArrayLike,
+  rhs: ArrayLike,
+  group_sizes: ArrayLike,
   recipe: Recipe,
   *,
   key: jax.Array | None = None,
   tap: ops.Tap | None = None,
+  state: ops.State | None = None,
   implementation: Implementation | None = None,
 ) -> Float[Array, "m n"]:
   """Rows of lhs in consecutive groups, group i times rhs[i], all three GEMMs as `recipe` says.
 
   Rows past the last group are never read, whatever they hold; they and their gradients are zero in
-  the result. Sizes may be zero. Args `key`, `tap` and `implementation` are those of `dot_general`.
+  the result. Sizes may be zero. Args `key`, `tap`, `state` and `implementation` are those of
+  `dot_general`. A scale of the whole slice is one expert's: of its rows, of its weights.
 
+  Args:
+    lhs: (m, k).
+    rhs: (experts, k, n).
+    group_sizes: (experts,) integers of any dtype.
   Raises:
     ValueError: shapes that do not fit, sizes that are negative or sum to more than m, or what makes
       `implementation` impossible. Under jit, where sizes have no values yet, such sizes make the
-      whole result NaN instead.
+      whole result NaN instead, and its gradients.
     TypeError: what is no recipe, or no array; lhs or rhs not float32, bfloat16 or float16.
   """
   ops.check_recipe_and_keys(recipe, [key])
-  ops.check_operands(lhs=lhs, rhs=rhs)
-  check_arrays(group_sizes=group_sizes)
+  ops.check_state(recipe, state)
+  lhs, rhs = ops.to_operands(lhs=lhs, rhs=rhs)
+  (group_sizes,) = to_arrays(group_sizes=group_sizes)
   if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1]:
     raise ValueError(f"lhs {lhs.shape} and rhs {rhs.shape} are not (m, k) and (experts, k, n)")
   if not len(lhs):
@@ -57,26 +65,60 @@ def grouped_dot(
       f"{rhs.shape[0]} integers"
     )
   check_recipe(recipe)
-  if not isinstance(group_sizes, jax.core.Tracer):
+  known = not isinstance(group_sizes, jax.core.Tracer)
+  if known:
     _check_sizes(np.asarray(group_sizes), lhs.shape[0])
-  group_sizes = jnp.asarray(group_sizes, jnp.int32)  # narrow or unsigned ones would wrap around
-  valid = jnp.all(group_sizes >= 0) & (jnp.sum(group_sizes) <= lhs.shape[0])
-  tiles = Tiles.of(jnp.where(valid, group_sizes, 0), lhs.shape[0])
+  sizes, valid = _read_sizes(group_sizes, lhs.shape[0])
+  tiles = Tiles.of(sizes, lhs.shape[0])
   widths = {"k": rhs.shape[1], "n": rhs.shape[2]}
-  obstacle = mosaic_gemms.obstacle(recipe, (tap,), lhs.shape[0], widths, lhs=lhs, rhs=rhs)
-  if choose(implementation, obstacle) == "mosaic":
-    out = mosaic_linear.linear(recipe, tiles.slots(), lhs, rhs)
-  else:
-    out = linear(recipe, jnp.result_type(lhs, rhs), tiles, lhs, rhs, key, tap)
-  return jnp.where(valid, out, jnp.nan)
+  watched = (tap, state or None)
+  obstacle = mosaic.obstacle(recipe, watched, lhs.shape[0], widths, lhs=lhs, rhs=rhs)
+  implementation = choose(implementation, obstacle)
+  layout = tiles if implementation == "xla" else tiles.slots()
+  if not known:
+    lhs, rhs = nan_gradient_unless(valid, (lhs, rhs))
+  dtype = jnp.result_type(lhs, rhs)
+  keys = ops.Keys.of(key)
+  out = linear(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state or {})
+  return out if known else jnp.where(valid, out, jnp.nan)
+
+
+def _read_sizes(sizes: Int[Array, " e"], rows: int) -> tuple[Int32[Array, " e"], Bool[Array, ""]]:
+  """Sizes in int32, all zero where they are not valid, and whether they are.
+
+  No sum leaves int32, whatever the sizes: it stays at rows + 1 once it is there.
+  """
+  too_many = rows + 1
+  if sizes.dtype.itemsize >= 4:  # a narrower one holds no more than int32
+    sizes = jnp.where(sizes > rows, too_many, sizes)
+  sizes = jnp.where(sizes < 0, too_many, sizes.astype(jnp.int32))
+  sizes = jnp.minimum(sizes, too_many)
+  total = jax.lax.reduce(
+    sizes, jnp.int32(0), lambda a, b: jnp.minimum(a + b, jnp.int32(too_many)), (0,)
+  )
+  valid = total <= rows
+  return jnp.where(valid, sizes, 0), valid
+
+
+@jax.custom_vjp
+def nan_gradient_unless(valid: Bool[Array, ""], tree):
+  """The tree; where not `valid`, every gradient of it is NaN."""
+  return tree
+
+
+nan_gradient_unless.defvjp(
+  lambda valid, tree: (tree, valid),
+  lambda valid, g: (None, jax.tree.map(lambda g: jnp.where(valid, g, jnp.nan), g)),
+)
 
 
 def _check_sizes(sizes, rows):
   if (sizes < 0).any():
     i = int(np.argmin(sizes))
     raise ValueError(f"group_sizes[{i}]={sizes[i]} is negative")
-  if sizes.sum() > rows:
-    raise ValueError(f"group_sizes sum to {sizes.sum()}, more than the {rows} rows of lhs")
+  total = sum(map(int, sizes))
+  if total > rows:
+    raise ValueError(f"group_sizes sum to {total}, more than the {rows} rows of lhs")
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -88,7 +130,7 @@ def check_recipe(recipe: Recipe) -> None:
     "wgrad.rhs": recipe.wgrad.rhs,
   }
   for role, spec in tokens.items():
-    if spec.is_quantized and spec.format.block_shape and len(spec.format.block_shape) == 2:
+    if is_format(spec.format) and spec.format.block_shape and len(spec.format.block_shape) == 2:
       raise ValueError(
         f"{recipe.name}: 2-D blocks of {spec.format.name} in {role} would cross experts"
       )
@@ -109,6 +151,7 @@ class Tiles:
   filled: Bool[Array, " slot"]
   slot_of_row: Int[Array, " m"]  # 0 past the last group
   used: Bool[Array, " m"]
+  expert_of_row: Int[Array, " m"]  # any past the last group
   group_sizes: Int[Array, " e"]
 
   @classmethod
@@ -129,15 +172,29 @@ class Tiles:
     used = row < row_end[-1]
     owner = jnp.minimum(_group_of(row, row_end), experts - 1)
     slot_of_row = jnp.where(used, tile_start[owner] * TILE + row - row_start[owner], 0)
-    return cls(expert, row_of_slot.ravel(), filled.ravel(), slot_of_row, used, group_sizes)
+    return cls(expert, row_of_slot.ravel(), filled.ravel(), slot_of_row, used, owner, group_sizes)
 
-  def slots(self) -> mosaic_linear.Slots:
+  def slots(self) -> mosaic.Slots:
     """The same as the kernels read it, whose tiles are as long."""
-    return mosaic_linear.Slots(
-      row_of_slot=jnp.where(self.filled, self.row_of_slot, self.used.size),
-      slot_of_row=jnp.where(self.used, self.slot_of_row, self.filled.size),
+    return mosaic.Slots(
+      rows_in=jnp.where(self.filled, self.row_of_slot, self.used.size),
+      rows_out=jnp.where(self.used, self.slot_of_row, self.filled.size),
       group_sizes=-(-self.group_sizes // TILE) * TILE,
     )
+
+  rows_in = rows_out = None
+
+  @property
+  def slices(self) -> Slices:
+    return Slices(owner=self.expert_of_row, owners=self.group_sizes.size)
+
+  @property
+  def weight_slices(self) -> Slices:
+    return Slices(leading=1)
+
+  @property
+  def group_slices(self) -> Slices:
+    return Slices(owner=self.expert, owners=self.group_sizes.size)
 
   def rows(self, x: Float[Array, "m c"]) -> Float[Array, "m c"]:
     return jnp.where(self.used[:, None], x, 0)
@@ -146,21 +203,21 @@ class Tiles:
     slots = jnp.where(self.filled[:, None], x[self.row_of_slot], 0)
     return slots.reshape(-1, TILE, x.shape[1])
 
-  def fprop(self, x: ops.Prepared, w: ops.Prepared) -> Float32[Array, "m n"]:
+  def fprop(self, x: Float[Array, "m k"], w: Float[Array, "e k n"]) -> Float32[Array, "m n"]:
     return self._rows_times_weights(x, w, contract=1)
 
-  def dgrad(self, dy: ops.Prepared, w: ops.Prepared) -> Float32[Array, "m k"]:
+  def dgrad(self, dy: Float[Array, "m n"], w: Float[Array, "e k n"]) -> Float32[Array, "m k"]:
     return self._rows_times_weights(dy, w, contract=2)
 
-  def wgrad(self, x: ops.Prepared, dy: ops.Prepared) -> Float32[Array, "e k n"]:
+  def wgrad(
+    self, x: Float[Array, "tile row k"], dy: Float[Array, "tile row n"]
+  ) -> Float32[Array, "e k n"]:
     by_tile = ops.gemm(x, dy, (((1,), (1,)), ((0,), (0,))))
     experts = self.group_sizes.size
     return jax.ops.segment_sum(by_tile, self.expert, experts, indices_are_sorted=True)
 
   def _rows_times_weights(self, rows, weights, contract):
-    tiles = dataclasses.replace(rows, values=self.groups(rows.values))
-    weights = dataclasses.replace(weights, values=weights.values[self.expert])
-    out = ops.gemm(tiles, weights, (((2,), (contract,)), ((0,), (0,))))
+    out = ops.gemm(self.groups(rows), weights[self.expert], (((2,), (contract,)), ((0,), (0,))))
     return self.rows(out.reshape(-1, out.shape[-1])[self.slot_of_row])
 
 

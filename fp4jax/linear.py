@@ -1,19 +1,21 @@
-"""Three GEMMs, six operands: the one place where a recipe's products are formed in XLA.
+"""Three GEMMs, six operands: the one place where a recipe's products are formed.
 
-A `Layout` says how the products are formed; the recipe says what they read. Every product goes
-through `operands.gemm`. `linear` is the custom_vjp behind `dot_general` and `grouped_dot`.
+`linear` is the custom_vjp behind `dot_general` and `grouped_dot`. A backend forms the products, in
+XLA (`XlaGemms`) or by the Hopper kernels; a `Layout` says how rows of tokens meet weights.
 """
 
 import dataclasses
 import functools
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from fp4jax import operands as ops
-from fp4jax.formats import BlockFormat
+from fp4jax.formats import Format, Slices
+from fp4jax.implementation import Implementation
+from fp4jax.quantizers import Read
 from fp4jax.recipe import Recipe
 
 Summaries = dict[str, Float32[Array, " field"] | None]  # rows of a tap, by role
@@ -22,72 +24,128 @@ Summaries = dict[str, Float32[Array, " field"] | None]  # rows of a tap, by role
 class Layout(Protocol):
   """How rows of tokens meet weights: all of them one matrix, or each expert's rows its own."""
 
+  slices: Slices  # which rows one GEMM reads
+  weight_slices: Slices
+  group_slices: Slices  # of what `groups` returns
+  rows_in: Int[Array, " r"] | None  # the row of x in each row of the products; None: as they are
+  rows_out: Int[Array, " m"] | None  # where each row of x lies among those
+
   def rows(self, x: Float[Array, "*b m k"]) -> Float[Array, "*b m k"]:
     """x with the rows zeroed that belong to no product."""
 
   def groups(self, x: Float[Array, "*b m k"]) -> Float[Array, "*t m k"]:
     """x as wgrad quantizes it along m: no two groups share a block."""
 
-  def fprop(self, x: ops.Prepared, w: ops.Prepared) -> Float32[Array, "*b m n"]: ...
+  def fprop(
+    self, x: Float[Array, "*b m k"], w: Float[Array, "*b k n"]
+  ) -> Float32[Array, "*b m n"]: ...
 
-  def dgrad(self, dy: ops.Prepared, w: ops.Prepared) -> Float32[Array, "*b m k"]: ...
+  def dgrad(
+    self, dy: Float[Array, "*b m n"], w: Float[Array, "*b k n"]
+  ) -> Float32[Array, "*b m k"]: ...
 
-  def wgrad(self, x: ops.Prepared, dy: ops.Prepared) -> Float32[Array, "*b k n"]:
+  def wgrad(
+    self, x: Float[Array, "*t m k"], dy: Float[Array, "*t m n"]
+  ) -> Float32[Array, "*b k n"]:
     """Takes what `groups` returned, quantized."""
+
+
+class Forward(NamedTuple):
+  """What fprop leaves for the backward pass, beside its operands."""
+
+  lhs: Read | None = None  # its `saved` for `pull`; terms only where a backward operand reads them
+  rhs: Read | None = None
+  summaries: Summaries | None = None
+  states: dict[str, Any] = {}  # noqa: RUF012
 
 
 @dataclasses.dataclass(frozen=True)
 class XlaGemms:
-  """The three GEMMs of one linear layer, each with the tap's rows of its operands.
+  """The three GEMMs of one linear layer, each with the tap's rows and next states of its operands.
 
   `rows` says which row of x lies in each row of the product; None, as they are.
   """
 
   recipe: Recipe
   layout: Layout
-  key: jax.Array | None
+  keys: ops.Keys | None
   tapped: bool
+  state: ops.State
 
-  def keep(self, x: Float[Array, "*s"], fmt: BlockFormat | None) -> ops.Tensor:
+  def keep(self, x: Float[Array, "*s"], fmt: Format | None) -> ops.Tensor:
     """x, and packed in blocks along its last axis where `fmt` is one."""
-    return ops.Tensor.of(x, fmt)
+    return ops.Tensor.of(x, fmt, slices=self.layout.slices)
+
+  def keep_weights(self, w: Float[Array, "*b k n"]) -> ops.Tensor:
+    return ops.Tensor.of(w, self.recipe.residual.rhs, -2, self.layout.weight_slices)
 
   def fprop(
     self, x: ops.Tensor, w: ops.Tensor, rows: Int[Array, " m"] | None = None
-  ) -> tuple[Float32[Array, "*b m n"], Summaries]:
+  ) -> tuple[Float32[Array, "*b m n"], Forward]:
     """y = x @ w"""
-    lhs = self._prepare("fprop.lhs", take_rows(x.read(self.recipe.fprop.lhs.source), rows), -1)
-    rhs = self._prepare("fprop.rhs", w.read(self.recipe.fprop.rhs.source), -2)
-    return self.layout.fprop(lhs, rhs), {
+    slices = self.layout.slices, self.layout.weight_slices
+    lhs = self._read(
+      "fprop.lhs", take_rows(x.read(self.recipe.fprop.lhs.source), rows), -1, slices[0]
+    )
+    rhs = self._read("fprop.rhs", w.read(self.recipe.fprop.rhs.source), -2, slices[1])
+    summaries = {
       "fprop.lhs": lhs.summary,
       "fprop.rhs": rhs.summary,
-      "residual.lhs": ops.residual_summary(x, self.tapped),
-      "residual.rhs": ops.residual_summary(w, self.tapped),
+      "residual.lhs": ops.residual_summary(x, self.tapped, slices[0]),
+      "residual.rhs": ops.residual_summary(w, self.tapped, slices[1]),
     }
+    states = self._states({"fprop.lhs": lhs, "fprop.rhs": rhs})
+    return ops.multiply(lhs, rhs, self.layout.fprop), Forward(lhs, rhs, summaries, states)
 
   def gradient(self, dy: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """dy as `dgrad` and `wgrad` take it."""
     return dy
 
   def dgrad(
-    self, dy: Float[Array, "*b m n"], w: ops.Tensor
-  ) -> tuple[Float32[Array, "*b m k"], Summaries]:
-    """dx = dy @ w.T"""
-    lhs = self._prepare("dgrad.lhs", dy, -1)
-    rhs = self._prepare("dgrad.rhs", w.read(self.recipe.dgrad.rhs.source), -1)
-    return self.layout.dgrad(lhs, rhs), {"dgrad.lhs": lhs.summary, "dgrad.rhs": rhs.summary}
+    self, dy: Float[Array, "*b m n"], w: ops.Tensor, forward: Forward
+  ) -> tuple[Float32[Array, "*b m k"], Summaries, ops.State]:
+    """dx = dy @ w.T, pulled through fprop.lhs."""
+    lhs = self._read("dgrad.lhs", dy, -1, self.layout.slices)
+    rhs = w.read(self.recipe.dgrad.rhs.source)
+    rhs = self._read("dgrad.rhs", rhs, -1, self.layout.weight_slices)
+    dx = ops.multiply(lhs, rhs, self.layout.dgrad)
+    dx = ops.pull(self.recipe, "fprop.lhs", forward.lhs, dx, -1, self.keys)
+    reads = {"dgrad.lhs": lhs, "dgrad.rhs": rhs}
+    return dx[..., : w.shape[-2]], _summaries(reads), self._states(reads)
 
   def wgrad(
-    self, x: ops.Tensor, dy: Float[Array, "*b m n"], rows: Int[Array, " m"] | None = None
-  ) -> tuple[Float32[Array, "*b k n"], Summaries]:
-    """dw = x.T @ dy"""
-    x = self.layout.groups(take_rows(x.read(self.recipe.wgrad.lhs.source), rows))
-    lhs = self._prepare("wgrad.lhs", x, -2)
-    rhs = self._prepare("wgrad.rhs", self.layout.groups(dy), -2)
-    return self.layout.wgrad(lhs, rhs), {"wgrad.lhs": lhs.summary, "wgrad.rhs": rhs.summary}
+    self,
+    x: ops.Tensor,
+    dy: Float[Array, "*b m n"],
+    forward: Forward,
+    rows: Int[Array, " m"] | None = None,
+  ) -> tuple[Float32[Array, "*b k n"], Summaries, ops.State]:
+    """dw = x.T @ dy, pulled through fprop.rhs."""
+    source = self.recipe.wgrad.lhs.source
+    rows = None if source == "fprop" else rows  # fprop read them where they lie
+    x_groups = self.layout.groups(take_rows(x.read(source), rows))
+    lhs = self._read("wgrad.lhs", x_groups, -2, self.layout.group_slices)
+    rhs = self._read("wgrad.rhs", self.layout.groups(dy), -2, self.layout.group_slices)
+    dw = ops.multiply(lhs, rhs, self.layout.wgrad)
+    dw = ops.pull(self.recipe, "fprop.rhs", forward.rhs, dw, -2, self.keys)
+    reads = {"wgrad.lhs": lhs, "wgrad.rhs": rhs}
+    return dw[..., : x.shape[-1], :], _summaries(reads), self._states(reads)
 
-  def _prepare(self, role, x, axis):
-    return ops.prepare(self.recipe, role, x, axis, self.key, self.tapped)
+  def _read(self, role, x, axis, slices):
+    return ops.read(self.recipe, role, x, axis, self.keys, self.tapped, self.state, slices)
+
+  def _states(self, reads):
+    return {role: read.state for role, read in reads.items() if role in self.state}
+
+
+def _summaries(reads):
+  return {role: read.summary for role, read in reads.items()}
+
+
+def for_pull(forward: Forward) -> Forward:
+  """What of `forward` the backward pass needs: no operands, which `Tensor.kept_for` keeps."""
+  only_saved = lambda read: read and Read((), factor=(), saved=read.saved)  # noqa: E731
+  return forward._replace(lhs=only_saved(forward.lhs), rhs=only_saved(forward.rhs))
 
 
 def take_rows(x: Shaped[Array, "t ..."], rows: Int[Array, " m"] | None) -> Shaped[Array, "m ..."]:
@@ -95,44 +153,67 @@ def take_rows(x: Shaped[Array, "t ..."], rows: Int[Array, " m"] | None) -> Shape
   return x if rows is None else x.at[rows].get(mode="fill", fill_value=0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def make_gemms(
+  recipe: Recipe,
+  implementation: Implementation,
+  layout: Layout,
+  keys: ops.Keys | None,
+  tapped: bool,
+  state: ops.State,
+  weight_dtype: jnp.dtype,
+):
+  """The backend: what forms the products."""
+  if implementation == "xla":
+    return XlaGemms(recipe, layout, keys, tapped, state)
+  from fp4jax.mosaic.gemms import MosaicGemms
+
+  return MosaicGemms(recipe, layout.group_sizes, jnp.dtype(weight_dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def linear(
   recipe: Recipe,
+  implementation: Implementation,
   dtype: jnp.dtype,
   layout: Layout,
   lhs: Float[Array, "*b m k"],
   rhs: Float[Array, "*b k n"],
-  key: jax.Array | None,
+  keys: ops.Keys | None,
   tap: ops.Tap | None,
+  state: ops.State,
 ) -> Float[Array, "*b m n"]:
   """lhs @ rhs in `dtype`, with gradients as `recipe` says."""
-  return _fwd(recipe, dtype, layout, lhs, rhs, key, tap)[0]
+  return _fwd(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state)[0]
 
 
-def _fwd(recipe, dtype, layout, lhs, rhs, key, tap):
-  gemms = XlaGemms(recipe, layout, key, tap is not None)
+def _fwd(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state):
+  gemms = make_gemms(recipe, implementation, layout, keys, tap is not None, state, rhs.dtype)
   x = gemms.keep(layout.rows(lhs), recipe.residual.lhs)
-  w = ops.Tensor.of(rhs, recipe.residual.rhs, axis=-2)
-  out, summaries = gemms.fprop(x, w)
+  w = gemms.keep_weights(rhs)
+  out, forward = gemms.fprop(x, w, layout.rows_in)
   saved = (
     layout,
-    x.kept_for(recipe.wgrad.lhs.source),
-    w.kept_for(recipe.dgrad.rhs.source),
+    x.kept_for(recipe.wgrad.lhs.source, forward.lhs),
+    w.kept_for(recipe.dgrad.rhs.source, forward.rhs),
     (jnp.empty(0, lhs.dtype), jnp.empty(0, rhs.dtype)),
-    key,
-    None if tap is None else summaries,
+    (keys, state),
+    None if tap is None else forward.summaries,
+    for_pull(forward)._replace(summaries=None),
   )
-  return out.astype(dtype), saved
+  return take_rows(out, layout.rows_out).astype(dtype), saved
 
 
-def _bwd(recipe, dtype, saved, dy):
-  layout, x, w, (lhs_like, rhs_like), key, summaries = saved
-  gemms = XlaGemms(recipe, layout, key, summaries is not None)
-  dy = gemms.gradient(layout.rows(dy))
-  dx, dgrad_summaries = gemms.dgrad(dy, w)
-  dw, wgrad_summaries = gemms.wgrad(x, dy)
-  tap = None if summaries is None else ops.tap_of(summaries | dgrad_summaries | wgrad_summaries)
-  return None, dx.astype(lhs_like.dtype), dw.astype(rhs_like.dtype), None, tap
+def _bwd(recipe, implementation, dtype, saved, dy):
+  layout, x, w, (lhs_like, rhs_like), (keys, state), summaries, forward = saved
+  tapped = summaries is not None
+  gemms = make_gemms(recipe, implementation, layout, keys, tapped, state, rhs_like.dtype)
+  dy = gemms.gradient(take_rows(layout.rows(dy), layout.rows_in))
+  dx, of_dgrad, dgrad_states = gemms.dgrad(dy, w, forward)
+  dw, of_wgrad, wgrad_states = gemms.wgrad(x, dy, forward, layout.rows_in)
+  tap = ops.tap_of(summaries | of_dgrad | of_wgrad) if tapped else None
+  dx = take_rows(dx, layout.rows_out).astype(lhs_like.dtype)
+  states = forward.states | dgrad_states | wgrad_states
+  return None, dx, dw.astype(rhs_like.dtype), None, tap, states
 
 
 linear.defvjp(_fwd, _bwd)

@@ -22,22 +22,25 @@ backward pass see one a. y is not kept: with g = dout @ w2.T from dgrad, a weigh
 <dout, a @ w2> = <g, a>; it has the rounding of dgrad's operands in place of fprop's.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from fp4jax import operands as ops
-from fp4jax.arguments import check_arrays
-from fp4jax.formats import BlockFormat
-from fp4jax.grouped import Tiles, check_recipe
+from fp4jax.arguments import to_arrays
+from fp4jax.formats import Format
+from fp4jax.grouped import Tiles, check_recipe, nan_gradient_unless
 from fp4jax.implementation import Implementation, choose
-from fp4jax.linear import Summaries, XlaGemms, take_rows
+from fp4jax.linear import Forward, Summaries, XlaGemms, for_pull, take_rows
 from fp4jax.mosaic import gemms as mosaic
-from fp4jax.recipe import Recipe, Source
+from fp4jax.quantizers import Source
+from fp4jax.recipe import Recipe
 from fp4jax.swiglu import swiglu, swiglu_backward
 
 # A weight below this is multiplied in after dgrad: before it, dgrad's result is divided by it.
@@ -50,19 +53,23 @@ class Gemms(Protocol):
 
   recipe: Recipe
 
-  def keep(self, x: Float[Array, "t k"], fmt: BlockFormat | None) -> ops.Tensor: ...
+  def keep(self, x: Float[Array, "t k"], fmt: Format | None) -> ops.Tensor: ...
+
+  def keep_weights(self, w: Float[Array, "e k n"]) -> ops.Tensor: ...
 
   def activation(self, h: ops.Tensor, source: Source) -> Any:
     """SwiGLU of h, or of h as kept, in the form that `fprop` takes."""
 
   def fprop(
     self, x: Any, w: ops.Tensor, rows: Int[Array, " m"] | None = None
-  ) -> tuple[Float[Array, "m n"], Summaries]: ...
+  ) -> tuple[Float[Array, "m n"], Forward]: ...
 
   def gradient(self, dy: Float[Array, "m n"]) -> Any:
     """dy in the implementation's own form, made in one read for both `dgrad` and `wgrad`."""
 
-  def dgrad(self, dy: Any, w: ops.Tensor) -> tuple[Float[Array, "m k"], Summaries]: ...
+  def dgrad(
+    self, dy: Any, w: ops.Tensor, forward: Forward
+  ) -> tuple[Float[Array, "m k"], Summaries, ops.State]: ...
 
   def swiglu_backward(
     self, h: ops.Tensor, g: Float[Array, "m f"], after: Float32[Array, "m 1"]
@@ -71,8 +78,8 @@ class Gemms(Protocol):
     from g * after as `gradient` returns it, and <a, g> of each row."""
 
   def wgrad(
-    self, x: Any, dy: Any, rows: Int[Array, " m"] | None = None
-  ) -> tuple[Float[Array, "e k n"], Summaries]: ...
+    self, x: Any, dy: Any, forward: Forward, rows: Int[Array, " m"] | None = None
+  ) -> tuple[Float[Array, "e k n"], Summaries, ops.State]: ...
 
 
 class Order(NamedTuple):
@@ -104,15 +111,16 @@ class Order(NamedTuple):
 
 
 def moe_ffn(
-  x: Float[Array, "token d"],
-  w13: Float[Array, "e d f2"],
-  w2: Float[Array, "e f d"],
-  experts: Int[Array, "token k"],
-  weights: Float32[Array, "token k"],
+  x: ArrayLike,
+  w13: ArrayLike,
+  w2: ArrayLike,
+  experts: ArrayLike,
+  weights: ArrayLike,
   recipe: Recipe,
   *,
   keys: tuple[jax.Array | None, jax.Array | None] = (None, None),
   taps: tuple[ops.Tap | None, ops.Tap | None] = (None, None),
+  states: tuple[ops.State | None, ops.State | None] = (None, None),
   implementation: Implementation | None = None,
 ) -> Float[Array, "token d"]:
   """sum_j weights[t, j] * (swiglu(x[t] @ w13[experts[t, j]]) @ w2[experts[t, j]]), in x's dtype.
@@ -121,71 +129,105 @@ def moe_ffn(
   to which they are cast before anything else; their gradients come in their own.
 
   Args:
-    keys, taps: of GEMM 1 and GEMM 2, as in `dot_general`. The tap's row `residual.lhs` of GEMM 2 is
-      the error of h as it is kept, where the recipe has `residual.hidden`.
-    implementation: see `fp4jax.implementation`; taps are read by "xla" alone.
+    x: (token, d).
+    w13: (e, d, 2 f), gate and up.
+    w2: (e, f, d).
+    experts: (token, k), integers of any dtype.
+    weights: (token, k) float32.
+    recipe: the numerics of both GEMMs.
+    keys, taps, states: of GEMM 1 and GEMM 2, as in `dot_general`. The tap's row `residual.lhs` of
+      GEMM 2 is the error of h as it is kept, where the recipe has `residual.hidden`.
+    implementation: see `fp4jax.implementation`; taps and states are read by "xla" alone.
   Raises:
     ValueError: shapes that do not fit, an expert that does not exist (under jit the result is NaN
-      instead), a stochastic recipe without keys, or what makes `implementation` impossible.
+      instead, and so are its gradients), a stochastic recipe without keys, or what makes
+      `implementation` impossible.
     TypeError: what is no recipe, or no array of the dtypes above.
   """
   ops.check_recipe_and_keys(recipe, keys, TWO_KEYS)
-  ops.check_operands(x=x, w13=w13, w2=w2)
-  check_arrays(experts=experts, weights=weights)
+  for state in states:
+    ops.check_state(recipe, state, "each of states=")
+  x, w13, w2 = ops.to_operands(x=x, w13=w13, w2=w2)
+  experts, weights = to_arrays(experts=experts, weights=weights)
   _check_shapes(x, w13, w2, experts, weights)
   check_recipe(recipe)
   num_experts = w13.shape[0]
-  if not isinstance(experts, jax.core.Tracer):
+  known = not isinstance(experts, jax.core.Tracer)
+  if known:
     _check_experts(np.asarray(experts), num_experts)
-  obstacle = mosaic.obstacle(recipe, taps, len(x), {"d": x.shape[1], "f": w2.shape[1]}, x=x)
-  implementation = choose(implementation, obstacle)
+  experts = _read_experts(experts, num_experts)
+  widths = {"d": x.shape[1], "f": w2.shape[1]}
+  watched = (*taps, *(state or None for state in states))
+  implementation = choose(implementation, mosaic.obstacle(recipe, watched, len(x), widths, x=x))
   order = Order.of(experts, num_experts, 1 if implementation == "xla" else mosaic.BLOCK)
-  valid = jnp.all((experts >= 0) & (experts < num_experts))
-  return _ffn(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps)
+  valid = jnp.all(experts < num_experts)
+  if not known:
+    x, w13, w2, weights = nan_gradient_unless(valid, (x, w13, w2, weights))
+  keys, states = tuple(map(ops.Keys.of, keys)), tuple(state or {} for state in states)
+  return _ffn(recipe, implementation, known, x, w13, w2, weights, valid, order, keys, taps, states)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ffn(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps):
-  return _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps)[0]
+def _read_experts(experts: Int[Array, "token k"], num_experts: int) -> Int32[Array, "token k"]:
+  """Experts in int32; one that does not exist is `num_experts`, whatever its dtype made of it."""
+  if experts.dtype.itemsize >= 4:
+    experts = jnp.where((experts < 0) | (experts >= num_experts), num_experts, experts)
+  experts = experts.astype(jnp.int32)
+  return jnp.where((experts < 0) | (experts >= num_experts), num_experts, experts)
 
 
-def _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ffn(recipe, implementation, known, x, w13, w2, weights, valid, order, keys, taps, states):
+  return _fwd(recipe, implementation, known, x, w13, w2, weights, valid, order, keys, taps, states)[
+    0
+  ]
+
+
+def _fwd(recipe, implementation, known, x, w13, w2, weights, valid, order, keys, taps, states):
   tapped, dtype, residual = [tap is not None for tap in taps], x.dtype, recipe.residual
-  first, second = _gemms(recipe, implementation, order, keys, tapped, (w13.dtype, w2.dtype))
+  dtypes = w13.dtype, w2.dtype
+  first, second = _gemms(recipe, implementation, order, keys, tapped, states, dtypes)
   token = order.choice_of_row // weights.shape[1]
-  w13_read, w2_read = (ops.Tensor.of(w.astype(dtype), residual.rhs, -2) for w in (w13, w2))
+  w13_read, w2_read = first.keep_weights(w13.astype(dtype)), second.keep_weights(w2.astype(dtype))
 
   x = first.keep(x, residual.lhs)
   h, of_first = first.fprop(x, w13_read, token)
   h = first.keep(h.astype(dtype), residual.hidden)
   a = second.activation(h, recipe.fprop.lhs.source)
   y, of_second = second.fprop(a, w2_read)
-  if residual.hidden is not None:
-    of_second |= {"residual.lhs": ops.residual_summary(h, tapped[1])}
+  if residual.hidden is not None and tapped[1]:
+    of_second.summaries["residual.lhs"] = ops.residual_summary(h, True)
   choices = y.astype(dtype)[order.row_of_choice].reshape(*weights.shape, -1)
   # Not an einsum: a GPU would round float32 to TF32 there.
   out = jnp.sum(choices.astype(jnp.float32) * weights[..., None], axis=1).astype(dtype)
 
-  def keep_weights(w, read):  # as they were passed, not their copy in x's dtype
-    return ops.Tensor(w, read.packed, w.shape).kept_for(recipe.dgrad.rhs.source)
+  def keep_weights(w, tensor, forward):  # as they were passed, not their copy in x's dtype
+    tensor = dataclasses.replace(tensor, original=w)
+    return tensor.kept_for(recipe.dgrad.rhs.source, forward.rhs)
 
+  kept_h = "original" if residual.hidden is None else "residual"
+  as_read = recipe.wgrad.lhs.source == "fprop"
   saved = (
-    x.kept_for(recipe.wgrad.lhs.source),
-    h.kept_for("original" if residual.hidden is None else "residual"),
-    (keep_weights(w13, w13_read), keep_weights(w2, w2_read)),
+    x.kept_for(recipe.wgrad.lhs.source, of_first.lhs),
+    h.kept_for(kept_h),
+    a.kept_for("fprop", of_second.lhs) if as_read else None,
+    (keep_weights(w13, w13_read, of_first), keep_weights(w2, w2_read, of_second)),
     (jnp.empty(0, w13.dtype), jnp.empty(0, w2.dtype)),
-    (weights, order, keys),
-    tuple(s if t else None for s, t in zip((of_first, of_second), tapped, strict=True)),
+    (weights, order, keys, states),
+    tuple(f.summaries if t else None for f, t in zip((of_first, of_second), tapped, strict=True)),
+    tuple(for_pull(f)._replace(summaries=None) for f in (of_first, of_second)),
   )
+  if known:
+    return out, saved
   # Here and not after `_ffn`, where differentiating a select would save its zeros.
   return jnp.where(valid, out, jnp.nan), saved
 
 
-def _bwd(recipe, implementation, saved, dout):
-  x, h, (w13, w2), (w13_like, w2_like), (weights, order, keys), summaries = saved
+def _bwd(recipe, implementation, known, saved, dout):
+  x, h, a_read, (w13, w2), likes, (weights, order, keys, states), summaries, forwards = saved
+  w13_like, w2_like = likes
   tapped, dtype = [s is not None for s in summaries], dout.dtype
   dtypes = w13_like.dtype, w2_like.dtype
-  first, second = _gemms(recipe, implementation, order, keys, tapped, dtypes)
+  first, second = _gemms(recipe, implementation, order, keys, tapped, states, dtypes)
   token = order.choice_of_row // weights.shape[1]
 
   # g = dgrad(weight * dout) has the numbers of the composed layers, but a weight of zero would hide
@@ -194,21 +236,26 @@ def _bwd(recipe, implementation, saved, dout):
   divisible = jnp.abs(weight) >= SMALLEST_DIVISOR
   before, after = jnp.where(divisible, weight, 1), jnp.where(divisible, 1, weight)
   dy = second.gradient((take_rows(dout, token).astype(jnp.float32) * before).astype(dtype))
-  g, dgrad_2 = second.dgrad(dy, w2.cast(dtype))
+  g, dgrad_2, dgrad_states_2 = second.dgrad(dy, w2.cast(dtype), forwards[1])
 
   a, dh, products = second.swiglu_backward(h, g.astype(dtype), after)
   dweights = (products / before[:, 0])[order.row_of_choice].reshape(weights.shape)
-  dw2, wgrad_2 = second.wgrad(a, dy)
+  a = a if a_read is None else a_read
+  dw2, wgrad_2, wgrad_states_2 = second.wgrad(a, dy, forwards[1])
 
-  dx, dgrad_1 = first.dgrad(dh, w13.cast(dtype))
-  dw13, wgrad_1 = first.wgrad(x, dh, token)
+  dx, dgrad_1, dgrad_states_1 = first.dgrad(dh, w13.cast(dtype), forwards[0])
+  dw13, wgrad_1, wgrad_states_1 = first.wgrad(x, dh, forwards[0], token)
   dx = dx.astype(dtype)[order.row_of_choice].reshape(*weights.shape, -1)
   dx = jnp.sum(dx.astype(jnp.float32), axis=1).astype(dtype)
 
   backward = (dgrad_1 | wgrad_1, dgrad_2 | wgrad_2)
   taps = tuple(s and ops.tap_of(s | b) for s, b in zip(summaries, backward, strict=True))
+  states = (
+    forwards[0].states | dgrad_states_1 | wgrad_states_1,
+    forwards[1].states | dgrad_states_2 | wgrad_states_2,
+  )
   gradients = dx, dw13.astype(w13_like.dtype), dw2.astype(w2_like.dtype), dweights
-  return *gradients, None, None, None, taps
+  return *gradients, None, None, None, taps, states
 
 
 _ffn.defvjp(_fwd, _bwd)
@@ -216,14 +263,18 @@ _ffn.defvjp(_fwd, _bwd)
 
 class XlaFfnGemms(XlaGemms):
   def activation(self, h: ops.Tensor, source: Source) -> ops.Tensor:
-    values = _read_hidden(h, source, h.original.dtype)
-    return self.keep(swiglu(values), self.recipe.residual.lhs)
+    return self._activated(h, swiglu(_read_hidden(h, source, h.original.dtype)))
 
   def swiglu_backward(
     self, h: ops.Tensor, g: Float[Array, "m f"], after: Float32[Array, "m 1"]
   ) -> tuple[ops.Tensor, Float[Array, "m f2"], Float32[Array, " m"]]:
     a, dh, products = swiglu_backward(_read_hidden(h, "residual", g.dtype), g, after)
-    return self.keep(a, self.recipe.residual.lhs), dh, products
+    return self._activated(h, a), dh, products
+
+  def _activated(self, h, a):
+    if h.packed is None:
+      return self.keep(a, self.recipe.residual.lhs)
+    return ops.Tensor(a, None, a.shape, of_kept=True)
 
 
 def _read_hidden(h, source, dtype):
@@ -231,18 +282,12 @@ def _read_hidden(h, source, dtype):
   return h.read("original" if h.packed is None else source).astype(dtype)
 
 
-def _gemms(recipe, implementation, order, keys, tapped, dtypes) -> tuple[Gemms, Gemms]:
-  second = recipe
-  if recipe.residual.hidden is not None:  # a is made from the right h already
-    sources = {f"{gemm}.lhs.source": "original" for gemm in ("fprop", "wgrad")}
-    second = recipe.replace(sources | {"residual.lhs": None, "residual.hidden": None})
+def _gemms(recipe, implementation, order, keys, tapped, states, dtypes) -> tuple[Gemms, Gemms]:
   if implementation == "mosaic":
-    layers = zip((recipe, second), dtypes, strict=True)
-    return tuple(mosaic.gemms(r, order.group_sizes, dtype) for r, dtype in layers)
+    return tuple(mosaic.MosaicGemms(recipe, order.group_sizes, dtype) for dtype in dtypes)
   tiles = Tiles.of(order.group_sizes, order.choice_of_row.size)
-  return tuple(
-    XlaFfnGemms(*args) for args in zip((recipe, second), (tiles, tiles), keys, tapped, strict=True)
-  )
+  layers = zip(keys, tapped, states, strict=True)
+  return tuple(XlaFfnGemms(recipe, tiles, *layer) for layer in layers)
 
 
 def _check_shapes(x, w13, w2, experts, weights):

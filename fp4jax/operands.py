@@ -1,12 +1,13 @@
 """The operands of a recipe's GEMMs, shared by `dot_general`, `grouped_dot` and `moe_ffn`.
 
-Everything that a recipe says of one operand happens in `prepare`: where it is read from, padding,
-transform, rounding, and the probe of its error.
+Where an operand is read from, its key and its state, its row of the tap; `read` hands it to the
+quantizer of its role, and `multiply` forms the product of two.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,58 +16,118 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from fp4jax import quantization as qz
-from fp4jax.arguments import check_arrays, check_type
-from fp4jax.decomposition import SUMMARY_FIELDS, decompose
-from fp4jax.formats import BlockFormat
-from fp4jax.recipe import Gemm, Recipe, Source
-from fp4jax.transforms import hadamard
-
-# Rows of a tap; an operand's place here also seeds its stochastic rounding.
-ROLES = (
-  "fprop.lhs",
-  "fprop.rhs",
-  "dgrad.lhs",
-  "dgrad.rhs",
-  "wgrad.lhs",
-  "wgrad.rhs",
-  "residual.lhs",
-  "residual.rhs",
+from fp4jax import recipe as recipe_lib
+from fp4jax.arguments import check_key, check_type, to_arrays
+from fp4jax.decomposition import SUMMARY_FIELDS
+from fp4jax.formats import WHOLE, Format, Slices, is_format
+from fp4jax.quantizers.quantizer import (
+  Context,
+  Read,
+  Source,
+  Summary,
+  error_summary,
+  pad,
+  pad_to_blocks,
 )
+from fp4jax.recipe import Gemm, Recipe
+
+# Rows of a tap.
+ROLES = (*recipe_lib.ROLES, "residual.lhs", "residual.rhs")
+_GEMM_SEEDS = {"fprop": 100, "dgrad": 101, "wgrad": 102}
 
 Tap = Float32[Array, "role field"]
+State = dict[str, Any]  # of the quantizers that have one, by role
 
 
 def new_tap() -> Tap:
   """What `tap=` takes: differentiate the loss by it to get every operand's error summary.
 
   The "gradient" has a row for each of `ROLES` and a column for each of `SUMMARY_FIELDS`, from the
-  tensors that the GEMMs read in that very pass. Rows of what is not quantized are NaN. The loss
-  does not depend on a tap.
+  tensors that the GEMMs read in that very pass. Rows of what is not quantized are zero;
+  `quantized_roles` says which are not. The loss does not depend on a tap.
+
+  A tap belongs to one call: the gradients of a tap that two calls share are added.
   """
   return jnp.zeros((len(ROLES), len(SUMMARY_FIELDS)), jnp.float32)
+
+
+def init_state(recipe: Recipe, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...]) -> State:
+  """What `state=` takes: the first state of every quantizer that has one, by role.
+
+  Differentiate the loss by it: the "gradient" is the next state, which replaces it. A recipe
+  without state has {}.
+
+  Args:
+    recipe: the numerics.
+    lhs_shape: (*b, m, k), of the rows.
+    rhs_shape: (*b, k, n), of the weights; (experts, k, n) in `grouped_dot` and `moe_ffn`.
+  """
+  dy_shape = (*lhs_shape[:-1], rhs_shape[-1])
+  shapes = {"lhs": lhs_shape, "rhs": rhs_shape}
+  gradients = ("dgrad.lhs", "wgrad.rhs")
+  states = {
+    role: quantizer.init(dy_shape if role in gradients else shapes[role[-3:]])
+    for role, quantizer in recipe.operands()
+  }
+  return {role: state for role, state in states.items() if jax.tree.leaves(state)}
+
+
+class Keys(NamedTuple):
+  """The keys of a call: one for what is read of x, of w and of dy, one for what GEMMs share.
+
+  They are one key, but where shards of an operand have to draw apart.
+  """
+
+  lhs: jax.Array
+  rhs: jax.Array
+  dy: jax.Array
+  shared: jax.Array
+
+  @classmethod
+  def of(cls, key: jax.Array | None) -> "Keys | None":
+    return None if key is None else cls(key, key, key, key)
+
+  def of_role(self, role: str) -> jax.Array:
+    gradient = role in ("dgrad.lhs", "wgrad.rhs")
+    key = self.dy if gradient else getattr(self, role[-3:])
+    return jax.random.fold_in(key, recipe_lib.ROLES[role])
+
+  def of_gemm(self, gemm: str) -> jax.Array:
+    return jax.random.fold_in(self.shared, _GEMM_SEEDS[gemm])
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """x, w or dy as an operand is read from it: as it is, and as its packed residual."""
+  """What an operand is read from: x, w or dy as it is, as kept, or as fprop read it."""
 
   original: Float[Array, "*s"] | None
   packed: qz.QuantizedArray | None = None
   shape: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+  as_read: Float[Array, "*t"] | None = None
+  # The original was made from what is kept, so that it stands for its own residual.
+  of_kept: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @classmethod
-  def of(cls, x: Float[Array, "*s"], residual: BlockFormat | None = None, axis: int = -1):
+  def of(
+    cls,
+    x: Float[Array, "*s"],
+    residual: Format | None = None,
+    axis: int = -1,
+    slices: Slices = WHOLE,
+  ) -> "Tensor":
     """x with its residual in the format `residual`, in blocks along `axis`."""
     packed = None
     if residual is not None:
       padded = pad_to_blocks(x, residual, axis)
-      packed = qz.quantize(padded, residual, axis, implementation="xla")
+      packed = qz.pack_blocks(padded, residual, axis, slices=slices)
     return cls(x, packed, x.shape)
 
   def read(self, source: Source) -> Float[Array, "*s"]:
-    if source == "original":
+    if source == "original" or (source == "residual" and self.of_kept):
       return self.original
+    if source == "fprop":
+      return self.as_read
     dtype = self.packed.fmt.dequantized_dtype
     values = qz.dequantize(self.packed, dtype, implementation="xla")
     return values[tuple(slice(n) for n in self.shape)]
@@ -74,129 +135,132 @@ class Tensor:
   def cast(self, dtype: DTypeLike) -> "Tensor":
     """The original in another dtype."""
     original = None if self.original is None else self.original.astype(dtype)
-    return Tensor(original, self.packed, self.shape)
+    return dataclasses.replace(self, original=original)
 
-  def kept_for(self, source: Source) -> "Tensor":
+  def kept_for(self, source: Source, read: Read | None = None) -> "Tensor":
     """Only what a backward operand with that `source` reads: this is what is saved."""
-    if source == "original":
-      return Tensor(self.original, None, self.shape)
-    return Tensor(None, self.packed, self.shape)
+    match source:
+      case "original":
+        return Tensor(self.original, None, self.shape)
+      case "residual":
+        return Tensor(None, self.packed, self.shape)
+      case "fprop":
+        return Tensor(None, None, self.shape, whole(read))
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-  """An operand as its GEMM reads it, and its row of the tap."""
-
-  values: Float[Array, "*s"]
-  summary: Float32[Array, " field"] | None  # None where no tap is asked for
-
-
-def prepare(
+def read(
   recipe: Recipe,
   role: str,
   x: Float[Array, "*s"],
   axis: int,
-  key: jax.Array | None,
-  tapped: bool,
-) -> Prepared:
+  keys: Keys | None,
+  tapped: bool = False,
+  state: State | None = None,
+  slices: Slices = WHOLE,
+) -> Read:
   """The operand `role` ("dgrad.rhs") of x, which its GEMM contracts along `axis`.
 
   The contracted axis is padded with zeros to what the blocks and transforms of both operands of
   the GEMM need; zeros change neither blocks nor products.
   """
-  spec = recipe.operand(role)
-  values = _pad(x, axis, contraction_multiple(getattr(recipe, role.split(".")[0])))
-  if spec.transform is not None:
-    signs = spec.transform.signs()
-    signs = None if signs is None else jnp.asarray(signs)
-    values = hadamard(values.astype(jnp.float32), axis, spec.transform.block, signs)
-  if not spec.is_quantized:
-    return Prepared(values.astype(spec.format), _nan_summary() if tapped else None)
-  free_shape = values.shape
-  values = pad_to_blocks(values, spec.format, axis).astype(jnp.float32)
-  rounding = {"rounding": spec.rounding}
-  if spec.rounding == "stochastic":
-    rounding["key"] = jax.random.fold_in(key, ROLES.index(role))
-  summary = error_summary(values, spec.format, axis, **rounding) if tapped else None
-  values = qz.fake_quantize(values, spec.format, axis, **rounding)
-  values = values.astype(spec.format.dequantized_dtype)
-  return Prepared(values[tuple(slice(n) for n in free_shape)], summary)
+  gemm = role.split(".")[0]
+  x = pad(x, axis, contraction_multiple(getattr(recipe, gemm)))
+  key, gemm_key = (None, None) if keys is None else (keys.of_role(role), keys.of_gemm(gemm))
+  ctx = Context(key, gemm_key, (state or {}).get(role, ()), slices, tapped)
+  return recipe.operand(role).read(x, axis, ctx)
 
 
-def quantized_roles(recipe: Recipe) -> dict[str, BlockFormat]:
+def pull(
+  recipe: Recipe, role: str, read: Read, g: Float32[Array, "*t"], axis: int, keys: Keys | None
+) -> Float32[Array, "*t"]:
+  """The gradient of an fprop operand from `g`, that of what its backward partner's GEMM gave.
+
+  `g` lies in the space of fprop's transform where that partner read what fprop read.
+  """
+  quantizer = recipe.operand(role)
+  g = quantizer.pull(read.saved, g)
+  partner = {"fprop.lhs": "dgrad.rhs", "fprop.rhs": "wgrad.lhs"}[role]
+  if quantizer.transform is not None and recipe.operand(partner).source == "fprop":
+    g = quantizer.transform.invert(g, axis, None if keys is None else keys.of_gemm("fprop"))
+  return g
+
+
+def whole(read: Read) -> Float[Array, "*s"]:
+  """An operand as one array."""
+  (first, *others) = (*read.terms, *read.exact)
+  if not others and isinstance(read.factor, float) and read.factor == 1:
+    return first
+  total = first.astype(jnp.float32)
+  for term in others:
+    total += term.astype(jnp.float32)
+  return total * read.factor
+
+
+def multiply(
+  lhs: Read, rhs: Read, product: Callable[[Array, Array], Float32[Array, "*s"]]
+) -> Float32[Array, "*s"]:
+  """The product of two operands: of all their terms, and of exact ones with unrounded operands."""
+  pairs = [(a, b) for a in lhs.terms for b in rhs.terms]
+  pairs += [(a, rhs.original) for a in lhs.exact]
+  rest = lhs.original
+  for a in lhs.exact:  # what they met already
+    rest = rest - a
+  pairs += [(rest, b) for b in rhs.exact]
+  out = product(*pairs[0])
+  for pair in pairs[1:]:
+    out += product(*pair)
+  for factor in (lhs.factor, rhs.factor):
+    if not (isinstance(factor, float) and factor == 1):
+      out *= factor
+  return out
+
+
+def gemm(
+  lhs: Float[Array, "*r"], rhs: Float[Array, "*t"], dimension_numbers: lax.DotDimensionNumbers
+) -> Float32[Array, "*s"]:
+  """The product of two arrays, accumulated in float32.
+
+  In bf16 where both are exact in it (their products are exact in float32), else in float32.
+  """
+  dtype = lhs.dtype if lhs.dtype == rhs.dtype else jnp.dtype(jnp.float32)
+  return lax.dot_general(
+    lhs.astype(dtype),
+    rhs.astype(dtype),
+    dimension_numbers,
+    precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def quantized_roles(recipe: Recipe) -> dict[str, Format]:
   """The format of each role that `recipe` quantizes, in the order of `ROLES`: a tap's live rows."""
   found = {}
   for role in ROLES:
     kind, side = role.split(".")
     fmt = getattr(recipe.residual, side) if kind == "residual" else recipe.operand(role).format
-    if isinstance(fmt, BlockFormat):
+    if is_format(fmt):
       found[role] = fmt
   return found
 
 
-def residual_summary(x: Tensor, tapped: bool) -> Float32[Array, " field"] | None:
+def residual_summary(x: Tensor, tapped: bool, slices: Slices = WHOLE) -> Summary | None:
   """The tap's row of a packed residual."""
-  if not tapped:
+  if not tapped or x.packed is None:
     return None
-  if x.packed is None:
-    return _nan_summary()
   fmt, axis = x.packed.fmt, x.packed.axis
-  return error_summary(pad_to_blocks(x.original, fmt, axis), fmt, axis)
+  return error_summary(pad_to_blocks(x.original, fmt, axis), fmt, axis, slices=slices)
 
 
-def tap_of(summaries: dict[str, Float32[Array, " field"]]) -> Tap:
+def tap_of(summaries: dict[str, Summary | None]) -> Tap:
   """The "gradient" of a tap from the summaries by role."""
-  return jnp.stack([summaries[role] for role in ROLES])
-
-
-def error_summary(x, fmt, axis, **rounding) -> Float32[Array, " field"]:
-  summary = decompose(x, fmt, axis, **rounding).summary()
-  return jnp.stack([getattr(summary, name) for name in SUMMARY_FIELDS])
-
-
-def _nan_summary():
-  return jnp.full(len(SUMMARY_FIELDS), jnp.nan, jnp.float32)
+  nothing = jnp.zeros(len(SUMMARY_FIELDS), jnp.float32)
+  rows = [summaries.get(role) for role in ROLES]
+  return jnp.stack([nothing if row is None else row for row in rows])
 
 
 def contraction_multiple(gemm: Gemm) -> int:
   """What the length of the contracted axis must be a multiple of."""
-  multiples = [1]
-  for spec in (gemm.lhs, gemm.rhs):
-    if spec.is_quantized and spec.format.block_size is not None:
-      multiples.append(spec.format.block_size)
-    if spec.transform is not None:
-      multiples.append(spec.transform.block)
-  return math.lcm(*multiples)
-
-
-def pad_to_blocks(x: Float[Array, "*s"], fmt: BlockFormat, axis: int) -> Float[Array, "*t"]:
-  for a, block in qz.block_axes(fmt, axis).items():
-    x = _pad(x, a, block)
-  return x
-
-
-def _pad(x, axis, multiple):
-  padding = [(0, 0)] * x.ndim
-  padding[axis] = (0, -x.shape[axis] % multiple)
-  return jnp.pad(x, padding)
-
-
-def gemm(
-  lhs: Prepared, rhs: Prepared, dimension_numbers: lax.DotDimensionNumbers
-) -> Float32[Array, "*s"]:
-  """The product of two prepared operands, accumulated in float32.
-
-  In bf16 where both operands are exact in it (their products are exact in float32), else in
-  float32.
-  """
-  dtype = lhs.values.dtype if lhs.values.dtype == rhs.values.dtype else jnp.dtype(jnp.float32)
-  return lax.dot_general(
-    lhs.values.astype(dtype),
-    rhs.values.astype(dtype),
-    dimension_numbers,
-    precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-    preferred_element_type=jnp.float32,
-  )
+  return math.lcm(gemm.lhs.multiple, gemm.rhs.multiple)
 
 
 ONE_KEY = "key=, such as jax.random.key(0), another one each step"
@@ -205,15 +269,30 @@ ONE_KEY = "key=, such as jax.random.key(0), another one each step"
 def check_recipe_and_keys(
   recipe: Recipe, keys: Iterable[jax.Array | None], needed: str = ONE_KEY
 ) -> None:
-  """Refuses what is no recipe, and a stochastic one without keys; `needed` says what it needs."""
+  """Refuses what is no recipe or no key, and a stochastic recipe without keys."""
   check_type("recipe", recipe, Recipe, " such as fp4jax.recipes.MXFP4")
-  if recipe.is_stochastic and any(key is None for key in keys):
-    raise ValueError(f"recipe {recipe.name!r} rounds stochastically and needs {needed}")
+  for key in keys:
+    if key is not None:
+      check_key(key=key)
+    elif recipe.is_stochastic:
+      raise ValueError(f"recipe {recipe.name!r} rounds stochastically and needs {needed}")
 
 
-def check_operands(**operands: Array) -> None:
-  """Refuses, before any compute, what no GEMM of a recipe can take."""
-  check_arrays(**operands)
-  for name, x in operands.items():
+def check_state(recipe: Recipe, state: State | None, needed: str = "state=") -> None:
+  """Refuses a recipe that has state without one."""
+  roles = [role for role, quantizer in recipe.operands() if jax.tree.leaves(quantizer.init((1, 1)))]
+  if sorted(state or {}) != sorted(roles):
+    raise ValueError(
+      f"recipe {recipe.name!r} keeps state in {roles or 'no role'}, {needed} has "
+      f"{sorted(state or {})}:"
+      " fp4jax.init_state makes the first one"
+    )
+
+
+def to_operands(**operands: Any) -> list[jax.Array]:
+  """The operands as jax.Arrays; refuses, before any compute, what no GEMM of a recipe can take."""
+  arrays = to_arrays(**operands)
+  for name, x in zip(operands, arrays, strict=True):
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
       raise TypeError(f"{name} is {x.dtype}; a recipe takes float32, bfloat16 or float16")
+  return arrays

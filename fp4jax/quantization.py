@@ -1,6 +1,6 @@
 """Quantize to a block format, dequantize, and the two in one with a straight-through gradient.
 
-q = quantize(x, MXFP4)            # codes and scales, 4.25 bits a value
+q = quantize(x, MXFP4)            # codes and scales, 4.25 bits per value
 y = dequantize(q)                 # float32
 y == fake_quantize(x, MXFP4)      # the same values; its gradient is that of the identity
 """
@@ -8,18 +8,19 @@ y == fake_quantize(x, MXFP4)      # the same values; its gradient is that of the
 import dataclasses
 import functools
 import math
-from typing import NamedTuple, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Float32, UInt8
 
 from fp4jax import float_bits as fb
-from fp4jax import scales as scale_codec
-from fp4jax.arguments import check_arrays, check_type
-from fp4jax.formats import E8M0, BlockFormat, Rounding
+from fp4jax.arguments import check_axis, check_key, check_type, to_arrays
+from fp4jax.formats.block_format import Rounding, check_rounding
+from fp4jax.formats.format import WHOLE, Format, Rounded, Slices, block_axes, is_format
+from fp4jax.formats.packing import codes_per_group, pack, unpack
+from fp4jax.formats.scales import StoredScale
 from fp4jax.implementation import Implementation, choose
 from fp4jax.mosaic import quantize as mosaic
 
@@ -29,36 +30,41 @@ _INPUT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
-  """A tensor in a block format: value = element * block_scale * tensor_scale.
+  """A tensor in a block format: for most, value = element * block_scale * tensor_scale.
 
-  `codes` has the tensor's shape; 4-bit codes lie two to a uint8 along `axis`, the first in the low
-  nibble. `scales` has one entry a block: every blocked axis divided by the block, `(1, ..., 1)` for
-  one block a tensor; uint8 codes, or float32 where the format stores float32.
+  `codes` has the tensor's shape; codes of less than 8 bits are packed along `axis`, the first in
+  the low bits. `scales` has one entry per block: every blocked axis divided by the block,
+  `(1, ..., 1)` for one block; uint8 codes, or float32 where the format stores float32.
+  `tensor_scale` is the scale of the outer level where the format has one, with as many axes.
+
+  A stack of arrays, `jax.vmap(quantize)(x)`, is a QuantizedArray too, with its axes in front.
   """
 
   codes: UInt8[Array, "*packed"]
-  scales: scale_codec.StoredScale
-  tensor_scale: Float32[Array, ""] | None
-  fmt: BlockFormat = dataclasses.field(metadata={"static": True})
+  scales: StoredScale
+  tensor_scale: Any
+  fmt: Format = dataclasses.field(metadata={"static": True})
   axis: int = dataclasses.field(metadata={"static": True})  # negative
+  # Holds nothing, and is differentiated where x was: `dequantize` refuses a gradient by it.
+  trace: Float32[Array, "*t 0"] | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
     """Shape of the tensor that was quantized."""
     shape = list(self.codes.shape)
-    shape[self.axis] *= 8 // self.fmt.element_bits
+    shape[self.axis] = shape[self.axis] * 8 // self.fmt.element_bits
     return tuple(shape)
 
   @property
   def nbytes(self) -> int:
     """Bytes of codes and scales."""
-    parts = (self.codes, self.scales, self.tensor_scale)
-    return sum(math.prod(p.shape) * p.dtype.itemsize for p in parts if p is not None)
+    parts = jax.tree.leaves((self.codes, self.scales, self.tensor_scale))
+    return sum(math.prod(p.shape) * p.dtype.itemsize for p in parts)
 
 
 def quantize(
-  x: Float[Array, "*s"],
-  fmt: BlockFormat,
+  x: ArrayLike,
+  fmt: Format,
   axis: int = -1,
   *,
   rounding: Rounding = "nearest",
@@ -70,29 +76,48 @@ def quantize(
   "nearest" ties to even. "stochastic" rounds up with the probability of the distance to the element
   below, so that its mean is x wherever the scale does not clip; the same key gives the same draws.
 
+  Codes have no gradient: `dequantize(quantize(x))` in a loss raises. `fake_quantize` passes it on.
+
   Args:
     implementation: see `fp4jax.implementation`. "mosaic" serves MXFP4 of any scale rule, FP8_BLOCK
       and FP8_BLOCK_POW2 along the last axis. Its stochastic rounding makes draws of its own, so
       that None leaves that to "xla".
   Raises:
-    ValueError: an axis out of range, one that the block does not divide, an unknown rounding,
-      stochastic rounding without a key, or what makes `implementation` impossible.
-    TypeError: x is no array of float32, bfloat16 or float16, or fmt is no BlockFormat.
+    ValueError: an axis out of range, one that the block does not divide or whose codes do not fill
+      bytes, an unknown rounding, stochastic rounding without a key, or what makes `implementation`
+      impossible.
+    TypeError: x is no array of float32, bfloat16 or float16, fmt is no format, or key no single
+      key.
   """
-  axis = check_arguments(x, fmt, axis, rounding, key)
+  x, axis = check_arguments(x, fmt, axis, rounding, key)
+  group = codes_per_group(fmt.element_bits)
+  if x.shape[axis] % group:
+    what = "odd" if group == 2 else f"no multiple of {group}"
+    how = "in pairs" if group == 2 else f"in groups of {group}"
+    raise ValueError(
+      f"axis {axis} of shape {x.shape} is {what}; {fmt.element_bits}-bit codes are packed {how}"
+    )
   stochastic = rounding == "stochastic"
   if implementation is None and stochastic:
     implementation = "xla"
+  trace = x.astype(jnp.float32).reshape(-1)[:0]
   if choose(implementation, mosaic.obstacle(x, fmt, axis, rounding)) == "mosaic":
     codes, scales = mosaic.quantize(x, fmt, key if stochastic else None)
-    return QuantizedArray(codes, scales, None, fmt, axis)
-  r = round_blocks(x, fmt, axis, rounding, key)
-  codes = lax.bitcast_convert_type(r.elements.astype(fmt.element_dtype), _code_dtype(fmt))
-  codes = codes.astype(jnp.uint8).reshape(x.shape)
-  if fmt.element_bits == 4:
-    codes = _pack_nibbles(codes, axis)
-  stored_shape = tuple(n for n, _ in block_view(x.shape, fmt, axis))
-  return QuantizedArray(codes, r.scales.reshape(stored_shape), r.tensor_scale, fmt, axis)
+    return QuantizedArray(codes, scales, None, fmt, axis, trace)
+  return dataclasses.replace(pack_blocks(x, fmt, axis, rounding, key), trace=trace)
+
+
+def pack_blocks(
+  x: Float[Array, "*s"],
+  fmt: Format,
+  axis: int,
+  rounding: Rounding = "nearest",
+  key: jax.Array | None = None,
+  slices: Slices = WHOLE,
+) -> QuantizedArray:
+  """`quantize` in XLA, where several slices have a scale each; arguments are not checked."""
+  codes, scales, slice_scale = fmt.store(round_blocks(x, fmt, axis, rounding, key, slices))
+  return QuantizedArray(pack(codes, fmt.element_bits, axis), scales, slice_scale, fmt, axis)
 
 
 def dequantize(
@@ -101,57 +126,88 @@ def dequantize(
   *,
   implementation: Implementation | None = None,
 ) -> Float[Array, "*s"]:
-  """The values of q: exact in float32 but for overflow and, with a tensor scale, one rounding.
+  """The values of q in `dtype`, saturated: no finite x becomes infinite.
+
+  In float32 they are exact for E8M0 scales; for other scales see `BlockFormat`.
 
   `implementation`: see `fp4jax.implementation`. "mosaic" makes bfloat16 of MXFP4, along the last
   axis.
   """
   check_type("q", q, QuantizedArray)
+  if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+    raise TypeError(f"dtype={jnp.dtype(dtype).name} is no float: codes would be cut off")
   obstacle = mosaic.dequantize_obstacle(q.codes, q.fmt, q.axis, dtype)
   if choose(implementation, obstacle) == "mosaic":
-    return mosaic.dequantize(q.codes, q.scales)
-  codes = _unpack_nibbles(q.codes, q.axis) if q.fmt.element_bits == 4 else q.codes
-  codes = codes.astype(_code_dtype(q.fmt))
-  view = block_view(q.shape, q.fmt, q.axis)
-  elements = lax.bitcast_convert_type(codes, q.fmt.element_dtype).astype(jnp.float32)
-  elements = elements.reshape([n for pair in view for n in pair])
-  scales = q.scales.reshape([n for blocks, _ in view for n in (blocks, 1)])
-  return values(elements, scales, q.tensor_scale, q.fmt).reshape(q.shape).astype(dtype)
+    return _without_gradient(mosaic.dequantize(q.codes, q.scales), q.trace)
+  codes = unpack(q.codes, q.fmt.element_bits, q.axis)
+  values = fb.saturate(q.fmt.load(codes, q.scales, q.tensor_scale), dtype)
+  return _without_gradient(values, q.trace)
+
+
+def _without_gradient(values, trace):
+  return values if trace is None else _refuse_gradient(values, trace)
+
+
+@jax.custom_jvp
+def _refuse_gradient(values, trace):
+  return values
+
+
+@_refuse_gradient.defjvp
+def _refuse_gradient_jvp(primals, tangents):
+  raise TypeError(
+    "dequantize(quantize(x)) has no gradient: codes are integers. Use fake_quantize(x), whose "
+    "gradient is passed straight through, or jax.lax.stop_gradient(x)"
+  )
 
 
 def fake_quantize(
-  x: Float[Array, "*s"],
-  fmt: BlockFormat,
+  x: ArrayLike,
+  fmt: Format,
   axis: int = -1,
   *,
   rounding: Rounding = "nearest",
   key: jax.Array | None = None,
 ) -> Float[Array, "*s"]:
   """`dequantize(quantize(...))` in x's dtype; its gradient is passed straight through."""
-  axis = check_arguments(x, fmt, axis, rounding, key)
-  return _straight_through(x, fmt, axis, rounding, key)
+  x, axis = check_arguments(x, fmt, axis, rounding, key)
+  return straight_through(x, fmt, axis, rounding, key, WHOLE, x.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
-def _straight_through(x, fmt, axis, rounding, key):
-  r = round_blocks(x, fmt, axis, rounding, key)
-  return values(r.elements, r.scales, r.tensor_scale, fmt).reshape(x.shape).astype(x.dtype)
+def straight_through(
+  x: Float[Array, "*s"],
+  fmt: Format,
+  axis: int,
+  rounding: Rounding,
+  key: jax.Array | None,
+  slices: Slices,
+  dtype: DTypeLike,
+) -> Float[Array, "*s"]:
+  """The rounded values of x in `dtype`. Arguments as `check_arguments` passes them."""
+  key = key if rounding == "stochastic" else None
+  return _straight_through(x, key, slices, fmt, axis, rounding, jnp.dtype(dtype))
+
+
+# The key is an argument like x, for it may be a tracer of an inner trace: a scan, a checkpoint.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))
+def _straight_through(x, key, slices, fmt, axis, rounding, dtype):
+  return fb.saturate(fmt.values(round_blocks(x, fmt, axis, rounding, key, slices)), dtype)
 
 
 @_straight_through.defjvp
-def _straight_through_jvp(fmt, axis, rounding, key, primals, tangents):
-  return _straight_through(*primals, fmt, axis, rounding, key), tangents[0]
+def _straight_through_jvp(fmt, axis, rounding, dtype, primals, tangents):
+  out = _straight_through(*primals, fmt, axis, rounding, dtype)
+  return out, tangents[0].astype(dtype)
 
 
-def check_arguments(x, fmt, axis, rounding, key) -> int:
-  """Refuses what `quantize` can't do; returns the axis counted from the end."""
-  check_type("fmt", fmt, BlockFormat, " such as fp4jax.MXFP4")
-  check_arrays(x=x)
+def check_arguments(x, fmt, axis, rounding, key) -> tuple[jax.Array, int]:
+  """Refuses what no format can round; x as a jax.Array, and the axis counted from the end."""
+  if not is_format(fmt):
+    raise TypeError(f"fmt has type {type(fmt).__name__}, not BlockFormat such as fp4jax.MXFP4")
+  (x,) = to_arrays(x=x)
   if x.dtype not in _INPUT_DTYPES:
     raise TypeError(f"x is {x.dtype}; quantize takes float32, bfloat16 or float16")
-  if not -x.ndim <= axis < x.ndim:
-    raise ValueError(f"{axis=} is out of range for x of shape {x.shape}")
-  axis = axis % x.ndim - x.ndim
+  axis = check_axis(axis, x)
   if fmt.block_shape is not None and len(fmt.block_shape) == 2 and (axis < -2 or x.ndim < 2):
     raise ValueError(
       f"{axis=} of shape {x.shape}: the 2-D blocks of {fmt.name} tile the last two axes"
@@ -161,103 +217,24 @@ def check_arguments(x, fmt, axis, rounding, key) -> int:
       raise ValueError(
         f"axis {a} of shape {x.shape} is no multiple of the block of {block} of {fmt.name}"
       )
-  if fmt.element_bits == 4 and x.shape[axis] % 2:
-    raise ValueError(f"axis {axis} of shape {x.shape} is odd; 4-bit codes are packed in pairs")
-  if rounding not in get_args(Rounding):
-    raise ValueError(f"{rounding=} is not one of {get_args(Rounding)}")
-  if rounding == "stochastic" and key is None:
-    raise ValueError('rounding="stochastic" needs a key, such as key=jax.random.key(0)')
-  return axis
-
-
-def block_axes(fmt: BlockFormat, axis: int) -> dict[int, int]:
-  """Block length of every blocked axis, axes counted from the end: {-1: 32} for MXFP4."""
-  if fmt.block_shape is None:
-    return {}
-  if len(fmt.block_shape) == 1:
-    return {axis: fmt.block_shape[0]}
-  return {axis: fmt.block_shape[1], -3 - axis: fmt.block_shape[0]}
-
-
-def block_view(shape: tuple[int, ...], fmt: BlockFormat, axis: int) -> list[tuple[int, int]]:
-  """(number of blocks, block length) of every axis; flattened, the shape in which blocks show."""
-  if fmt.block_shape is None:
-    return [(1, n) for n in shape]
-  blocks = block_axes(fmt, axis)
-  return [
-    (n // blocks.get(i - len(shape), 1), blocks.get(i - len(shape), 1)) for i, n in enumerate(shape)
-  ]
-
-
-class Rounded(NamedTuple):
-  """x rounded to a format, in block view: axis i of x is axes 2i (blocks) and 2i + 1 (within)."""
-
-  elements: Float32[Array, "*v"]  # on the element grid, with x's signs
-  scales: scale_codec.StoredScale  # within-axes of length 1
-  tensor_scale: Float32[Array, ""] | None
-  scaled: Float32[Array, "*v"]  # |x| / scale before rounding
-  magnitude: Int32[Array, "*v"]  # bits of |x|
-  amax: Int32[Array, "*u"]  # bits of each block's largest magnitude
-  random_bits: UInt32[Array, "*v"] | None
+  check_rounding(rounding)
+  if rounding == "stochastic":
+    if key is None:
+      raise ValueError('rounding="stochastic" needs a key, such as key=jax.random.key(0)')
+    check_key(key=key)
+  return x, axis
 
 
 def round_blocks(
-  x: Float[Array, "*s"], fmt: BlockFormat, axis: int, rounding: Rounding, key: jax.Array | None
+  x: Float[Array, "*s"],
+  fmt: Format,
+  axis: int,
+  rounding: Rounding,
+  key: jax.Array | None,
+  slices: Slices = WHOLE,
 ) -> Rounded:
   """The one place where values are rounded. Arguments as `check_arguments` passes them."""
-  view = block_view(x.shape, fmt, axis)
-  bits = fb.to_bits(x.astype(jnp.float32).reshape([n for pair in view for n in pair]))
-  magnitude = bits & fb.ABS_MASK
-  amax = jnp.max(magnitude, axis=tuple(range(1, bits.ndim, 2)), keepdims=True, initial=0)
-  finite = amax < fb.EXPONENT_MASK
-  magnitude, sign = (jnp.where(finite, b, 0) for b in (magnitude, bits & ~fb.ABS_MASK))
-  tensor_scale = None
-  if fmt.has_tensor_scale:
-    tensor_scale = scale_codec.tensor_scale(jnp.max(jnp.where(finite, amax, 0), initial=0), fmt)
-  scales = scale_codec.encode(amax, fmt, tensor_scale)
-  reciprocal = scale_codec.reciprocal(scales, fmt)
-  if tensor_scale is None:
-    scaled = fb.multiply(magnitude, reciprocal)
-  else:
-    scaled = fb.multiply(magnitude, 1.0 / tensor_scale) * reciprocal
   random_bits = None
   if rounding == "stochastic":
-    random_bits = jax.random.bits(key, x.shape, jnp.uint32).reshape(bits.shape)
-  rounded = fb.round_to_grid(scaled, fmt.element_dtype, random_bits)
-  elements = fb.from_bits(fb.to_bits(rounded) | sign)
-  return Rounded(elements, scales, tensor_scale, scaled, magnitude, amax, random_bits)
-
-
-def values(
-  elements: Float32[Array, "*v"],
-  scales: scale_codec.StoredScale,
-  tensor_scale: Float32[Array, ""] | None,
-  fmt: BlockFormat,
-) -> Float32[Array, "*v"]:
-  """element * block_scale * tensor_scale."""
-  if fmt.scale_dtype == E8M0:
-    exact = fb.ldexp(elements, scale_codec.exponent(scales))
-    return jnp.where(scales == scale_codec.NAN_CODE_E8M0, jnp.nan, exact)
-  scaled = elements * scale_codec.decode(scales, fmt)
-  return scaled if tensor_scale is None else scaled * tensor_scale
-
-
-def _code_dtype(fmt):
-  return jnp.uint4 if fmt.element_bits == 4 else jnp.uint8
-
-
-def _pack_nibbles(codes: UInt8[Array, "*s"], axis: int) -> UInt8[Array, "*packed"]:
-  axis %= codes.ndim
-  before, n, after = codes.shape[:axis], codes.shape[axis], codes.shape[axis + 1 :]
-  pairs = codes.reshape(*before, n // 2, 2, *after)  # not -1, which an empty tensor leaves open
-  shifts = jnp.array([0, 4], jnp.uint8).reshape(
-    [2 if i == axis + 1 else 1 for i in range(pairs.ndim)]
-  )
-  # A reduction rather than two strided slices, with which XLA's CPU loop is 7 times slower.
-  return lax.reduce(pairs << shifts, jnp.uint8(0), lax.bitwise_or, (axis + 1,))
-
-
-def _unpack_nibbles(packed: UInt8[Array, "*packed"], axis: int) -> UInt8[Array, "*s"]:
-  axis %= packed.ndim
-  pairs = jnp.stack([packed & 15, packed >> 4], axis + 1)
-  return pairs.reshape(*packed.shape[:axis], 2 * packed.shape[axis], *packed.shape[axis + 1 :])
+    random_bits = jax.random.bits(key, x.shape, jnp.uint32)
+  return fmt.round(x.astype(jnp.float32), axis, random_bits, slices)

@@ -9,89 +9,44 @@ axis that its GEMM contracts.
 """
 
 import dataclasses
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-from jax.typing import DTypeLike
-
+from fp4jax import names
 from fp4jax.arguments import check_type
-from fp4jax.formats import BlockFormat, Rounding
-from fp4jax.transforms import check_block
+from fp4jax.formats import Format, is_format
+from fp4jax.quantizers import Quantizer
 
-Source = Literal["original", "residual"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Hadamard:
-  """Randomized block Hadamard transform along the contracted axis; see `fp4jax.transforms`."""
-
-  block: int = 32
-  seed: int | None = 0  # of one sign vector, shared by all layers and steps; None: no signs
-
-  def __post_init__(self):
-    check_block(self.block)
-
-  def signs(self) -> np.ndarray | None:
-    if self.seed is None:
-      return None
-    return np.random.default_rng(self.seed).choice(np.float32([-1, 1]), self.block)
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-  """One operand of one GEMM: first transformed, then rounded to `format`.
-
-  `format` is a block format, or a float dtype to which the operand is cast. `source="residual"`
-  reads the tensor as the recipe keeps it between forward and backward pass, dequantized.
-  """
-
-  format: BlockFormat | DTypeLike
-  rounding: Rounding = "nearest"
-  transform: Hadamard | None = None
-  source: Source = "original"
-
-  def __post_init__(self):
-    if not self.is_quantized:
-      if not _is_float_dtype(self.format):
-        raise ValueError(f"format={self.format!r} is neither a BlockFormat nor a float dtype")
-      # A name equals its dtype, but has another hash.
-      object.__setattr__(self, "format", jnp.dtype(self.format))
-    if not isinstance(self.transform, Hadamard | None):
-      raise ValueError(f"transform={self.transform!r} is neither a Hadamard nor None")
-    if self.rounding not in get_args(Rounding):
-      raise ValueError(f"rounding={self.rounding!r} is not one of {get_args(Rounding)}")
-    if self.source not in get_args(Source):
-      raise ValueError(f"source={self.source!r} is not one of {get_args(Source)}")
-    if self.rounding == "stochastic" and not self.is_quantized:
-      raise ValueError(f"stochastic rounding needs a block format, not {self.format}")
-
-  @property
-  def is_quantized(self) -> bool:
-    return isinstance(self.format, BlockFormat)
-
-
-def _is_float_dtype(dtype) -> bool:
-  try:
-    return dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-  except TypeError:  # no dtype at all, such as the name of a format
-    return False
+# In the order of the table of a tap. A role's number seeds its draws: it never changes.
+ROLES = {
+  "fprop.lhs": 0,
+  "fprop.rhs": 1,
+  "dgrad.lhs": 2,
+  "dgrad.rhs": 3,
+  "wgrad.lhs": 4,
+  "wgrad.rhs": 5,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Gemm:
   """The two operands of a GEMM."""
 
-  lhs: Operand
-  rhs: Operand
+  lhs: Quantizer
+  rhs: Quantizer
 
   def __post_init__(self):
     for side in ("lhs", "rhs"):
-      check_type(side, getattr(self, side), Operand, " such as Operand(fp4jax.MXFP4)")
+      _check_quantizer(side, getattr(self, side), " such as Operand(fp4jax.MXFP4)")
     if self.lhs.transform != self.rhs.transform:
       raise ValueError(
         f"the transforms {self.lhs.transform} and {self.rhs.transform} do not cancel in the GEMM"
       )
+
+
+def _check_quantizer(name, value, hint):
+  if isinstance(value, type) or not isinstance(value, Quantizer):
+    raise TypeError(f"{name} has type {type(value).__name__}, not Operand{hint}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,35 +57,43 @@ class Residual:
   there, the second GEMM's lhs of `source="residual"` is SwiGLU of the kept h; `lhs` is for x.
   """
 
-  lhs: BlockFormat | None = None
-  rhs: BlockFormat | None = None
-  hidden: BlockFormat | None = None
+  lhs: Format | None = None
+  rhs: Format | None = None
+  hidden: Format | None = None
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       fmt = getattr(self, field.name)
-      if not isinstance(fmt, BlockFormat | None):
+      if fmt is not None and not is_format(fmt):
         raise ValueError(f"residual.{field.name}={fmt!r} is neither a BlockFormat nor None")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-  """The numerics of a linear layer, with the source that they are taken from."""
+  """The numerics of a linear layer, with the source that they are taken from.
 
-  name: str
+  Equality asks what is computed: `name` and `citation` have no part in it. The name of a changed
+  recipe tells the changes, unless it is given one (`fp4jax.names`).
+  """
+
+  name: str = dataclasses.field(compare=False)
   fprop: Gemm
   dgrad: Gemm
   wgrad: Gemm
   residual: Residual = Residual()
-  citation: str
+  citation: str = dataclasses.field(compare=False)
 
   def __post_init__(self):
     for gemm in ("fprop", "dgrad", "wgrad"):
       check_type(gemm, getattr(self, gemm), Gemm)
     check_type("residual", self.residual, Residual)
-    for gemm, operand in (("dgrad", "lhs"), ("wgrad", "rhs")):
-      if getattr(getattr(self, gemm), operand).source != "original":
-        raise ValueError(f'{self.name}: {gemm}.{operand} is a gradient; its source is "original"')
+    names.settle(self)
+    for role in ("dgrad.lhs", "wgrad.rhs"):
+      if self.operand(role).source != "original":
+        raise ValueError(f'{self.name}: {role} is a gradient; its source is "original"')
+    for role in ("fprop.lhs", "fprop.rhs"):
+      if self.operand(role).source == "fprop":
+        raise ValueError(f'{self.name}: {role} is what source="fprop" reads; it can\'t be its own')
     for kept, forward, backward in (
       ("lhs", self.fprop.lhs, self.wgrad.lhs),
       ("rhs", self.fprop.rhs, self.dgrad.rhs),
@@ -138,6 +101,8 @@ class Recipe:
       fmt = getattr(self.residual, kept)
       if fmt is None and "residual" in (forward.source, backward.source):
         raise ValueError(f'{self.name}: source="residual" needs a format in residual.{kept}')
+      if fmt is not None and "residual" not in (forward.source, backward.source):
+        raise ValueError(f"{self.name}: residual.{kept}={fmt.name} is kept but never read")
       if fmt is not None and backward.source == "original":
         raise ValueError(f"{self.name}: residual.{kept}={fmt.name} is kept but never read")
     if self.residual.hidden is not None and self.wgrad.lhs.source == "original":
@@ -145,16 +110,29 @@ class Recipe:
         f"{self.name}: residual.hidden={self.residual.hidden.name} leaves no original for"
         ' wgrad.lhs; its source is "residual"'
       )
+    self._check_space("fprop.lhs", "dgrad.rhs")  # dx = dy @ w.T lies where dgrad read w
+    self._check_space("fprop.rhs", "wgrad.lhs")
 
-  def operand(self, role: str) -> Operand:
+  def _check_space(self, forward: str, backward: str) -> None:
+    """What maps its gradient in the space of its transform needs a gradient of that space."""
+    quantizer, source = self.operand(forward), self.operand(backward).source
+    if getattr(quantizer, "pulls_transformed", False) and source != "fprop":
+      raise ValueError(
+        f"{self.name}: {type(quantizer).__name__} in {forward} maps the gradient of what fprop"
+        f' read; {backward}.source={source!r} must be "fprop"'
+      )
+
+  def operand(self, role: str) -> Quantizer:
     """`"dgrad.lhs"`."""
     gemm, operand = role.split(".")
     return getattr(getattr(self, gemm), operand)
 
+  def operands(self) -> Iterator[tuple[str, Quantizer]]:
+    return ((role, self.operand(role)) for role in ROLES)
+
   @property
   def is_stochastic(self) -> bool:
-    gemms = (self.fprop, self.dgrad, self.wgrad)
-    return any("stochastic" in (g.lhs.rounding, g.rhs.rounding) for g in gemms)
+    return any(quantizer.needs_key for _, quantizer in self.operands())
 
   def replace(self, changes: dict[str, Any]) -> "Recipe":
     """The recipe with single fields changed: `{"wgrad.lhs.rounding": "stochastic"}`.
@@ -175,7 +153,7 @@ def _replace(node, changes, prefix=""):
   for name, deeper in below.items():
     path, before = prefix + name, getattr(node, name)
     value = deeper.pop((), before)
-    if isinstance(before, Operand):
-      check_type(path, value, Operand, f'; did you mean "{path}.format"?')
+    if isinstance(before, Quantizer):
+      _check_quantizer(path, value, f'; did you mean "{path}.format"?')
     fields[name] = _replace(value, deeper, f"{path}.") if deeper else value
   return dataclasses.replace(node, **fields)

@@ -6,7 +6,8 @@ import difflib
 import jax.numpy as jnp
 
 from fp4jax import formats
-from fp4jax.recipe import Gemm, Hadamard, Operand, Recipe, Residual
+from fp4jax.quantizers import Hadamard, Operand
+from fp4jax.recipe import Gemm, Recipe, Residual
 
 
 def _high_precision(name: str, dtype) -> Recipe:

@@ -16,7 +16,11 @@ def described(recipe):
   lines = []
   for role in OPERANDS:
     o = recipe.operand(role)
-    fmt = f"{o.format.name} {o.format.scale_rule}" if o.is_quantized else jnp.dtype(o.format).name
+    fmt = (
+      f"{o.format.name.split('[')[0]} {o.format.scale_rule}"
+      if o.is_quantized
+      else jnp.dtype(o.format).name
+    )
     transform = f" H{o.transform.block}" if o.transform else ""
     lines.append(f"{fmt} {o.rounding}{transform} {o.source}")
   return lines
@@ -116,7 +120,10 @@ def test_unknown_recipe_like_none_names_all():
     ({"wgrad.lhs.transform.block": 16}, "NoneType has no field 'block'"),
     ({"wgrad.lhs.rounding.mode": 16}, "str has no field 'mode'"),
     ({"wgrad.lhs.rounding": "even"}, r"rounding='even' is not one of \('nearest', 'stochastic'\)"),
-    ({"wgrad.lhs.source": "kept"}, r"source='kept' is not one of \('original', 'residual'\)"),
+    (
+      {"wgrad.lhs.source": "kept"},
+      r"source='kept' is not one of \('original', 'residual', 'fprop'\)",
+    ),
     ({"wgrad.lhs.format": jnp.int8}, "format=.*int8.* is neither a BlockFormat nor a float dtype"),
     ({"wgrad.lhs.format": "MXFP4"}, "format='MXFP4' is neither a BlockFormat nor a float dtype"),
     ({"wgrad.lhs.format": None}, "format=None is neither a BlockFormat nor a float dtype"),

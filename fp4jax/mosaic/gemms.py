@@ -1,65 +1,115 @@
 """The three GEMMs of a linear layer on Hopper: which kernel computes what.
 
-Two classes with the methods of `linear.XlaGemms`: FP8 with block scales, and bf16. Their operands
-are plain arrays, codes with scales; the kernels are imported when they are called.
+`MosaicGemms` has the methods of `linear.XlaGemms`. It serves operand by operand: what reads as E4M3
+with float32 scales meets its like in FP8, what is cast to bf16 meets its like in bf16. Operands are
+plain arrays, codes with scales; the kernels are imported when they are called.
 """
 
 import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, Float32, Int
 
+from fp4jax import formats
 from fp4jax import operands as ops
-from fp4jax import recipes
-from fp4jax.formats import BlockFormat
+from fp4jax.formats import WHOLE, Format
 from fp4jax.implementation import device_obstacle, dtype_obstacle
-from fp4jax.linear import take_rows
-from fp4jax.mosaic.quantize import MIN_ROWS
+from fp4jax.linear import Forward, take_rows
+from fp4jax.mosaic.quantize import MIN_ROWS, MXFP4
 from fp4jax.quantization import QuantizedArray
-from fp4jax.recipe import Recipe, Source
+from fp4jax.quantizers import Operand, Source
+from fp4jax.recipe import Recipe
 from fp4jax.swiglu import swiglu, swiglu_backward
 
 BLOCK = 128  # rows and columns that share a scale; the widths of the operands are multiples of it
-_SERVED = (
-  recipes.BF16,
-  recipes.FP8,
-  recipes.FP8_POW2,
-  recipes.HOPPER_FP4,
-  recipes.HOPPER_FP4.replace({"fprop.lhs.source": "original"}),
-)
+_BF16 = jnp.dtype(jnp.bfloat16)
+_ROWS = (formats.FP8_BLOCK, formats.FP8_BLOCK_POW2)
+_WEIGHTS = (formats.FP8_BLOCK_2D, formats.FP8_BLOCK_POW2_2D)
+# What the kernels read in each role.
+_SERVED = {
+  "fprop.lhs": _ROWS,
+  "fprop.rhs": _WEIGHTS,
+  "dgrad.lhs": _ROWS,
+  "dgrad.rhs": _WEIGHTS,
+  "wgrad.lhs": _ROWS,
+  "wgrad.rhs": _ROWS,
+}
 
 
 def obstacle(
-  recipe: Recipe, taps: tuple[ops.Tap | None, ...], rows: int, widths: dict[str, int], **operands
+  recipe: Recipe, watched: tuple, rows: int, widths: dict[str, int], **operands
 ) -> str | None:
-  """Why the kernels can't compute GEMMs of `operands`; None if they can."""
-  if why := device_obstacle():
-    return why
-  if _numerics(recipe) not in [_numerics(r) for r in _SERVED]:
-    return f"the kernels serve {[r.name for r in _SERVED[:4]]}, not recipe {recipe.name!r}"
-  if why := dtype_obstacle(**operands):
+  """Why the kernels can't compute GEMMs of `operands`; None if they can.
+
+  `watched` are taps and states, which only XLA reads.
+  """
+  if why := device_obstacle() or _recipe_obstacle(recipe) or dtype_obstacle(**operands):
     return why
   for name, size in widths.items():
     if size % BLOCK or not size:
       return f"{name}={size} is not a multiple of {BLOCK}"
   if rows < MIN_ROWS:
     return f"{rows} rows are fewer than {MIN_ROWS}"
-  return None if all(tap is None for tap in taps) else 'taps are read by implementation="xla"'
+  if any(w is not None for w in watched):
+    return 'taps are read by implementation="xla", and so is state'
+  return None
 
 
-def _numerics(recipe):
-  return dataclasses.replace(recipe, name="", citation="")
+def _recipe_obstacle(recipe):
+  """The first operand that the kernels can't read."""
+  name = f"not recipe {recipe.name!r}"
+  for role, operand in recipe.operands():
+    plain = isinstance(operand, Operand) and operand.transform is None
+    if not plain or operand.needs_key or operand.source == "fprop":
+      return f"the kernels serve plain operands rounded to nearest, {name}: {role} is {operand}"
+    if operand.format != _BF16 and operand.format not in _SERVED[role]:
+      names = [fmt.name for fmt in _SERVED[role]]
+      return f"the kernels read {role} in {names} or bf16, {name}"
+  for gemm in ("fprop", "dgrad", "wgrad"):
+    pair = getattr(recipe, gemm)
+    if (pair.lhs.format == _BF16) != (pair.rhs.format == _BF16):
+      return f"the kernels multiply FP8 with FP8 and bf16 with bf16, {name} in {gemm}"
+    kept = pair.lhs.source == "residual"
+    if kept and pair.lhs.format != formats.FP8_BLOCK_POW2:
+      return f"the kernels make FP8_BLOCK_POW2 of what is kept in MXFP4, {name} in {gemm}.lhs"
+  kept = recipe.residual
+  for field, fmt in (("lhs", kept.lhs), ("hidden", kept.hidden)):
+    if fmt is not None and fmt not in MXFP4:
+      return f"the kernels keep {field} in MXFP4, {name}"
+  if (
+    kept.hidden is not None
+    and recipe.fprop.lhs.source != recipe.wgrad.lhs.source
+    and (recipe.fprop.lhs.format == _BF16)
+  ):
+    return f"the kernels keep the hidden values in MXFP4 for FP8 alone, {name}"
+  return None
 
 
-def gemms(
-  recipe: Recipe, group_sizes: Int[Array, " e"], weight_dtype: DTypeLike
-) -> "Fp8Gemms | Bf16Gemms":
-  """For a recipe that `obstacle` let pass; group sizes are multiples of BLOCK."""
-  if not recipe.fprop.lhs.is_quantized:
-    return Bf16Gemms(recipe, group_sizes)
-  return Fp8Gemms(recipe, group_sizes, jnp.dtype(weight_dtype))
+class Slots(NamedTuple):
+  """Where the kernels have the rows of x: each group's slots are filled up to a multiple of BLOCK.
+
+  A `Layout` of `linear`. An index one past the end is a slot without a row, or a row without a
+  slot, which reads zeros.
+  """
+
+  rows_in: Int[Array, " slot"] | None  # None: as they are
+  rows_out: Int[Array, " m"] | None
+  group_sizes: Int[Array, " e"]  # in slots
+
+  slices = weight_slices = group_slices = WHOLE  # no kernel's format has a scale of a slice
+
+  @classmethod
+  def of_one_matrix(cls, rows: int) -> "Slots":
+    """All rows in one group."""
+    slots = -(-rows // BLOCK) * BLOCK
+    sizes = jnp.array([slots], jnp.int32)
+    if slots == rows:
+      return cls(None, None, sizes)
+    return cls(jnp.minimum(jnp.arange(slots), rows), jnp.arange(rows), sizes)
+
+  def rows(self, x):
+    return x
 
 
 class Scaled(NamedTuple):
@@ -70,25 +120,27 @@ class Scaled(NamedTuple):
 
 
 class Gradient(NamedTuple):
-  """dy along n for dgrad, and along m, K-major, for wgrad."""
+  """dy as dgrad reads it along n, and wgrad along m, K-major: in FP8, or as it is for bf16."""
 
-  rows: Scaled
-  columns: Scaled
+  rows: Scaled | BFloat16[Array, "m n"]
+  columns: Scaled | BFloat16[Array, "m n"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Fp8Gemms:
-  """E4M3 operands with float32 scales, FP32 promotion each 128 of the contracted axis."""
+class MosaicGemms:
+  """E4M3 operands with float32 scales, FP32 promotion each 128 of the contracted axis; or bf16."""
 
   recipe: Recipe
   group_sizes: Int[Array, " e"]
   weight_dtype: jnp.dtype  # of dw: bf16 is written as such, anything else as float32
 
-  @property
-  def power_of_two(self) -> bool:
-    return self.recipe.fprop.lhs.format.has_power_of_two_scales
+  def _fp8(self, role: str) -> bool:
+    return self.recipe.operand(role).format != _BF16
 
-  def keep(self, x: BFloat16[Array, "t k"], fmt: BlockFormat | None) -> ops.Tensor:
+  def _pow2(self, role: str) -> dict[str, bool]:
+    return {"power_of_two": self.recipe.operand(role).format.has_power_of_two_scales}
+
+  def keep(self, x: BFloat16[Array, "t k"], fmt: Format | None) -> ops.Tensor:
     if fmt is None:
       return ops.Tensor.of(x)
     from pallas_kernels import mxfp4
@@ -96,13 +148,20 @@ class Fp8Gemms:
     codes, scales = mxfp4.quantize_mxfp4(x, scale_rule=fmt.scale_rule)
     return ops.Tensor(x, QuantizedArray(codes, scales, None, fmt, -1), x.shape)
 
-  def activation(self, h: ops.Tensor, source: Source) -> Scaled:
-    from pallas_kernels import swiglu
+  def keep_weights(self, w: BFloat16[Array, "e k n"]) -> ops.Tensor:
+    return ops.Tensor.of(w, self.recipe.residual.rhs, -2)
 
-    return Scaled(*swiglu.swiglu_fp8_rows(_hidden(h, source), power_of_two=self.power_of_two))
+  def activation(self, h: ops.Tensor, source: Source) -> Scaled | ops.Tensor:
+    if not self._fp8("fprop.lhs"):
+      return ops.Tensor.of(swiglu(_hidden_values(h, source)))
+    from pallas_kernels import swiglu as kernels
+
+    return Scaled(*kernels.swiglu_fp8_rows(_hidden(h, source), **self._pow2("fprop.lhs")))
 
   def fprop(self, x: ops.Tensor | Scaled, w: ops.Tensor, rows: Int[Array, " m"] | None = None):
     """Permutes codes, not values: a row is quantized once however often it is chosen."""
+    if not self._fp8("fprop.lhs"):
+      return self._bf16_product(take_rows(x.original, rows), w, "fprop", False), Forward()
     if isinstance(x, Scaled):
       lhs = x
     elif self.recipe.fprop.lhs.source == "residual":
@@ -112,40 +171,66 @@ class Fp8Gemms:
     else:
       from pallas_kernels import fp8
 
-      lhs = Scaled(*fp8.quantize_fp8_rows(x.original, power_of_two=self.power_of_two))
+      lhs = Scaled(*fp8.quantize_fp8_rows(x.original, **self._pow2("fprop.lhs")))
       if rows is not None:
         lhs = Scaled(take_rows(lhs.codes, rows), take_rows(lhs.scales.T, rows).T)
-    _, codes_t, scales = self._weights(w)
-    return self._product(lhs, Scaled(codes_t, scales.swapaxes(1, 2))), {}
+    _, codes_t, scales = self._weights(w, "fprop.rhs")
+    return self._product(lhs, Scaled(codes_t, scales.swapaxes(1, 2))), Forward()
 
   def gradient(self, dy: BFloat16[Array, "m n"]) -> Gradient:
+    dgrad, wgrad = self._fp8("dgrad.lhs"), self._fp8("wgrad.rhs")
+    if not (dgrad or wgrad):
+      return Gradient(dy, dy)
     from pallas_kernels import fp8
 
-    rows_and_columns = fp8.quantize_fp8_both(dy, power_of_two=self.power_of_two)
-    return Gradient(Scaled(*rows_and_columns[:2]), Scaled(*rows_and_columns[2:]))
+    if dgrad and wgrad and self._pow2("dgrad.lhs") == self._pow2("wgrad.rhs"):
+      both = fp8.quantize_fp8_both(dy, **self._pow2("dgrad.lhs"))
+      return Gradient(Scaled(*both[:2]), Scaled(*both[2:]))
+    rows = Scaled(*fp8.quantize_fp8_rows(dy, **self._pow2("dgrad.lhs"))) if dgrad else dy
+    columns = Scaled(*fp8.quantize_fp8_columns(dy, **self._pow2("wgrad.rhs"))) if wgrad else dy
+    return Gradient(rows, columns)
 
-  def dgrad(self, dy: Gradient, w: ops.Tensor):
-    codes, _, scales = self._weights(w)
-    return self._product(dy.rows, Scaled(codes, scales)), {}
+  def dgrad(self, dy: Gradient, w: ops.Tensor, forward: Forward):
+    if not self._fp8("dgrad.rhs"):
+      return self._bf16_product(dy.rows, w, "dgrad", True), {}, {}
+    codes, _, scales = self._weights(w, "dgrad.rhs")
+    return self._product(dy.rows, Scaled(codes, scales)), {}, {}
 
   def swiglu_backward(
     self, h: ops.Tensor, g: BFloat16[Array, "m f"], after: Float32[Array, "m 1"]
-  ) -> tuple[Scaled, Gradient, Float32[Array, " m"]]:
+  ) -> tuple[Scaled | ops.Tensor, Gradient, Float32[Array, " m"]]:
     """In one read of h and g, whether h is kept as it is or in MXFP4."""
-    from pallas_kernels import swiglu
+    roles = ("dgrad.lhs", "wgrad.lhs", "wgrad.rhs")
+    in_fp8 = {self._fp8(role) for role in roles}
+    if in_fp8 == {True} and len({self._pow2(role)["power_of_two"] for role in roles}) == 1:
+      from pallas_kernels import swiglu as kernels
 
-    rows, columns, a, products = swiglu.swiglu_backward_fp8(
-      _hidden(h, "residual"), g, after[:, 0], power_of_two=self.power_of_two
-    )
-    return Scaled(*a), Gradient(Scaled(*rows), Scaled(*columns)), products
+      rows, columns, a, products = kernels.swiglu_backward_fp8(
+        _hidden(h, "residual"), g, after[:, 0], **self._pow2("dgrad.lhs")
+      )
+      return Scaled(*a), Gradient(Scaled(*rows), Scaled(*columns)), products
+    a, dh, products = swiglu_backward(_hidden_values(h, "residual"), g, after)
+    return self._as_columns(a), self.gradient(dh), products
 
-  def wgrad(self, x: ops.Tensor | Scaled, dy: Gradient, rows: Int[Array, " m"] | None = None):
+  def wgrad(
+    self,
+    x: ops.Tensor | Scaled,
+    dy: Gradient,
+    forward: Forward,
+    rows: Int[Array, " m"] | None = None,
+  ):
+    out_dtype = jnp.bfloat16 if self.weight_dtype == jnp.bfloat16 else jnp.float32
+    if not self._fp8("wgrad.lhs"):
+      from pallas_kernels import bf16_matmul
+
+      lhs = take_rows(x.original, rows)
+      dw = bf16_matmul.grouped_wgrad(lhs, dy.columns, self.group_sizes, out_dtype=out_dtype)
+      return dw, {}, {}
     from pallas_kernels import grouped_matmul
 
     lhs = x if isinstance(x, Scaled) else self._columns(x, rows)
-    out_dtype = jnp.bfloat16 if self.weight_dtype == jnp.bfloat16 else jnp.float32
     dw = grouped_matmul.grouped_wgrad(*lhs, *dy.columns, self.group_sizes, out_dtype=out_dtype)
-    return dw, {}
+    return dw, {}, {}
 
   def _columns(self, x, rows):
     if self.recipe.wgrad.lhs.source == "residual":
@@ -154,13 +239,27 @@ class Fp8Gemms:
       return Scaled(*convert.mxfp4_to_fp8_columns(*_packed_rows(x, rows)))
     from pallas_kernels import fp8
 
-    values = take_rows(x.original, rows)
-    return Scaled(*fp8.quantize_fp8_columns(values, power_of_two=self.power_of_two))
+    return Scaled(*fp8.quantize_fp8_columns(take_rows(x.original, rows), **self._pow2("wgrad.lhs")))
 
-  def _weights(self, w):
+  def _as_columns(self, a: BFloat16[Array, "m f"]) -> Scaled | ops.Tensor:
+    """SwiGLU's result as wgrad reads it: the recipe's residual is that of h, not of a."""
+    if not self._fp8("wgrad.lhs"):
+      return ops.Tensor.of(a)
     from pallas_kernels import fp8
 
-    return fp8.quantize_fp8_weights(w.original, power_of_two=self.power_of_two)
+    return Scaled(*fp8.quantize_fp8_columns(a, **self._pow2("wgrad.lhs")))
+
+  def _weights(self, w, role):
+    from pallas_kernels import fp8
+
+    values = w.read(self.recipe.operand(role).source).astype(jnp.bfloat16)
+    return fp8.quantize_fp8_weights(values, **self._pow2(role))
+
+  def _bf16_product(self, lhs, w, gemm, transpose_rhs):
+    from pallas_kernels import bf16_matmul
+
+    rhs = w.read(getattr(self.recipe, gemm).rhs.source).astype(jnp.bfloat16)
+    return bf16_matmul.grouped_matmul(lhs, rhs, self.group_sizes, transpose_rhs=transpose_rhs)
 
   def _product(self, lhs, rhs):
     from pallas_kernels import grouped_matmul
@@ -175,46 +274,10 @@ def _hidden(h, source):
   return h.packed.codes, h.packed.scales
 
 
+def _hidden_values(h, source):
+  return h.read("original" if h.packed is None else source).astype(jnp.bfloat16)
+
+
 def _packed_rows(x, rows):
   parts = x.packed.codes, x.packed.scales
   return tuple(take_rows(p, rows) for p in parts)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bf16Gemms:
-  """bf16 operands, float32 accumulation."""
-
-  recipe: Recipe
-  group_sizes: Int[Array, " e"]
-
-  def keep(self, x: BFloat16[Array, "t k"], fmt: None) -> ops.Tensor:
-    return ops.Tensor.of(x, fmt)
-
-  def activation(self, h: ops.Tensor, source: Source) -> ops.Tensor:
-    del source  # h is kept as it is
-    return ops.Tensor.of(swiglu(h.original))
-
-  def fprop(self, x: ops.Tensor, w: ops.Tensor, rows: Int[Array, " m"] | None = None):
-    from pallas_kernels import bf16_matmul
-
-    return bf16_matmul.grouped_matmul(take_rows(x.original, rows), w.original, self.group_sizes), {}
-
-  def gradient(self, dy: BFloat16[Array, "m n"]) -> BFloat16[Array, "m n"]:
-    return dy
-
-  def dgrad(self, dy: BFloat16[Array, "m n"], w: ops.Tensor):
-    from pallas_kernels import bf16_matmul
-
-    product = bf16_matmul.grouped_matmul(dy, w.original, self.group_sizes, transpose_rhs=True)
-    return product, {}
-
-  def swiglu_backward(
-    self, h: ops.Tensor, g: BFloat16[Array, "m f"], after: Float32[Array, "m 1"]
-  ) -> tuple[ops.Tensor, BFloat16[Array, "m f2"], Float32[Array, " m"]]:
-    a, dh, products = swiglu_backward(h.original, g, after)
-    return ops.Tensor.of(a), dh, products
-
-  def wgrad(self, x: ops.Tensor, dy: BFloat16[Array, "m n"], rows: Int[Array, " m"] | None = None):
-    from pallas_kernels import bf16_matmul
-
-    return bf16_matmul.grouped_wgrad(take_rows(x.original, rows), dy, self.group_sizes), {}

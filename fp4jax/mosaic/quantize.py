@@ -1,7 +1,6 @@
 """`quantize` and `dequantize` on Hopper: which kernel serves which format."""
 
 import dataclasses
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,27 +9,28 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, Shaped, UInt8
 
 from fp4jax import formats
-from fp4jax.formats import BlockFormat, PowerOfTwoRule, Rounding
+from fp4jax.formats import Format, Rounding
+from fp4jax.formats.scales import StoredScale
 from fp4jax.implementation import device_obstacle, dtype_obstacle
-from fp4jax.scales import StoredScale
 
 MIN_VALUES = 1024  # of an MXFP4 tensor
 MIN_ROWS = 8  # of an FP8 tensor
-_MXFP4 = [dataclasses.replace(formats.MXFP4, scale_rule=r) for r in get_args(PowerOfTwoRule)]
+_RULES = ("floor", "even", "rceil", "oas")
+MXFP4 = [dataclasses.replace(formats.MXFP4, scale_rule=rule) for rule in _RULES]
 _FP8 = [formats.FP8_BLOCK, formats.FP8_BLOCK_POW2]
 
 
-def obstacle(x: Array, fmt: BlockFormat, axis: int, rounding: Rounding) -> str | None:
+def obstacle(x: Array, fmt: Format, axis: int, rounding: Rounding) -> str | None:
   """Why the kernels can't quantize x; None if they can. Arguments as `quantize` checked them."""
   if why := device_obstacle():
     return why
   if axis != -1:
     return f"the kernels quantize along the last axis, not along axis {axis}"
-  if _is_one_of(fmt, _MXFP4):
+  if fmt in MXFP4:
     if x.dtype not in (jnp.bfloat16, jnp.float32):
       return f"the kernels take bfloat16 or float32; x is {x.dtype}"
     return _too_small(x.size)
-  if not _is_one_of(fmt, _FP8):
+  if fmt not in _FP8:
     return f"the kernels quantize to MXFP4, FP8_BLOCK and FP8_BLOCK_POW2, not to {fmt.name}"
   if rounding != "nearest":
     return f"the kernels round {fmt.name} to nearest, not {rounding!r}"
@@ -40,11 +40,11 @@ def obstacle(x: Array, fmt: BlockFormat, axis: int, rounding: Rounding) -> str |
 
 
 def quantize(
-  x: Float[Array, "*s"], fmt: BlockFormat, key: jax.Array | None
+  x: Float[Array, "*s"], fmt: Format, key: jax.Array | None
 ) -> tuple[UInt8[Array, "*packed"], StoredScale]:
   """Codes and scales as `QuantizedArray` has them, for a call that `obstacle` let pass."""
   rows = lax.stop_gradient(x).reshape(-1, x.shape[-1])  # codes have no gradient, kernels no rule
-  if _is_one_of(fmt, _MXFP4):
+  if fmt in MXFP4:
     from pallas_kernels import mxfp4
 
     seed = None if key is None else jax.random.bits(key, (2,), jnp.uint32)
@@ -57,11 +57,11 @@ def quantize(
   return tuple(part.reshape(*x.shape[:-1], -1) for part in (codes, scales))
 
 
-def dequantize_obstacle(codes: Array, fmt: BlockFormat, axis: int, dtype: DTypeLike) -> str | None:
+def dequantize_obstacle(codes: Array, fmt: Format, axis: int, dtype: DTypeLike) -> str | None:
   """Why the kernels can't dequantize these codes to `dtype`; None if they can."""
   if why := device_obstacle():
     return why
-  if not _is_one_of(fmt, _MXFP4) or axis != -1:
+  if fmt not in MXFP4 or axis != -1:
     return f"the kernels dequantize MXFP4 along the last axis, not {fmt.name} along axis {axis}"
   if jnp.dtype(dtype) != jnp.bfloat16:
     return f"the kernels dequantize to bfloat16, not {jnp.dtype(dtype).name}"
@@ -82,7 +82,3 @@ def _rows(x: Shaped[Array, "*s n"]) -> Shaped[Array, "m n"]:
 
 def _too_small(values):
   return f"{values} values are fewer than {MIN_VALUES}" if values < MIN_VALUES else None
-
-
-def _is_one_of(fmt, served):
-  return dataclasses.replace(fmt, name="") in [dataclasses.replace(f, name="") for f in served]

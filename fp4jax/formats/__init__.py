@@ -1,0 +1,59 @@
+"""Formats as values, `FORMATS` by name. `format.py` says what a format is."""
+
+from fp4jax.formats.block_format import BlockFormat, Rounding
+from fp4jax.formats.format import WHOLE, Format, Slices, is_format
+from fp4jax.formats.fp8 import (
+  FP8_BLOCK,
+  FP8_BLOCK_2D,
+  FP8_BLOCK_POW2,
+  FP8_BLOCK_POW2_2D,
+  FP8_TENSOR,
+)
+from fp4jax.formats.grids import E2M1, E2M3, E3M2, E4M3, E5M2, FloatGrid, Grid, TableGrid
+from fp4jax.formats.mx import MXFP4, MXFP8
+from fp4jax.formats.nvfp4 import NVFP4
+from fp4jax.formats.scales import E8M0, FP32, RULES, ScaleCodec
+
+FORMATS = {
+  f.name: f
+  for f in (
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    FP8_BLOCK,
+    FP8_BLOCK_2D,
+    FP8_BLOCK_POW2,
+    FP8_BLOCK_POW2_2D,
+    FP8_TENSOR,
+  )
+}
+
+__all__ = [
+  "E2M1",
+  "E2M3",
+  "E3M2",
+  "E4M3",
+  "E5M2",
+  "E8M0",
+  "FORMATS",
+  "FP8_BLOCK",
+  "FP8_BLOCK_2D",
+  "FP8_BLOCK_POW2",
+  "FP8_BLOCK_POW2_2D",
+  "FP8_TENSOR",
+  "FP32",
+  "MXFP4",
+  "MXFP8",
+  "NVFP4",
+  "RULES",
+  "WHOLE",
+  "BlockFormat",
+  "FloatGrid",
+  "Format",
+  "Grid",
+  "Rounding",
+  "ScaleCodec",
+  "Slices",
+  "TableGrid",
+  "is_format",
+]

@@ -1,0 +1,16 @@
+"""Quantizers: how an operand of a GEMM is read. `quantizer.py` says what one is."""
+
+from fp4jax.quantizers.quantizer import Composed, Context, Operand, Quantizer, Read, Source
+from fp4jax.quantizers.transform import FreshHadamard, Hadamard, Transform
+
+__all__ = [
+  "Composed",
+  "Context",
+  "FreshHadamard",
+  "Hadamard",
+  "Operand",
+  "Quantizer",
+  "Read",
+  "Source",
+  "Transform",
+]
