@@ -52,7 +52,7 @@ class Quantize:
 
   experts: bool = True  # dense and shared feed-forward blocks too
   attention: bool = True  # q, k, v and output projections
-  scores: bool = False  # q k^T and probabilities v
+  scores: bool = False  # q k^T; probabilities times v stay in bf16
   router: bool = False
   head: bool = False
 
