@@ -1,5 +1,7 @@
 """The block Hadamard transform against a float64 matrix."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -132,3 +134,44 @@ def test_a_list_is_refused():
 def test_bad_arguments_are_refused(axis, block, signs, message):
   with pytest.raises(ValueError, match=message):
     hadamard(random(4, 64), axis, block, None if signs is None else jnp.ones(signs))
+
+
+@pytest.mark.parametrize("name", ["int32", "int8", "uint8", "bool", "float64", "float8_e4m3fn"])
+def test_other_dtypes_are_refused_by_name(name):
+  wrong = np.ones((4, 64)).astype(np.dtype(name))
+  message = f"is {name}; hadamard takes float32, bfloat16 or float16"
+  with pytest.raises(TypeError, match=f"^x {message}"):
+    hadamard(wrong, 1)
+  with pytest.raises(TypeError, match=f"^signs {message}"):
+    hadamard(random(4, 64), 1, 32, wrong[0, :32])
+
+
+@pytest.mark.parametrize("wrong", [2.0, 0.0, np.nan, -np.inf])
+def test_signs_are_signs(wrong):
+  signs = np.ones(32, np.float32)
+  signs[7] = wrong
+  for array in (signs, jnp.asarray(signs), signs.astype(ml_dtypes.bfloat16)):
+    with pytest.raises(ValueError, match=f"^signs hold {wrong}, which is neither 1 nor -1"):
+      hadamard(random(4, 64), 1, 32, array)
+
+
+def test_signs_that_are_traced_have_no_values_yet():
+  x, signs = random(4, 64), jnp.asarray(fp4jax.Hadamard(32, seed=5).signs())
+  traced = jax.jit(lambda s: hadamard(x, 1, 32, s))(signs)
+  np.testing.assert_array_equal(traced, jax.jit(lambda x: hadamard(x, 1, 32, signs))(x))
+
+
+@pytest.mark.parametrize("axis", [1.0, None, "1", (1,)])
+def test_an_axis_that_is_no_int_is_refused(axis):
+  message = rf"^axis={re.escape(repr(axis))} has type {type(axis).__name__}, not int"
+  with pytest.raises(TypeError, match=message):
+    hadamard(random(4, 64), axis)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_numpy_arrays_and_ints_are_taken(dtype):
+  x, signs = random(4, 64).astype(dtype), fp4jax.Hadamard(32, seed=5).signs()
+  expected = hadamard(jnp.asarray(x), 1, 32, jnp.asarray(signs))
+  actual = hadamard(x, np.int64(1), 32, signs)
+  assert isinstance(actual, jax.Array) and actual.dtype == dtype
+  np.testing.assert_array_equal(actual, expected)
