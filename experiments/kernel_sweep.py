@@ -120,7 +120,7 @@ ENTRIES = (
     _gemms("fp8 wgrad, float32 result"),
   ),
   Entry("bf16_matmul", "matmul", _BF16, _gemms("bf16 fprop", "bf16 dgrad")),
-  Entry("bf16_matmul", "wgrad", _BF16, _gemms("bf16 wgrad")),
+  Entry("bf16_matmul", "wgrad", _BF16, _gemms("bf16 wgrad, float32 result")),
 )
 
 

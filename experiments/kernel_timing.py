@@ -77,8 +77,11 @@ def grouped(n: int, k: int, sizes: Int[Array, " e"]) -> Iterator[tuple[str, str,
   for dtype in (jnp.float32, jnp.bfloat16):
     wgrad = functools.partial(grouped_matmul.grouped_wgrad, out_dtype=dtype)
     yield f"fp8 wgrad, {jnp.dtype(dtype).name} result", "wgrad", wgrad, sets
-  x, w, dy = bf16_tensor(0, (ROWS, k)), bf16_tensor(1, (e, k, n)), bf16_tensor(2, (ROWS, n))
-  yield "bf16 fprop", "fprop", bf16_matmul.grouped_matmul, [(x, w, sizes)]
+  x, w, dy = bf16_tensor(0, (rows, k)), bf16_tensor(1, (e, k, n)), bf16_tensor(2, (rows, n))
+  yield "bf16 fprop", "fprop", bf16_matmul.grouped_matmul, [(x[:ROWS], w, sizes)]
   dgrad = functools.partial(bf16_matmul.grouped_matmul, transpose_rhs=True)
-  yield "bf16 dgrad", "dgrad", dgrad, [(dy, w, sizes)]
-  yield "bf16 wgrad", "wgrad", bf16_matmul.grouped_wgrad, [(x, dy, sizes)]
+  yield "bf16 dgrad", "dgrad", dgrad, [(dy[:ROWS], w, sizes)]
+  filled = -(-sizes // 128) * 128  # as fp8's
+  for dtype in (jnp.float32, jnp.bfloat16):
+    wgrad = functools.partial(bf16_matmul.grouped_wgrad, out_dtype=dtype)
+    yield f"bf16 wgrad, {jnp.dtype(dtype).name} result", "wgrad", wgrad, [(x, dy, filled)]

@@ -87,10 +87,10 @@ def fake_kernels() -> dict[str, types.SimpleNamespace]:
     )
     return matmul(lhs, ones[0], rhs, ones[1], group_sizes)
 
-  def bf16_wgrad(lhs, rhs, group_sizes):
+  def bf16_wgrad(lhs, rhs, group_sizes, *, out_dtype=jnp.bfloat16):
     assert isinstance(group_sizes, jax.core.Tracer) or not (group_sizes % 128).any()
     ones = [jnp.ones((len(x) // 128, x.shape[1])) for x in (lhs, rhs)]
-    return wgrad(lhs.T, ones[0], rhs.T, ones[1], group_sizes).astype(jnp.bfloat16)
+    return wgrad(lhs.T, ones[0], rhs.T, ones[1], group_sizes, out_dtype)
 
   return {
     "fp8": types.SimpleNamespace(
