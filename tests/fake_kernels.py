@@ -1,4 +1,7 @@
-"""Stand-ins for the Hopper kernels, by their definitions: what calls them is tested anywhere."""
+"""Stand-ins for the Hopper kernels, by their definitions: what calls them is tested anywhere.
+
+What a kernel leaves unwritten is NaN here, and what it never reads may be.
+"""
 
 import dataclasses
 import functools
@@ -67,15 +70,20 @@ def fake_kernels() -> dict[str, types.SimpleNamespace]:
   def matmul(lhs, lhs_scales, rhs, rhs_scales, group_sizes):
     x = spread(lhs, lhs_scales.T)
     w = spread(rhs, jnp.repeat(rhs_scales, 128, 1))
-    owner = jnp.repeat(jnp.arange(len(w)), group_sizes, total_repeat_length=len(x))
-    product = jnp.einsum("mk,enk->men", x, w, precision="highest")
-    return product[jnp.arange(len(x)), owner].astype(jnp.bfloat16)
+    owner = owners(group_sizes, len(x))
+    product = jnp.einsum("mk,enk->men", x, w, precision="highest")[jnp.arange(len(x)), owner]
+    return jnp.where((owner < len(w))[:, None], product, jnp.nan).astype(jnp.bfloat16)
+
+  def owners(sizes, length):
+    """The group of each place; as many as there are groups for those past the last one."""
+    ends = jnp.cumsum(sizes)
+    return jnp.searchsorted(ends, jnp.arange(length), side="right")
 
   def wgrad(lhs, lhs_scales, rhs, rhs_scales, group_sizes, out_dtype=jnp.float32):
     x, dy = spread(lhs, lhs_scales.T), spread(rhs, rhs_scales.T)
-    tiles = -(-group_sizes // 128)
-    owner = jnp.repeat(jnp.arange(len(tiles)), tiles, total_repeat_length=len(lhs_scales))
-    belongs = jnp.repeat(owner, 128)[None] == jnp.arange(len(tiles))[:, None]
+    owner = jnp.repeat(owners(-(-group_sizes // 128), len(lhs_scales)), 128)
+    x, dy = (jnp.where(owner < len(group_sizes), v, 0) for v in (x, dy))
+    belongs = owner[None] == jnp.arange(len(group_sizes))[:, None]
     product = jnp.einsum("kt,nt,et->ekn", x, dy, belongs.astype(jnp.float32), precision="highest")
     return product.astype(out_dtype)
 
