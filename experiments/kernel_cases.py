@@ -28,14 +28,15 @@ _BENCHMARKED = ("floor", "rceil")  # of the scale rules
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """`kernel(x)` equals `definition(x)` bit for bit; x is what `prepare` makes of a bf16 tensor."""
+  """`kernel(x)` equals `definition(x)`; x is what `prepare` makes of a bf16 tensor."""
 
   name: str
   kernel: Callable
-  definition: Callable
+  definition: Callable | None  # None for what rounds stochastically
   bytes_per_value: float
   prepare: Callable = lambda x: x
   benchmarked: bool = True  # False where another rule or scale costs the same
+  exact: bool = True  # bit for bit; False: but for the last bit of exp, see `kernel_checks.near`
 
 
 def mxfp4_format(rule: str) -> formats.BlockFormat:
@@ -215,6 +216,7 @@ def _swiglu(packed, power_of_two):
     (_MXFP4_BYTES if packed else 2) + _FP8_BYTES / 2,
     _pack_mxfp4 if packed else lambda x: x,
     benchmarked=not power_of_two,
+    exact=False,
   )
 
 
@@ -254,6 +256,7 @@ def _swiglu_backward(packed, power_of_two):
     h_bytes + 1 + 2.5 * _FP8_BYTES,
     prepare,
     benchmarked=not power_of_two,
+    exact=False,
   )
 
 

@@ -3,7 +3,8 @@
 python -m experiments.kernel_sweep --out=results/kernel_sweep.jsonl
 
 Each kernel's file has its table, TUNING. A candidate is timed through the public wrapper, with its
-entry of the table in place, at 32768 x 7168; the matmuls at both shapes of the benchmark.
+entry of the table in place, at 32768 x 7168; the matmuls at both shapes of the benchmark. One that
+computes something else has an error and no time.
 """
 
 import ast
@@ -23,6 +24,7 @@ from absl import app, flags
 
 from experiments import command_line, logs
 from experiments import kernel_cases as cases
+from experiments import kernel_checks as checks
 from experiments import kernel_timing as timing
 from experiments.environment import COMMIT, describe_environment
 from fp4jax.implementation import choose, device_obstacle
@@ -58,11 +60,18 @@ def grid(**choices) -> list[dict]:
 
 def _case(name: str) -> Callable[[], float]:
   case = cases.BY_NAME[name]
-  return lambda: _time_us(case.kernel, (_prepared(case),))
+
+  def check(out):
+    if case.definition:
+      checks.check_case(case, out, jax.jit(case.definition)(_prepared(case)))
+
+  return lambda: _time_us(case.kernel, (_prepared(case),), check)
 
 
-def _time_us(f, arguments):
-  return timing.time_us(timing.compiled(f, *arguments), arguments)["time_us"]
+def _time_us(f, arguments, check):
+  program = timing.compiled(f, *arguments)
+  check(program(*arguments))
+  return timing.time_us(program, arguments)["time_us"]
 
 
 @functools.cache
@@ -71,7 +80,10 @@ def _prepared(case):
 
 
 def _gemms(*names: str) -> Callable[[], float]:
-  return lambda: sum(_time_us(f, sets[0]) for f, sets in _calls(names))
+  def time_us(gemm, f, arguments):
+    return _time_us(f, arguments, lambda out: checks.check_gemm(gemm, out, arguments))
+
+  return lambda: sum(time_us(gemm, f, sets[0]) for gemm, f, sets in _calls(names))
 
 
 @functools.cache
@@ -79,7 +91,7 @@ def _calls(names):
   sizes = jnp.full(8, timing.ROWS // 8, jnp.int32)
   found = []
   for n, k in timing.GEMMS:
-    found += [(f, sets) for name, _, f, sets in timing.grouped(n, k, sizes) if name in names]
+    found += [call[1:] for call in timing.grouped(n, k, sizes) if call[0] in names]
   return found
 
 
@@ -136,7 +148,7 @@ def sweep(entry: Entry):
     with mock.patch.dict(table, {entry.key: candidate}):
       try:
         time_us, error = entry.time(), None
-      except (ValueError, RuntimeError) as e:  # too much SMEM, a shape that JAX's kernel lacks
+      except (ValueError, RuntimeError) as e:  # a check, too much SMEM, a shape that it lacks
         time_us, error = None, str(e).splitlines()[0][:200]
     yield {
       "kind": "sweep",

@@ -18,6 +18,9 @@ def elementwise_table(rows: list[Row]) -> str:
     "|---|---|---|---|---|---|---|",
   ]
   for row in (r for r in rows if r["kind"] == "elementwise"):
+    if "failed" in row:
+      lines.append(_failed(row["name"], row, 7))
+      continue
     xla = f"{row['times_xla']:.1f}" if "times_xla" in row else ""
     peer = next((t for n, t in torchao.items() if row["name"] in (n, f"{n} float32")), None)
     lines.append(
@@ -38,12 +41,13 @@ def matmul_table(rows: list[Row]) -> str:
     "|---|---|---|---|---|---|---|---|---|",
   ]
   for row in (r for r in rows if r["kind"] == "matmul"):
+    where = f"{row['name']} | {row['n']} | {row['k']} | {row['groups']}"
+    if "failed" in row:
+      lines.append(_failed(where, row, 9))
+      continue
     ratios = (f"{row[key]:.2f}" if (key := f"times_{p}") in row else "" for p in _PEERS)
     error = f"{row['error_to_bound']:.2f}" if "error_to_bound" in row else ""
-    lines.append(
-      f"| {row['name']} | {row['n']} | {row['k']} | {row['groups']} | {row['tflops']:.0f} |"
-      f" {' | '.join(ratios)} | {error} |"
-    )
+    lines.append(f"| {where} | {row['tflops']:.0f} | {' | '.join(ratios)} | {error} |")
   return "\n".join(lines) + (
     "\n\nM = 32768 rows, 8 groups. Speeds are relative to torch's matmul of the same shape and"
     " groups; the dense one has\nthe blocks of the GEMM: 1x128 and 128x128, for wgrad 1x128 on both"
@@ -61,10 +65,20 @@ def moe_ffn_table(rows: list[Row]) -> str:
     "|---|---|---|---|---|---|---|---|",
   ]
   for row in (r for r in rows if r["kind"] == "moe_ffn"):
+    what = f"`{row['recipe']}` | {row['experts']}, top-{row['top_k']}"
+    if "failed" in row:
+      lines.append(_failed(what, row, 8))
+      continue
+    ratios = ("speed_to_bf16", ".2f"), ("saved_bytes_to_bf16", ".3f")
+    ratios = (*ratios, ("saved_on_device_bytes_to_bf16", ".3f"))
+    speed, kept, on_device = (f"{row[key]:{form}}" if key in row else "" for key, form in ratios)
     lines.append(
-      f"| `{row['recipe']}` | {row['experts']}, top-{row['top_k']} |"
-      f" {row['forward_us'] / 1e3:.2f} | {row['time_us'] / 1e3:.2f} |"
-      f" {row['speed_to_bf16']:.2f} | {row['saved_bytes'] / 1e9:.3f} |"
-      f" {row['saved_bytes_to_bf16']:.3f} | {row['saved_on_device_bytes_to_bf16']:.3f} |"
+      f"| {what} | {row['forward_us'] / 1e3:.2f} | {row['time_us'] / 1e3:.2f} | {speed} |"
+      f" {row['saved_bytes'] / 1e9:.3f} | {kept} | {on_device} |"
     )
   return "\n".join(lines) + "\n\n32768 tokens, d = 7168, f = 2048."
+
+
+def _failed(what: str, row: Row, columns: int) -> str:
+  """A line without a time: what was measured is not what the kernel should compute."""
+  return f"| {what} | check failed: {row['failed']} |" + " |" * (columns - 2 - what.count(" | "))

@@ -1,10 +1,12 @@
 """The tables that the sweep writes, and what it finds to time."""
 
+import dataclasses
 import importlib
 
+import jax.numpy as jnp
 import pytest
 
-from experiments import kernel_sweep, kernel_timing
+from experiments import kernel_cases, kernel_sweep, kernel_timing
 from pallas_kernels.grouped_matmul import TuningConfig
 
 MODULES = sorted({entry.module for entry in kernel_sweep.ENTRIES})
@@ -56,3 +58,20 @@ def test_files_and_entries_are_chosen_by_name():
   names = [entry.name for entry in kernel_sweep.chosen(["fp8", "widen.columns"])]
   assert names == ["fp8.rows", "widen.columns"]
   assert kernel_sweep.chosen([]) == list(kernel_sweep.ENTRIES)
+
+
+def test_a_candidate_that_is_wrong_has_no_time(monkeypatch):
+  case = kernel_cases.BY_NAME["quantize_mxfp4 floor"]
+  monkeypatch.setattr(kernel_timing, "bf16_tensor", lambda seed, shape: jnp.ones((64, 64)))
+  monkeypatch.setattr(kernel_timing, "time_us", lambda program, *sets: {"time_us": 1e3})
+  for kernel, message in (
+    (case.definition, None),
+    (lambda x: tuple(part + 1 for part in case.definition(x)), "differs from its definition"),
+  ):
+    kernel_sweep._prepared.cache_clear()
+    planted = dataclasses.replace(case, kernel=kernel)
+    monkeypatch.setitem(kernel_cases.BY_NAME, case.name, planted)
+    time = kernel_sweep._case(case.name)
+    (row,) = kernel_sweep.sweep(kernel_sweep.Entry("mxfp4", "nearest", [{"runs": 8}], time))
+    assert row["error"] == message and row["time_us"] == (None if message else 1e3)
+  kernel_sweep._prepared.cache_clear()
