@@ -26,7 +26,7 @@ def settle(value: Any) -> None:
   another value is kept if nothing changed, else it tells the changes in brackets.
   """
   given = value.name
-  if not isinstance(given, Name):
+  if not isinstance(given, Name) or type(given.owner) is not type(value):
     _set(value, given, given, value)
   elif changed := list(_changes(given.owner, value)):
     _set(value, f"{given.root}[{', '.join(changed)}]", given.root, given.owner)

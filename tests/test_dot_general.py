@@ -546,7 +546,7 @@ def test_tap_summarizes_the_very_tensors(recipe):
   )
   value, (dx, dw, rows) = tapped(recipe, x, w, dy, operands.new_tap())
   assert rows.shape == (8, 10) and rows.dtype == np.float32
-  expected = np.full((8, 10), np.nan)
+  expected = np.zeros((8, 10))
   tensors = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (x, dy)}
   axes = {"fprop": (-1, -2), "dgrad": (-1, -1), "wgrad": (-2, -2)}
   for i, role in enumerate(ROLES):
@@ -566,7 +566,7 @@ def test_tap_summarizes_the_very_tensors(recipe):
   np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
   assert tuple(operands.ROLES) == (*ROLES, "residual.lhs", "residual.rhs")
   live = [i for i, role in enumerate(operands.ROLES) if role in operands.quantized_roles(recipe)]
-  np.testing.assert_array_equal(np.isfinite(rows).any(1), np.isin(np.arange(8), live))
+  np.testing.assert_array_equal(np.asarray(rows).any(1), np.isin(np.arange(8), live))
   # Looking changes nothing.
   plain_value, (plain_dx, plain_dw) = tapped(recipe, x, w, dy, None)
   assert value == plain_value
@@ -583,7 +583,7 @@ def test_tap_of_padded_tensors():
     padded = pad(np.asarray(tensor), axis, 32)
     expected = summary_row(padded, fp4jax.MXFP4, axis)
     np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-7)
-  assert np.isnan(rows[6:]).all()
+  assert not rows[6:].any()
 
 
 # Refusals.

@@ -188,7 +188,7 @@ def test_numbers_are_those_of_the_composed_layers(recipe, dtype):
   for a, e in zip(actual_taps, (first, second), strict=True):
     np.testing.assert_allclose(a, e, rtol=2e-5, atol=1e-6)
   live = [role in operands.quantized_roles(recipe) for role in operands.ROLES]
-  np.testing.assert_array_equal(np.isfinite(actual_taps[1]).any(1), live)
+  np.testing.assert_array_equal(np.asarray(actual_taps[1]).any(1), live)
   untapped = run(recipe, *arguments)
   for a, e in zip(untapped[:5], actual, strict=True):
     np.testing.assert_array_equal(a, e)
@@ -303,7 +303,7 @@ def test_mosaic_runs_or_raises(hopper, monkeypatch):
       run(recipe, *arguments, taps, implementation="mosaic")
 
   refused(
-    r"the kernels serve \['bf16', 'fp8', 'fp8_pow2', 'hopper_fp4'\], not .*'mxfp4'", recipes.MXFP4
+    r"the kernels read fprop.lhs in .*'FP8_BLOCK'.* or bf16, not recipe 'mxfp4'", recipes.MXFP4
   )
   refused("the kernels take bfloat16; x is float32", dtype=jnp.float32)
   refused("d=192 is not a multiple of 128", d=192)
