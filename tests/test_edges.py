@@ -319,7 +319,7 @@ def test_a_gradient_through_codes_is_refused():
     frozen = lambda x: x.sum() * dequantize(quantize(jax.lax.stop_gradient(x), fmt)).sum()  # noqa: B023, E731
     assert np.isfinite(jax.grad(frozen)(jnp.ones((1, 128)))).all()
     packed = quantize(jnp.ones((1, 128)), fmt)  # codes of a checkpoint are constants
-    assert np.isfinite(jax.grad(lambda x: (x * dequantize(packed)).sum())(jnp.ones(128))).all()
+    assert np.isfinite(jax.grad(lambda x, q=packed: (x * dequantize(q)).sum())(jnp.ones(128))).all()
 
 
 # Refusals.
