@@ -55,6 +55,8 @@ class Quantize:
   scores: bool = False  # q k^T; probabilities times v stay in bf16
   router: bool = False
   head: bool = False
+  first_bf16: int = 0  # blocks at the beginning that run the recipe in no module
+  last_bf16: int = 0  # and at the end
 
 
 @dataclasses.dataclass
@@ -111,8 +113,9 @@ _RANGES = (
   (
     "at least 0",
     lambda x: x >= 0,
-    "probe_every checkpoint_every model.num_experts model.d_ff_shared optimizer.warmup_steps"
-    " optimizer.weight_decay optimizer.load_balance_weight optimizer.router_z_weight",
+    "probe_every checkpoint_every quantize.first_bf16 quantize.last_bf16 model.num_experts"
+    " model.d_ff_shared optimizer.warmup_steps optimizer.weight_decay"
+    " optimizer.load_balance_weight optimizer.router_z_weight",
   ),
   ("above 0", lambda x: x > 0, "optimizer.learning_rate optimizer.clip_norm model.rope_theta"),
   ("from 0 to 1", lambda x: 0 <= x <= 1, "optimizer.final_fraction"),
@@ -137,6 +140,12 @@ def validate(config: Experiment) -> None:
     raise ValueError(
       f"bf16_seeds={config.bf16_seeds} is below seeds={config.seeds}: "
       "a seed without its bf16 run has no gap"
+    )
+  kept = config.quantize.first_bf16 + config.quantize.last_bf16
+  if kept > config.model.num_layers:
+    raise ValueError(
+      f"quantize.first_bf16={config.quantize.first_bf16} and quantize.last_bf16="
+      f"{config.quantize.last_bf16} are more than model.num_layers={config.model.num_layers}"
     )
   if config.implementation not in (None, *typing.get_args(Implementation)):
     raise ValueError(f"implementation={config.implementation!r} is not 'mosaic' or 'xla'")

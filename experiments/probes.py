@@ -21,9 +21,9 @@ def probe_rows(
   """
   rows = []
   for name, tap in taps.items():
-    recipe = getattr(policy, name.split(".")[0])
     layers = enumerate(np.asarray(tap)) if tap.ndim == 3 else [(num_layers, np.asarray(tap))]
     for layer, table in layers:
+      recipe = policy.recipe(name, layer, num_layers)
       for role, fmt in operands.quantized_roles(recipe).items():
         gemm, operand = role.split(".")
         summary = table[operands.ROLES.index(role)].tolist()

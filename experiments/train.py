@@ -14,7 +14,8 @@ from jaxtyping import Array, Float32, Int32
 from experiments.config import Experiment, Optimizer, Quantize
 from fp4jax import operands
 from fp4jax.implementation import Implementation
-from fp4jax.models import LanguageModel, Policy
+from fp4jax.models import LanguageModel, LayerRule, Policy
+from fp4jax.models.policy import KINDS
 from fp4jax.recipe import Recipe
 
 Scalars = dict[str, Float32[Array, ""]]
@@ -48,8 +49,15 @@ def policy_of(
   recipe: Recipe, quantize: Quantize, implementation: Implementation | None = None
 ) -> Policy:
   """The recipe where `quantize` says so, high precision elsewhere."""
-  kinds = [f.name for f in dataclasses.fields(Quantize) if getattr(quantize, f.name)]
-  return Policy(**dict.fromkeys(kinds, recipe), implementation=implementation)
+  kinds = [kind for kind in KINDS if getattr(quantize, kind)]
+  ends = (*range(quantize.first_bf16), *range(-quantize.last_bf16, 0))
+  rules = [
+    LayerRule(layers=ends, modules=f"{kind}.*", recipe=getattr(Policy, kind))
+    for kind in kinds
+    if ends
+  ]
+  recipes = dict.fromkeys(kinds, recipe)
+  return Policy(**recipes, implementation=implementation, layers=tuple(rules))
 
 
 def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer:

@@ -35,6 +35,10 @@ def changed(**changes) -> configs.Experiment:
     ({"optimizer.clip_norm": math.inf}, "optimizer.clip_norm=inf is not above 0"),
     ({"optimizer.final_fraction": 1.5}, "optimizer.final_fraction=1.5 is not from 0 to 1"),
     ({"optimizer.b2": 1.0}, "optimizer.b2=1.0 is not at least 0 and below 1"),
+    (
+      {"quantize.first_bf16": 2, "quantize.last_bf16": 1},
+      "first_bf16=2 and quantize.last_bf16=1 are more than model.num_layers=2",
+    ),
     ({"bf16_seeds": 0}, "bf16_seeds=0 is below seeds=1"),
     ({"implementation": "mosaic"}, "probe_every=20: probes read the tensors of"),
     (
