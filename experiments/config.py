@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from fp4jax import recipes as fp4_recipes
 from fp4jax.implementation import Implementation
 from fp4jax.models import ModelConfig
+from fp4jax.recipe import Recipe
 
 
 class Names(tuple):
@@ -74,6 +75,7 @@ class Optimizer:
   router_z_weight: float = 1e-3
 
 
+ALL_GEMMS = Names(("fprop", "dgrad", "wgrad"))
 ALL_RECIPES = Names(("bf16", "fp8", "mxfp4", "mxfp4_rht_sr", "hopper_fp4"))
 
 
@@ -85,6 +87,9 @@ class Experiment:
   seeds: int = 1  # runs of every recipe, seeded 0, 1, ...
   bf16_seeds: int | None = None  # runs of bf16, whose spread is the noise of a gap; None: `seeds`
   steps: int = 100
+  final_recipe: str | None = None  # of the last steps of all runs but bf16's; None: their own
+  final_share: float = 0.18  # of the steps; NVIDIA's late switch to bf16, arXiv 2509.25149
+  final_gemms: Names = ALL_GEMMS  # that run final_recipe then; `fprop` alone costs least
   log_every: int = 1
   eval_every: int = 20
   eval_batches: int = 8
@@ -100,6 +105,27 @@ class Experiment:
   def seeds_of(self, recipe: str) -> int:
     """Runs of one recipe."""
     return self.bf16_seeds if recipe == "bf16" and self.bf16_seeds is not None else self.seeds
+
+  def recipes_of(self, run: str) -> tuple[tuple[int, Recipe], ...]:
+    """The recipes of the run of that name, each with the step from which it trains."""
+    recipe = fp4_recipes.by_name(run)
+    if self.final_recipe is None or run == "bf16":
+      return ((0, recipe),)
+    final = _with_gemms(recipe, fp4_recipes.by_name(self.final_recipe), self.final_gemms)
+    start = self.steps - round(self.final_share * self.steps)
+    return ((0, recipe),) if final == recipe else ((0, recipe), (start, final))
+
+
+def _with_gemms(recipe: Recipe, other: Recipe, gemms: Names) -> Recipe:
+  """`recipe` but for `gemms`, which run `other`; x is kept for its wgrad, w for its dgrad."""
+  if set(gemms) == set(ALL_GEMMS):
+    return other
+  changes = {gemm: getattr(other, gemm) for gemm in gemms}
+  for gemm, kept in (("wgrad", "lhs"), ("wgrad", "hidden"), ("dgrad", "rhs")):
+    if gemm in gemms:
+      changes[f"residual.{kept}"] = getattr(other.residual, kept)
+  name = f"{recipe.name}[{','.join(gemms)}={other.name}]"
+  return recipe.replace(changes | {"name": name, "citation": f"{name}: {recipe.citation}"})
 
 
 # Of every number but those of `data`, which `load_corpus` checks, and `bf16_seeds`.
@@ -118,6 +144,7 @@ _RANGES = (
     " optimizer.load_balance_weight optimizer.router_z_weight",
   ),
   ("above 0", lambda x: x > 0, "optimizer.learning_rate optimizer.clip_norm model.rope_theta"),
+  ("above 0 and below 1", lambda x: 0 < x < 1, "final_share"),
   ("from 0 to 1", lambda x: 0 <= x <= 1, "optimizer.final_fraction"),
   ("at least 0 and below 1", lambda x: 0 <= x < 1, "optimizer.b1 optimizer.b2"),
 )
@@ -141,6 +168,7 @@ def validate(config: Experiment) -> None:
       f"bf16_seeds={config.bf16_seeds} is below seeds={config.seeds}: "
       "a seed without its bf16 run has no gap"
     )
+  _validate_final(config)
   kept = config.quantize.first_bf16 + config.quantize.last_bf16
   if kept > config.model.num_layers:
     raise ValueError(
@@ -163,11 +191,24 @@ def validate(config: Experiment) -> None:
     raise ValueError(f"model.dtype={config.model.dtype!r} is not 'bfloat16' or 'float32'")
 
 
+def _validate_final(config: Experiment) -> None:
+  if config.final_recipe is None:
+    return
+  if not config.final_gemms or not set(config.final_gemms) <= set(ALL_GEMMS):
+    raise ValueError(f"final_gemms={','.join(config.final_gemms)} is not of {','.join(ALL_GEMMS)}")
+  if not 0 < round(config.final_share * config.steps) < config.steps:
+    raise ValueError(
+      f"final_share={config.final_share} of steps={config.steps} leaves one of the two recipes "
+      "without a step"
+    )
+  for name in config.recipes:
+    config.recipes_of(name)
+
+
 def to_dict(config: Experiment) -> dict[str, Any]:
   """Nested plain values, as written to config.json."""
   fields = dataclasses.asdict(config)
-  fields["recipes"] = list(config.recipes)
-  return fields
+  return {name: list(v) if isinstance(v, Names) else v for name, v in fields.items()}
 
 
 def field_paths(cls: type = Experiment, prefix: str = "") -> list[str]:

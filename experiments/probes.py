@@ -29,7 +29,7 @@ def probe_rows(
         summary = table[operands.ROLES.index(role)].tolist()
         source = "original" if gemm == "residual" else recipe.operand(role).source
         rows.append(
-          {"layer": layer, "module": name, "gemm": gemm, "operand": operand}
+          {"layer": layer, "module": name, "gemm": gemm, "operand": operand, "ran": recipe.name}
           | {"format": fmt.name, "scale_rule": fmt.scale_rule, "source": source}
           | dict(zip(SUMMARY_FIELDS, summary, strict=True))
         )

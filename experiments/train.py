@@ -60,6 +60,14 @@ def policy_of(
   return Policy(**recipes, implementation=implementation, layers=tuple(rules))
 
 
+def schedule_of(config: Experiment, run: str) -> tuple[tuple[int, Policy], ...]:
+  """The policies of the run of that name, each with the step from which it trains."""
+  return tuple(
+    (step, policy_of(recipe, config.quantize, config.implementation))
+    for step, recipe in config.recipes_of(run)
+  )
+
+
 def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer:
   """Functions that train `config.model` under `policy`; nothing is compiled before first use."""
   optimizer = make_optimizer(config.optimizer, config.steps)

@@ -39,6 +39,22 @@ def changed(**changes) -> configs.Experiment:
       {"quantize.first_bf16": 2, "quantize.last_bf16": 1},
       "first_bf16=2 and quantize.last_bf16=1 are more than model.num_layers=2",
     ),
+    (
+      {"final_recipe": "mxfp5"},
+      "unknown recipe 'mxfp5'",
+    ),
+    (
+      {"final_recipe": "bf16", "final_gemms": configs.Names(("fprop", "grad"))},
+      "final_gemms=fprop,grad is not of fprop,dgrad,wgrad",
+    ),
+    (
+      {"final_recipe": "bf16", "final_share": 0.004},
+      "final_share=0.004 of steps=100 leaves one of the two recipes without a step",
+    ),
+    (
+      {"final_recipe": "bf16", "final_gemms": configs.Names(("wgrad",))},
+      'hopper_fp4[wgrad=bf16]: source="residual" needs a format in residual.lhs',
+    ),
     ({"bf16_seeds": 0}, "bf16_seeds=0 is below seeds=1"),
     ({"implementation": "mosaic"}, "probe_every=20: probes read the tensors of"),
     (
