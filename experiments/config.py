@@ -61,18 +61,34 @@ class Quantize:
 
 
 @dataclasses.dataclass
-class Optimizer:
-  """AdamW with linear warmup and cosine decay to `final_fraction` of the peak."""
+class StableSpam:
+  """The settings of arXiv 2502.17055 for FP4; `experiments/optimizers/stable_spam.py` explains."""
 
+  gamma1: float = 0.7  # of the mean norm
+  gamma2: float = 0.9  # of the mean squared norm
+  gamma3: float = 0.999  # of the mean largest value
+  reset_every: int = 500  # steps between two resets of Adam's moments
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  final_scale: float = 1.0  # a cosine leads gamma1 and b1 to this share of themselves
+
+
+@dataclasses.dataclass
+class Optimizer:
+  """One of `experiments.optimizers`, with linear warmup and cosine decay of the learning rate."""
+
+  name: str = "adamw"
   learning_rate: float = 3e-3
   warmup_steps: int = 20
-  final_fraction: float = 0.1
-  b1: float = 0.9
-  b2: float = 0.95
+  final_fraction: float = 0.1  # of the peak, at the last step
+  b1: float = 0.9  # of adamw
+  b2: float = 0.95  # of adamw
   weight_decay: float = 0.1
-  clip_norm: float = 1.0
+  clip_norm: float = 1.0  # of adamw
   load_balance_weight: float = 1e-2  # of the routing losses in the total loss
   router_z_weight: float = 1e-3
+  stable_spam: StableSpam = dataclasses.field(default_factory=StableSpam)
 
 
 ALL_GEMMS = Names(("fprop", "dgrad", "wgrad"))
@@ -133,8 +149,9 @@ _RANGES = (
   (
     "at least 1",
     lambda x: x >= 1,
-    "seeds steps log_every eval_every eval_batches checkpoints_kept model.num_layers model.d_model"
-    " model.num_heads model.num_kv_heads model.head_dim model.top_k model.d_ff",
+    "seeds steps log_every eval_every eval_batches checkpoints_kept"
+    " model.num_layers model.d_model model.num_heads model.num_kv_heads model.head_dim model.top_k"
+    " model.d_ff optimizer.stable_spam.reset_every",
   ),
   (
     "at least 0",
@@ -143,10 +160,23 @@ _RANGES = (
     " model.d_ff_shared optimizer.warmup_steps optimizer.weight_decay"
     " optimizer.load_balance_weight optimizer.router_z_weight",
   ),
-  ("above 0", lambda x: x > 0, "optimizer.learning_rate optimizer.clip_norm model.rope_theta"),
+  (
+    "above 0",
+    lambda x: x > 0,
+    "optimizer.learning_rate optimizer.clip_norm optimizer.stable_spam.eps model.rope_theta",
+  ),
   ("above 0 and below 1", lambda x: 0 < x < 1, "final_share"),
-  ("from 0 to 1", lambda x: 0 <= x <= 1, "optimizer.final_fraction"),
-  ("at least 0 and below 1", lambda x: 0 <= x < 1, "optimizer.b1 optimizer.b2"),
+  (
+    "from 0 to 1",
+    lambda x: 0 <= x <= 1,
+    "optimizer.final_fraction optimizer.stable_spam.final_scale",
+  ),
+  (
+    "at least 0 and below 1",
+    lambda x: 0 <= x < 1,
+    "optimizer.b1 optimizer.b2 optimizer.stable_spam.b1 optimizer.stable_spam.b2"
+    " optimizer.stable_spam.gamma1 optimizer.stable_spam.gamma2 optimizer.stable_spam.gamma3",
+  ),
 )
 
 

@@ -13,7 +13,8 @@ from absl import logging
 from experiments import data, logs, probes
 from experiments.checkpoints import Checkpoints
 from experiments.config import Experiment
-from experiments.train import Trainer, learning_rate
+from experiments.optimizers import learning_rate
+from experiments.train import Trainer
 from experiments.workdir import Offsets, Run
 
 

@@ -11,7 +11,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from experiments.config import Experiment, Optimizer, Quantize
+from experiments.config import Experiment, Quantize
+from experiments.optimizers import make_optimizer
 from fp4jax import operands
 from fp4jax.implementation import Implementation
 from fp4jax.models import LanguageModel, LayerRule, Policy
@@ -135,32 +136,6 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     jax.jit(evaluate),
     jax.jit(probe),
     saved_bytes,
-  )
-
-
-def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
-  """Clipped AdamW that decays matrices only."""
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(
-      learning_rate(config, steps),
-      b1=config.b1,
-      b2=config.b2,
-      weight_decay=config.weight_decay,
-      mask=lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, _: str(path[-1].key).startswith("w"), params
-      ),
-    ),
-  )
-
-
-def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
-  return optax.warmup_cosine_decay_schedule(
-    init_value=0.0,
-    peak_value=config.learning_rate,
-    warmup_steps=config.warmup_steps,
-    decay_steps=steps,
-    end_value=config.final_fraction * config.learning_rate,
   )
 
 

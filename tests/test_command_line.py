@@ -21,7 +21,7 @@ def changed(**changes) -> configs.Experiment:
   config = configs.Experiment()
   for path, value in changes.items():
     group, _, name = path.rpartition(".")
-    setattr(getattr(config, group) if group else config, name, value)
+    setattr(operator.attrgetter(group)(config) if group else config, name, value)
   return config
 
 

@@ -37,6 +37,7 @@ def experiment(**changes) -> configs.Experiment:
   config.model = ModelConfig(
     num_layers=1, d_model=32, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=0, d_ff=32
   )
+  config.quantize.attention = False  # fewer programs
   config.optimizer.warmup_steps = 2
   configs.validate(config)
   return config
