@@ -74,7 +74,8 @@ def train_run(
 
     def evaluate(step: int) -> None:
       loss_of = trainer_of(step).evaluate
-      loss = float(np.mean([loss_of(state, batch, seed) for batch in validation]))
+      losses = [loss_of(state, batch, seed, i) for i, batch in enumerate(validation)]
+      loss = float(np.mean(losses))
       write("metrics", step, {"split": "validation", "loss": loss})
       board.write(step, {"validation/loss": loss})
 

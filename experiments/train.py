@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from fp4jax.models import LanguageModel, LayerRule, Policy
 from fp4jax.models.policy import KINDS
 from fp4jax.recipe import Recipe
 
+# Folded into a step's key, so that evaluation does not draw what training draws.
+_EVALUATION = zlib.crc32(b"evaluation")
 Scalars = dict[str, Float32[Array, ""]]
 Tokens = Int32[Array, "batch length_and_one"]
 
@@ -41,7 +44,7 @@ class Trainer:
   init: Callable[[Int32[Array, ""]], TrainState]
   step: Callable[[TrainState, Tokens, Int32[Array, ""]], tuple[TrainState, Scalars]]
   gradients: Callable[[TrainState, Tokens, Int32[Array, ""]], Any]  # shaped like `params`
-  evaluate: Callable[[TrainState, Tokens, Int32[Array, ""]], Float32[Array, ""]]
+  evaluate: Callable[..., Float32[Array, ""]]  # of (state, tokens, seed, number of the batch)
   probe: Callable[[TrainState, Tokens, Int32[Array, ""]], dict[str, operands.Tap]]
   saved_bytes: Callable[[Tokens], int]
 
@@ -113,8 +116,9 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     key = _key(seed, state.step)
     return jax.grad(lambda params: total_loss(params, tokens, key)[0])(state.params)
 
-  def evaluate(state, tokens, seed):
-    return losses(state.params, tokens, _key(seed, state.step))[0]
+  def evaluate(state, tokens, seed, batch=0):
+    key = jax.random.fold_in(_key(seed, state.step), _EVALUATION)
+    return losses(state.params, tokens, jax.random.fold_in(key, batch))[0]
 
   def probe(state, tokens, seed):
     key = _key(seed, state.step)

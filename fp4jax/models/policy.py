@@ -79,25 +79,48 @@ class Policy:
     return [(run[0], run[-1] + 1) for run in runs]
 
 
-@jax.tree_util.register_dataclass
+class _Calls:
+  """How often each GEMM was called in a pass so far.
+
+  What JAX traces on its own, such as a checkpointed function, counts on from a copy, which tells
+  its `parent`: two traces of it count alike, and the pass still knows of its calls.
+  """
+
+  def __init__(self, counts: Iterable[tuple[str, int]] = (), parent: "_Calls | None" = None):
+    self.counts, self._parent = dict(counts), parent
+
+  def add(self, name: str) -> int:
+    """Calls before this one."""
+    before = self.counts.get(name, 0)
+    self._raise_to(name, before + 1)
+    return before
+
+  def _raise_to(self, name, count):
+    self.counts[name] = max(count, self.counts.get(name, 0))
+    if self._parent is not None:
+      self._parent._raise_to(name, count)
+
+
 @dataclasses.dataclass(frozen=True)
 class Numerics:
   """A policy with the key and the taps of one pass; modules ask it for their GEMMs by name.
 
-  `"experts.w13"` is GEMM w13 of the kind `experts`. Each name draws its own random numbers.
+  `"experts.w13"` is GEMM w13 of the kind `experts`. Each name draws its own random numbers, and so
+  does each call of a name within the pass; calls are counted as they are traced.
   """
 
-  policy: Policy = dataclasses.field(metadata={"static": True})
+  policy: Policy
   key: jax.Array | None = None
   taps: dict[str, operands.Tap] | None = None
-  layer: int = dataclasses.field(default=0, metadata={"static": True})  # the head: num_layers
-  num_layers: int = dataclasses.field(default=1, metadata={"static": True})
+  layer: int = 0  # the head: num_layers
+  num_layers: int = 1
+  _calls: _Calls = dataclasses.field(default_factory=_Calls, repr=False, compare=False)
 
   def dot_general(self, name: str) -> Callable[..., Array]:
+    """For one call."""
+    recipe, key, tap = self._gemm(name)
     implementation = "xla" if self.policy.implementation == "xla" else None
-    return dot_general(
-      self._recipe(name), key=self._key(name), tap=self._tap(name), implementation=implementation
-    )
+    return dot_general(recipe, key=key, tap=tap, implementation=implementation)
 
   def moe_ffn(
     self,
@@ -109,13 +132,13 @@ class Numerics:
     weights: Float32[Array, "token k"],
   ) -> Float[Array, "token d"]:
     """`names` are those of its two GEMMs, which run one recipe."""
-    recipe, second = map(self._recipe, names)
+    (recipe, *first), (second, *then) = map(self._gemm, names)
     if recipe != second:
       raise ValueError(
         f"{names[0]} runs recipe {recipe.name!r} and {names[1]} {second.name!r} in layer"
         f" {self.layer}; moe_ffn runs one recipe"
       )
-    keys, taps = tuple(map(self._key, names)), tuple(map(self._tap, names))
+    keys, taps = zip(first, then, strict=True)
     implementation = self.policy.implementation
     return moe_ffn(
       x, w13, w2, experts, weights, recipe, keys=keys, taps=taps, implementation=implementation
@@ -126,11 +149,30 @@ class Numerics:
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     return self.dot_general(name)(x, w.astype(x.dtype), dims)
 
-  def _recipe(self, name):
-    return self.policy.recipe(name, self.layer, self.num_layers)
+  def _gemm(self, name):
+    """Recipe, key and tap of the next call of a GEMM."""
+    recipe = self.policy.recipe(name, self.layer, self.num_layers)
+    before = self._calls.add(name)
+    key = self.key
+    if key is not None:
+      key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+      key = jax.random.fold_in(key, before) if before else key
+    tap = None if self.taps is None else self.taps.get(name)
+    if before and tap is not None:
+      raise ValueError(f"{name!r} is called twice in one pass; its tap would add the two errors")
+    return recipe, key, tap
 
-  def _key(self, name):
-    return None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(name.encode()))
 
-  def _tap(self, name):
-    return None if self.taps is None else self.taps.get(name)
+def _flatten(numerics):
+  calls = numerics._calls
+  counts = tuple(sorted(calls.counts.items()))
+  static = (numerics.policy, numerics.layer, numerics.num_layers, calls, counts)
+  return (numerics.key, numerics.taps), static
+
+
+def _unflatten(static, children):
+  policy, layer, num_layers, calls, counts = static
+  return Numerics(policy, *children, layer, num_layers, _Calls(counts, calls))
+
+
+jax.tree_util.register_pytree_node(Numerics, _flatten, _unflatten)
