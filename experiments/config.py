@@ -112,7 +112,7 @@ class Experiment:
   probe_every: int = 20  # 0: never
   checkpoint_every: int = 50  # 0: never, so that a stopped run begins again
   checkpoints_kept: int = 2
-  implementation: str | None = None  # of `moe_ffn`: "mosaic" or "xla"; None: "mosaic" if it can run
+  implementation: str | None = None  # "mosaic" or "xla", see `Policy`; None: "mosaic" if it can run
   data: Data = dataclasses.field(default_factory=Data)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   quantize: Quantize = dataclasses.field(default_factory=Quantize)

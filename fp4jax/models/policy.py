@@ -55,7 +55,7 @@ class Policy:
   scores: Recipe = recipes.BF16  # q k^T; see `fp4jax.models.scores`
   router: Recipe = recipes.FP32
   head: Recipe = recipes.BF16
-  # Of `moe_ffn`; plain matmuls run the kernels where these serve, or with "xla" never.
+  # Of `moe_ffn`, and of the matmuls whose recipes quantize.
   implementation: Implementation | None = None
   layers: tuple[LayerRule, ...] = ()
 
@@ -117,9 +117,13 @@ class Numerics:
   _calls: _Calls = dataclasses.field(default_factory=_Calls, repr=False, compare=False)
 
   def dot_general(self, name: str) -> Callable[..., Array]:
-    """For one call."""
+    """For one call. A recipe that quantizes runs on the policy's implementation, or raises.
+
+    One of plain dtypes is XLA's own matmul by definition, whatever the policy says.
+    """
     recipe, key, tap = self._gemm(name)
-    implementation = "xla" if self.policy.implementation == "xla" else None
+    quantizes = bool(operands.quantized_roles(recipe))
+    implementation = self.policy.implementation if quantizes else "xla"
     return dot_general(recipe, key=key, tap=tap, implementation=implementation)
 
   def moe_ffn(
