@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from fp4jax import recipes as fp4_recipes
 from fp4jax.implementation import Implementation
 from fp4jax.models import ModelConfig
+from fp4jax.recipe import Recipe
 
 
 class Names(tuple):
@@ -55,23 +56,42 @@ class Quantize:
   scores: bool = False  # q k^T; probabilities times v stay in bf16
   router: bool = False
   head: bool = False
+  first_bf16: int = 0  # blocks at the beginning that run the recipe in no module
+  last_bf16: int = 0  # and at the end
+
+
+@dataclasses.dataclass
+class StableSpam:
+  """The settings of arXiv 2502.17055 for FP4; `experiments/optimizers/stable_spam.py` explains."""
+
+  gamma1: float = 0.7  # of the mean norm
+  gamma2: float = 0.9  # of the mean squared norm
+  gamma3: float = 0.999  # of the mean largest value
+  reset_every: int = 500  # steps between two resets of Adam's moments
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  final_scale: float = 1.0  # a cosine leads gamma1 and b1 to this share of themselves
 
 
 @dataclasses.dataclass
 class Optimizer:
-  """AdamW with linear warmup and cosine decay to `final_fraction` of the peak."""
+  """One of `experiments.optimizers`, with linear warmup and cosine decay of the learning rate."""
 
+  name: str = "adamw"
   learning_rate: float = 3e-3
   warmup_steps: int = 20
-  final_fraction: float = 0.1
-  b1: float = 0.9
-  b2: float = 0.95
+  final_fraction: float = 0.1  # of the peak, at the last step
+  b1: float = 0.9  # of adamw
+  b2: float = 0.95  # of adamw
   weight_decay: float = 0.1
-  clip_norm: float = 1.0
+  clip_norm: float = 1.0  # of adamw
   load_balance_weight: float = 1e-2  # of the routing losses in the total loss
   router_z_weight: float = 1e-3
+  stable_spam: StableSpam = dataclasses.field(default_factory=StableSpam)
 
 
+ALL_GEMMS = Names(("fprop", "dgrad", "wgrad"))
 ALL_RECIPES = Names(("bf16", "fp8", "mxfp4", "mxfp4_rht_sr", "hopper_fp4"))
 
 
@@ -83,13 +103,16 @@ class Experiment:
   seeds: int = 1  # runs of every recipe, seeded 0, 1, ...
   bf16_seeds: int | None = None  # runs of bf16, whose spread is the noise of a gap; None: `seeds`
   steps: int = 100
+  final_recipe: str | None = None  # of the last steps of all runs but bf16's; None: their own
+  final_share: float = 0.18  # of the steps; NVIDIA's late switch to bf16, arXiv 2509.25149
+  final_gemms: Names = ALL_GEMMS  # that run final_recipe then; `fprop` alone costs least
   log_every: int = 1
   eval_every: int = 20
   eval_batches: int = 8
   probe_every: int = 20  # 0: never
   checkpoint_every: int = 50  # 0: never, so that a stopped run begins again
   checkpoints_kept: int = 2
-  implementation: str | None = None  # of `moe_ffn`: "mosaic" or "xla"; None: "mosaic" if it can run
+  implementation: str | None = None  # "mosaic" or "xla", see `Policy`; None: "mosaic" if it can run
   data: Data = dataclasses.field(default_factory=Data)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   quantize: Quantize = dataclasses.field(default_factory=Quantize)
@@ -99,24 +122,61 @@ class Experiment:
     """Runs of one recipe."""
     return self.bf16_seeds if recipe == "bf16" and self.bf16_seeds is not None else self.seeds
 
+  def recipes_of(self, run: str) -> tuple[tuple[int, Recipe], ...]:
+    """The recipes of the run of that name, each with the step from which it trains."""
+    recipe = fp4_recipes.by_name(run)
+    if self.final_recipe is None or run == "bf16":
+      return ((0, recipe),)
+    final = _with_gemms(recipe, fp4_recipes.by_name(self.final_recipe), self.final_gemms)
+    start = self.steps - round(self.final_share * self.steps)
+    return ((0, recipe),) if final == recipe else ((0, recipe), (start, final))
+
+
+def _with_gemms(recipe: Recipe, other: Recipe, gemms: Names) -> Recipe:
+  """`recipe` but for `gemms`, which run `other`; x is kept for its wgrad, w for its dgrad."""
+  if set(gemms) == set(ALL_GEMMS):
+    return other
+  changes = {gemm: getattr(other, gemm) for gemm in gemms}
+  for gemm, kept in (("wgrad", "lhs"), ("wgrad", "hidden"), ("dgrad", "rhs")):
+    if gemm in gemms:
+      changes[f"residual.{kept}"] = getattr(other.residual, kept)
+  name = f"{recipe.name}[{','.join(gemms)}={other.name}]"
+  return recipe.replace(changes | {"name": name, "citation": f"{name}: {recipe.citation}"})
+
 
 # Of every number but those of `data`, which `load_corpus` checks, and `bf16_seeds`.
 _RANGES = (
   (
     "at least 1",
     lambda x: x >= 1,
-    "seeds steps log_every eval_every eval_batches checkpoints_kept model.num_layers model.d_model"
-    " model.num_heads model.num_kv_heads model.head_dim model.top_k model.d_ff",
+    "seeds steps log_every eval_every eval_batches checkpoints_kept"
+    " model.num_layers model.d_model model.num_heads model.num_kv_heads model.head_dim model.top_k"
+    " model.d_ff optimizer.stable_spam.reset_every",
   ),
   (
     "at least 0",
     lambda x: x >= 0,
-    "probe_every checkpoint_every model.num_experts model.d_ff_shared optimizer.warmup_steps"
-    " optimizer.weight_decay optimizer.load_balance_weight optimizer.router_z_weight",
+    "probe_every checkpoint_every quantize.first_bf16 quantize.last_bf16 model.num_experts"
+    " model.d_ff_shared optimizer.warmup_steps optimizer.weight_decay"
+    " optimizer.load_balance_weight optimizer.router_z_weight",
   ),
-  ("above 0", lambda x: x > 0, "optimizer.learning_rate optimizer.clip_norm model.rope_theta"),
-  ("from 0 to 1", lambda x: 0 <= x <= 1, "optimizer.final_fraction"),
-  ("at least 0 and below 1", lambda x: 0 <= x < 1, "optimizer.b1 optimizer.b2"),
+  (
+    "above 0",
+    lambda x: x > 0,
+    "optimizer.learning_rate optimizer.clip_norm optimizer.stable_spam.eps model.rope_theta",
+  ),
+  ("above 0 and below 1", lambda x: 0 < x < 1, "final_share"),
+  (
+    "from 0 to 1",
+    lambda x: 0 <= x <= 1,
+    "optimizer.final_fraction optimizer.stable_spam.final_scale",
+  ),
+  (
+    "at least 0 and below 1",
+    lambda x: 0 <= x < 1,
+    "optimizer.b1 optimizer.b2 optimizer.stable_spam.b1 optimizer.stable_spam.b2"
+    " optimizer.stable_spam.gamma1 optimizer.stable_spam.gamma2 optimizer.stable_spam.gamma3",
+  ),
 )
 
 
@@ -138,6 +198,13 @@ def validate(config: Experiment) -> None:
       f"bf16_seeds={config.bf16_seeds} is below seeds={config.seeds}: "
       "a seed without its bf16 run has no gap"
     )
+  _validate_final(config)
+  kept = config.quantize.first_bf16 + config.quantize.last_bf16
+  if kept > config.model.num_layers:
+    raise ValueError(
+      f"quantize.first_bf16={config.quantize.first_bf16} and quantize.last_bf16="
+      f"{config.quantize.last_bf16} are more than model.num_layers={config.model.num_layers}"
+    )
   if config.implementation not in (None, *typing.get_args(Implementation)):
     raise ValueError(f"implementation={config.implementation!r} is not 'mosaic' or 'xla'")
   if config.implementation == "mosaic" and config.probe_every:
@@ -154,11 +221,24 @@ def validate(config: Experiment) -> None:
     raise ValueError(f"model.dtype={config.model.dtype!r} is not 'bfloat16' or 'float32'")
 
 
+def _validate_final(config: Experiment) -> None:
+  if config.final_recipe is None:
+    return
+  if not config.final_gemms or not set(config.final_gemms) <= set(ALL_GEMMS):
+    raise ValueError(f"final_gemms={','.join(config.final_gemms)} is not of {','.join(ALL_GEMMS)}")
+  if not 0 < round(config.final_share * config.steps) < config.steps:
+    raise ValueError(
+      f"final_share={config.final_share} of steps={config.steps} leaves one of the two recipes "
+      "without a step"
+    )
+  for name in config.recipes:
+    config.recipes_of(name)
+
+
 def to_dict(config: Experiment) -> dict[str, Any]:
   """Nested plain values, as written to config.json."""
   fields = dataclasses.asdict(config)
-  fields["recipes"] = list(config.recipes)
-  return fields
+  return {name: list(v) if isinstance(v, Names) else v for name, v in fields.items()}
 
 
 def field_paths(cls: type = Experiment, prefix: str = "") -> list[str]:

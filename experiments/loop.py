@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from absl import logging
 from experiments import data, logs, probes
 from experiments.checkpoints import Checkpoints
 from experiments.config import Experiment
-from experiments.train import Trainer, learning_rate
+from experiments.optimizers import learning_rate
+from experiments.train import Trainer
 from experiments.workdir import Offsets, Run
 
 
@@ -29,7 +30,7 @@ def train_run(
   run: Run,
   config: Experiment,
   corpus: data.Corpus,
-  trainer: Trainer,
+  phases: Sequence[tuple[int, Trainer]],
   open_logs: Callable[[Offsets], dict[str, logs.JsonLines]],
   offsets: Offsets,
   progress: logs.Progress,
@@ -37,6 +38,8 @@ def train_run(
 ) -> Offsets:
   """Trains `run` to its end and returns the length of the logs there.
 
+  `phases` are trainers with the step from which each trains, the first at 0: what is measured after
+  a step runs under the policy of the next one, after the last step under the last policy.
   `offsets` is where its rows begin: what stands behind them, or behind the checkpoint from which
   the run resumes, is from a process that died, and is cut off. `asked_to_stop` tells the number of
   the signal that did.
@@ -50,12 +53,15 @@ def train_run(
   schedule = learning_rate(config.optimizer, config.steps)
   label = {"recipe": run.recipe, "seed": run.seed}
 
+  def trainer_of(step: int) -> Trainer:
+    return [trainer for start, trainer in phases if start <= step][-1]
+
   with contextlib.ExitStack() as stack:
     closing = lambda resource: stack.enter_context(contextlib.closing(resource))  # noqa: E731
     checkpoints = closing(Checkpoints(run.folder / "checkpoints", config.checkpoints_kept))
-    restored = checkpoints.restore_latest(jax.eval_shape(trainer.init, seed))
+    restored = checkpoints.restore_latest(jax.eval_shape(trainer_of(0).init, seed))
     if restored is None:
-      start, state = 0, trainer.init(seed)
+      start, state = 0, trainer_of(0).init(seed)
     else:
       start, state, metadata = restored
       offsets = metadata["offsets"]
@@ -67,11 +73,14 @@ def train_run(
       rows[log].write(label | {"step": step} | row)
 
     def evaluate(step: int) -> None:
-      loss = float(np.mean([trainer.evaluate(state, batch, seed) for batch in validation]))
+      loss_of = trainer_of(step).evaluate
+      losses = [loss_of(state, batch, seed, i) for i, batch in enumerate(validation)]
+      loss = float(np.mean(losses))
       write("metrics", step, {"split": "validation", "loss": loss})
       board.write(step, {"validation/loss": loss})
 
     def probe(step: int, tokens: np.ndarray) -> list[dict]:
+      trainer = trainer_of(step)
       taps = jax.device_get(trainer.probe(state, tokens, seed))
       found = probes.probe_rows(taps, trainer.policy, config.model.num_layers)
       for row in found:
@@ -92,7 +101,7 @@ def train_run(
       if config.probe_every and step % config.probe_every == 0:
         probe(step, validation[0])
       began = time.perf_counter()
-      state, scalars = trainer.step(state, batch, seed)
+      state, scalars = trainer_of(step).step(state, batch, seed)
       following = train[step + 1]  # gathered while the device computes
       scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
       step_time = time.perf_counter() - began

@@ -21,15 +21,15 @@ def probe_rows(
   """
   rows = []
   for name, tap in taps.items():
-    recipe = getattr(policy, name.split(".")[0])
     layers = enumerate(np.asarray(tap)) if tap.ndim == 3 else [(num_layers, np.asarray(tap))]
     for layer, table in layers:
+      recipe = policy.recipe(name, layer, num_layers)
       for role, fmt in operands.quantized_roles(recipe).items():
         gemm, operand = role.split(".")
         summary = table[operands.ROLES.index(role)].tolist()
         source = "original" if gemm == "residual" else recipe.operand(role).source
         rows.append(
-          {"layer": layer, "module": name, "gemm": gemm, "operand": operand}
+          {"layer": layer, "module": name, "gemm": gemm, "operand": operand, "ran": recipe.name}
           | {"format": fmt.name, "scale_rule": fmt.scale_rule, "source": source}
           | dict(zip(SUMMARY_FIELDS, summary, strict=True))
         )

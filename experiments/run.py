@@ -27,11 +27,10 @@ from experiments.summary import write_summary
 from experiments.train import (
   make_trainer,
   parameter_counts,
-  policy_of,
   saved_activation_bytes,
+  schedule_of,
 )
 from experiments.workdir import WorkDir
-from fp4jax import recipes
 from fp4jax.implementation import choose, device_obstacle
 
 _CONFIG = command_line.define_config()
@@ -57,16 +56,17 @@ def run(
   choose(config.implementation, device_obstacle())  # before what "mosaic" asks of other settings
   validate(config)
   corpus = data.load_corpus(config.data)
-  policies = {
-    name: policy_of(recipes.by_name(name), config.quantize, config.implementation)
+  phases = {
+    name: [
+      (step, make_trainer(config, corpus.vocab_size, policy))
+      for step, policy in schedule_of(config, name)
+    ]
     for name in config.recipes
-  }
-  trainers = {
-    name: make_trainer(config, corpus.vocab_size, policy) for name, policy in policies.items()
   }
   folder = WorkDir(workdir, config)
   batch, length = config.data.batch_size, config.data.sequence_length
-  costs = {name: saved_activation_bytes(t, batch, length) for name, t in trainers.items()}
+  # Of the recipe that a run begins with.
+  costs = {name: saved_activation_bytes(p[0][1], batch, length) for name, p in phases.items()}
   folder.begin(
     describe_environment(commit)
     | parameter_counts(config, corpus.vocab_size)
@@ -82,7 +82,7 @@ def run(
           this,
           config,
           corpus,
-          trainers[this.recipe],
+          phases[this.recipe],
           folder.open_logs,
           offsets,
           progress,

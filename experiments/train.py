@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,16 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from experiments.config import Experiment, Optimizer, Quantize
+from experiments.config import Experiment, Quantize
+from experiments.optimizers import make_optimizer
 from fp4jax import operands
 from fp4jax.implementation import Implementation
-from fp4jax.models import LanguageModel, Policy
+from fp4jax.models import LanguageModel, LayerRule, Policy
+from fp4jax.models.policy import KINDS
 from fp4jax.recipe import Recipe
 
+# Folded into a step's key, so that evaluation does not draw what training draws.
+_EVALUATION = zlib.crc32(b"evaluation")
 Scalars = dict[str, Float32[Array, ""]]
 Tokens = Int32[Array, "batch length_and_one"]
 
@@ -39,7 +44,7 @@ class Trainer:
   init: Callable[[Int32[Array, ""]], TrainState]
   step: Callable[[TrainState, Tokens, Int32[Array, ""]], tuple[TrainState, Scalars]]
   gradients: Callable[[TrainState, Tokens, Int32[Array, ""]], Any]  # shaped like `params`
-  evaluate: Callable[[TrainState, Tokens, Int32[Array, ""]], Float32[Array, ""]]
+  evaluate: Callable[..., Float32[Array, ""]]  # of (state, tokens, seed, number of the batch)
   probe: Callable[[TrainState, Tokens, Int32[Array, ""]], dict[str, operands.Tap]]
   saved_bytes: Callable[[Tokens], int]
 
@@ -48,8 +53,23 @@ def policy_of(
   recipe: Recipe, quantize: Quantize, implementation: Implementation | None = None
 ) -> Policy:
   """The recipe where `quantize` says so, high precision elsewhere."""
-  kinds = [f.name for f in dataclasses.fields(Quantize) if getattr(quantize, f.name)]
-  return Policy(**dict.fromkeys(kinds, recipe), implementation=implementation)
+  kinds = [kind for kind in KINDS if getattr(quantize, kind)]
+  ends = (*range(quantize.first_bf16), *range(-quantize.last_bf16, 0))
+  rules = [
+    LayerRule(layers=ends, modules=f"{kind}.*", recipe=getattr(Policy, kind))
+    for kind in kinds
+    if ends
+  ]
+  recipes = dict.fromkeys(kinds, recipe)
+  return Policy(**recipes, implementation=implementation, layers=tuple(rules))
+
+
+def schedule_of(config: Experiment, run: str) -> tuple[tuple[int, Policy], ...]:
+  """The policies of the run of that name, each with the step from which it trains."""
+  return tuple(
+    (step, policy_of(recipe, config.quantize, config.implementation))
+    for step, recipe in config.recipes_of(run)
+  )
 
 
 def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer:
@@ -96,8 +116,9 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     key = _key(seed, state.step)
     return jax.grad(lambda params: total_loss(params, tokens, key)[0])(state.params)
 
-  def evaluate(state, tokens, seed):
-    return losses(state.params, tokens, _key(seed, state.step))[0]
+  def evaluate(state, tokens, seed, batch=0):
+    key = jax.random.fold_in(_key(seed, state.step), _EVALUATION)
+    return losses(state.params, tokens, jax.random.fold_in(key, batch))[0]
 
   def probe(state, tokens, seed):
     key = _key(seed, state.step)
@@ -119,32 +140,6 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     jax.jit(evaluate),
     jax.jit(probe),
     saved_bytes,
-  )
-
-
-def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
-  """Clipped AdamW that decays matrices only."""
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(
-      learning_rate(config, steps),
-      b1=config.b1,
-      b2=config.b2,
-      weight_decay=config.weight_decay,
-      mask=lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, _: str(path[-1].key).startswith("w"), params
-      ),
-    ),
-  )
-
-
-def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
-  return optax.warmup_cosine_decay_schedule(
-    init_value=0.0,
-    peak_value=config.learning_rate,
-    warmup_steps=config.warmup_steps,
-    decay_steps=steps,
-    end_value=config.final_fraction * config.learning_rate,
   )
 
 

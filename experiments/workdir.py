@@ -51,7 +51,8 @@ class WorkDir:
 
   def __init__(self, path: str | Path, config: Experiment):
     self.path = Path(path)
-    self._wanted = {"config": to_dict(config), "recipes": _definitions(config.recipes)}
+    used = [*config.recipes, *filter(None, [config.final_recipe])]
+    self._wanted = {"config": to_dict(config), "recipes": _definitions(used)}
     if (self.path / "config.json").exists():
       self._refuse_differences("config", "another config")
       if (self.path / "recipes.json").exists():

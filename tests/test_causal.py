@@ -8,8 +8,9 @@ from flax import nnx
 
 from fp4jax import Hadamard, formats, recipes
 from fp4jax.models import LanguageModel, ModelConfig, MoE, Numerics, Policy
-from fp4jax.models.attention import Attention, attend, check_causal, recipe_of_av, recipe_of_qk
+from fp4jax.models.attention import Attention, attend
 from fp4jax.models.moe import FeedForward
+from fp4jax.models.scores import check_causal, recipe_of_av, recipe_of_qk
 from fp4jax.recipe import Residual
 
 CONFIG = ModelConfig(

@@ -21,7 +21,7 @@ def changed(**changes) -> configs.Experiment:
   config = configs.Experiment()
   for path, value in changes.items():
     group, _, name = path.rpartition(".")
-    setattr(getattr(config, group) if group else config, name, value)
+    setattr(operator.attrgetter(group)(config) if group else config, name, value)
   return config
 
 
@@ -35,6 +35,26 @@ def changed(**changes) -> configs.Experiment:
     ({"optimizer.clip_norm": math.inf}, "optimizer.clip_norm=inf is not above 0"),
     ({"optimizer.final_fraction": 1.5}, "optimizer.final_fraction=1.5 is not from 0 to 1"),
     ({"optimizer.b2": 1.0}, "optimizer.b2=1.0 is not at least 0 and below 1"),
+    (
+      {"quantize.first_bf16": 2, "quantize.last_bf16": 1},
+      "first_bf16=2 and quantize.last_bf16=1 are more than model.num_layers=2",
+    ),
+    (
+      {"final_recipe": "mxfp5"},
+      "unknown recipe 'mxfp5'",
+    ),
+    (
+      {"final_recipe": "bf16", "final_gemms": configs.Names(("fprop", "grad"))},
+      "final_gemms=fprop,grad is not of fprop,dgrad,wgrad",
+    ),
+    (
+      {"final_recipe": "bf16", "final_share": 0.004},
+      "final_share=0.004 of steps=100 leaves one of the two recipes without a step",
+    ),
+    (
+      {"final_recipe": "bf16", "final_gemms": configs.Names(("wgrad",))},
+      'hopper_fp4[wgrad=bf16]: source="residual" needs a format in residual.lhs',
+    ),
     ({"bf16_seeds": 0}, "bf16_seeds=0 is below seeds=1"),
     ({"implementation": "mosaic"}, "probe_every=20: probes read the tensors of"),
     (

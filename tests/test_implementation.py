@@ -224,6 +224,32 @@ def test_none_picks_the_kernels_where_they_give_the_same_numbers(hopper):
   assert not kernels(lambda x, y: Numerics(named["mosaic"]).matmul("head.logits", x, y), x, y)
 
 
+@pytest.mark.parametrize(
+  "message, recipe, n, taps",
+  [
+    ("not recipe 'mxfp4'", recipes.MXFP4, 128, None),
+    ("n=192 is not a multiple of 128", recipes.FP8, 192, None),
+    ("taps are read by", recipes.FP8, 128, {"attention.out": operands.new_tap()}),
+  ],
+)
+def test_a_policy_of_mosaic_runs_or_raises(message, recipe, n, taps, hopper):
+  x, w = zeros(64, 128), zeros(128, n)
+  numerics = Numerics(Policy(attention=recipe, implementation="mosaic"), taps=taps)
+  with pytest.raises(ValueError, match=f'^implementation="mosaic": .*{message}'):
+    numerics.matmul("attention.out", x, w)
+  for other in ("xla", None):
+    policy = Policy(attention=recipe, implementation=other)
+    assert Numerics(policy, taps=taps).matmul("attention.out", x, w).shape == (64, n)
+  assert not hopper
+
+
+def test_recipes_of_plain_dtypes_are_xlas_own_matmul_under_any_policy(hopper):
+  policy = Policy(implementation="mosaic")
+  for name in ("attention.out", "router.logits"):
+    assert Numerics(policy).matmul(name, zeros(64, 128), zeros(128, 192)).shape == (64, 192)
+  assert not hopper
+
+
 def zeros(*shape, dtype=BF16):
   return jnp.zeros(shape, dtype)
 

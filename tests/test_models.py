@@ -1,4 +1,6 @@
 import dataclasses
+import itertools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fp4jax import recipes
-from fp4jax.models import LanguageModel, ModelConfig, MoE, Numerics, Policy, route
-from fp4jax.models.attention import Attention, rotate
+from fp4jax import dot_general, recipes
+from fp4jax.models import LanguageModel, LayerRule, ModelConfig, MoE, Numerics, Policy, route
+from fp4jax.models.attention import Attention, attend, rotate
 from fp4jax.models.language_model import Block
+from fp4jax.operands import new_tap
 
 FP32 = Policy(*([recipes.FP32] * 5))
 CONFIG = ModelConfig(
@@ -200,3 +203,43 @@ def test_bad_shapes_are_refused_with_their_numbers():
     Attention(32, 4, 2, 7, 100.0, 1.0, nnx.Rngs(0))
   with pytest.raises(ValueError, match=r"top_k=5 .*num_experts=4"):
     MoE(32, 16, 4, 5, 0, 1.0, nnx.Rngs(0))
+
+
+STOCHASTIC = recipes.MXFP4.replace({"fprop.lhs.rounding": "stochastic", "name": "fprop_sr"})
+
+
+def test_a_name_called_again_draws_its_own_numbers():
+  policy, key = Policy(experts=STOCHASTIC), jax.random.key(0)
+  numerics, (x, w) = Numerics(policy, key), (normal(0, 64, 32), normal(1, 32, 32))
+  first, second, third = (numerics.matmul("experts.w2", x, w) for _ in range(3))
+  own = jax.random.fold_in(key, zlib.crc32(b"experts.w2"))  # what a name called once draws
+  expected = dot_general(STOCHASTIC, key=own)(x, w, (((1,), (0,)), ((), ())))
+  np.testing.assert_array_equal(first, expected)
+  assert (first != second).mean() > 0.5 and (second != third).mean() > 0.5
+  np.testing.assert_array_equal(Numerics(policy, key).matmul("experts.w2", x, w), first)
+  other = numerics.matmul("experts.w13", x, w)
+  np.testing.assert_array_equal(Numerics(policy, key).matmul("experts.w13", x, w), other)
+
+
+def test_calls_are_counted_across_a_checkpoint():
+  """`attend` is one: its second trace would be the first, kept by JAX."""
+  policy = Policy(layers=(LayerRule(modules="scores.qk", recipe=STOCHASTIC),))
+  q, k = normal(0, 1, 32, 1, 2, 16), normal(1, 1, 32, 1, 16)
+
+  def calls(numerics):
+    return [attend(q, k, k, numerics) for _ in range(3)]
+
+  eager = calls(Numerics(policy, jax.random.key(0)))
+  assert all((a != b).mean() > 0.5 for a, b in itertools.combinations(eager, 2))
+  again = calls(Numerics(policy, jax.random.key(0)))
+  jax.tree.map(np.testing.assert_array_equal, eager, again)
+
+
+def test_a_tap_of_a_name_called_twice_is_refused():
+  x, w = normal(0, 64, 32), normal(1, 32, 32)
+  numerics = Numerics(Policy(experts=recipes.MXFP4), taps={"experts.w2": new_tap()})
+  numerics.matmul("experts.w2", x, w)
+  numerics.matmul("experts.w13", x, w)
+  numerics.matmul("experts.w13", x, w)  # has no tap
+  with pytest.raises(ValueError, match=r"'experts\.w2' is called twice in one pass; its tap"):
+    numerics.matmul("experts.w2", x, w)

@@ -96,6 +96,22 @@ def test_gradients_are_those_of_a_step():
   assert float(norm) == pytest.approx(float(scalars["grad_norm"]), rel=1e-5)
 
 
+def test_evaluation_draws_its_own_numbers_for_each_batch():
+  """Stochastic rounding in fprop: one batch has other losses under other keys."""
+  recipe = recipes.MXFP4.replace({"fprop.lhs.rounding": "stochastic"})
+  model = ModelConfig(
+    num_layers=1, d_model=32, num_heads=1, num_kv_heads=1, head_dim=32, num_experts=0, d_ff=32
+  )
+  config = Experiment(model=model, optimizer=Optimizer(warmup_steps=0))
+  trainer = make_trainer(config, 256, policy_of(recipe, config.quantize))
+  tokens = np.random.default_rng(1).integers(0, 256, (2, 65)).astype(np.int32)
+  state, seed = trainer.init(jnp.int32(0)), jnp.int32(3)
+  losses = [float(trainer.evaluate(state, tokens, seed, batch)) for batch in (0, 1, 2, 0)]
+  assert losses[0] == losses[3]
+  losses[3] = float(trainer.step(state, tokens, seed)[1]["loss"])
+  assert len(set(losses)) == 4
+
+
 def test_comparison_of_gradients():
   reference = {"a": {"w": jnp.array([3.0, 4.0])}, "b": jnp.array([1.0])}
   own = {"a": {"w": jnp.array([3.0 + 4, 4.0 - 3])}, "b": jnp.array([0.9])}

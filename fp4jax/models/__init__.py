@@ -2,6 +2,15 @@
 
 from fp4jax.models.language_model import LanguageModel, ModelConfig
 from fp4jax.models.moe import MoE, Routing, route
-from fp4jax.models.policy import Numerics, Policy
+from fp4jax.models.policy import LayerRule, Numerics, Policy
 
-__all__ = ["LanguageModel", "MoE", "ModelConfig", "Numerics", "Policy", "Routing", "route"]
+__all__ = [
+  "LanguageModel",
+  "LayerRule",
+  "MoE",
+  "ModelConfig",
+  "Numerics",
+  "Policy",
+  "Routing",
+  "route",
+]

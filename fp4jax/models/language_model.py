@@ -1,6 +1,7 @@
 """Decoder-only language model: attention and mixture-of-experts blocks, pre-norm."""
 
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,8 @@ def _norm(norm: nnx.RMSNorm, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
 
 
 class LanguageModel(nnx.Module):
-  """Tokens to logits. Its blocks are one `Block` with a leading layer axis, run by a scan.
+  """Tokens to logits. Its blocks are one `Block` with a leading layer axis, run by a scan over
+  each segment of the layers in which the policy is one.
 
   The model does not know recipes: the policy is an argument of each call, so the same weights
   run under any of them.
@@ -98,7 +100,7 @@ class LanguageModel(nnx.Module):
 
     Args:
       tokens: ids below the vocabulary's size.
-      policy: the recipe of each kind of module.
+      policy: the recipe of each GEMM of each layer.
       key: for policies that round stochastically.
       taps: from `new_taps`; their gradient holds the error summary of every operand.
     """
@@ -106,20 +108,30 @@ class LanguageModel(nnx.Module):
     graph, blocks = nnx.split(self.blocks)
     keys = None if key is None else jax.random.split(key, self.num_layers + 1)
     block_taps = None if taps is None else {k: v for k, v in taps.items() if v.ndim == 3}
+    inputs = (blocks, None if keys is None else keys[:-1], block_taps)
+    n, losses = self.num_layers, []
+    for first, stop in policy.segments(self._block_gemms(), n):
 
-    def layer(x, inputs):
-      params, key, taps = inputs
-      return nnx.merge(graph, params)(x, Numerics(policy, key, taps))
+      def block(x, inputs, layer=first):
+        params, key, taps = inputs
+        return nnx.merge(graph, params)(x, Numerics(policy, key, taps, layer, n))
 
-    x, losses = lax.scan(layer, x, (blocks, None if keys is None else keys[:-1], block_taps))
+      segment = inputs
+      if stop - first < n:  # a slice of everything would be a copy
+        segment = jax.tree.map(operator.itemgetter(slice(first, stop)), inputs)
+      x, of_blocks = lax.scan(block, x, segment)
+      losses.append(of_blocks)
     x = _norm(self.norm, x)
-    head = Numerics(policy, None if keys is None else keys[-1], taps)
+    head = Numerics(policy, None if keys is None else keys[-1], taps, n, n)
     logits = head.matmul("head.logits", x, self.w_head[...]).astype(jnp.float32)
+    losses = jax.tree.map(lambda *parts: jnp.concatenate(parts), *losses)
     return logits, {name: jnp.mean(loss) for name, loss in losses.items()}
 
   def new_taps(self) -> dict[str, operands.Tap]:
     """A tap for each GEMM by name; those of the blocks have a leading layer axis."""
     tap = operands.new_tap()
     layers = jnp.broadcast_to(tap, (self.num_layers, *tap.shape))
-    names = (*self.blocks.attention.gemms, *self.blocks.feed_forward.gemms)
-    return dict.fromkeys(names, layers) | {"head.logits": tap}
+    return dict.fromkeys(self._block_gemms(), layers) | {"head.logits": tap}
+
+  def _block_gemms(self) -> tuple[str, ...]:
+    return (*self.blocks.attention.gemms, *self.blocks.feed_forward.gemms)

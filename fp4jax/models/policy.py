@@ -1,49 +1,130 @@
-"""Which module runs which recipe, and how keys and taps reach its GEMMs."""
+"""Which GEMM of which layer runs which recipe, and how keys and taps reach it."""
 
 import dataclasses
+import fnmatch
+import itertools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax import operands, recipes
+from fp4jax.arguments import check_type
 from fp4jax.dot import dot_general
 from fp4jax.implementation import Implementation
+from fp4jax.models.scores import causal_recipe
 from fp4jax.moe_ffn import moe_ffn
 from fp4jax.recipe import Recipe
+
+KINDS = ("experts", "attention", "scores", "router", "head")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerRule:
+  """`recipe` for the GEMMs whose names match `modules`, in the blocks that `layers` lists."""
+
+  recipe: Recipe
+  layers: tuple[int, ...] | None = None  # -1: the last block; None: every block, and the head
+  modules: str = "*"  # a glob: "experts.*", "attention.qkv"
+
+  def __post_init__(self):
+    check_type("recipe", self.recipe, Recipe, " such as fp4jax.recipes.MXFP4")
+    if self.layers is not None:
+      object.__setattr__(self, "layers", tuple(self.layers))
+
+  def matches(self, name: str, layer: int, num_layers: int) -> bool:
+    for wanted in self.layers or ():
+      if not -num_layers <= wanted < num_layers:
+        raise ValueError(f"a rule has layers={self.layers}; {num_layers=} has no layer {wanted}")
+    here = self.layers is None or layer in [wanted % num_layers for wanted in self.layers]
+    return here and fnmatch.fnmatchcase(name, self.modules)
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """A recipe for each kind of module. Embeddings and norms have no GEMM and stay as they are."""
+  """A recipe for each kind of module, except where a rule in `layers` says otherwise.
+
+  The first rule that matches wins. Embeddings and norms have no GEMM and stay as they are.
+
+      Policy(attention=FP8, layers=(LayerRule(layers=(0, -1), recipe=BF16),))
+  """
 
   experts: Recipe = recipes.BF16  # feed-forward blocks: experts, shared expert, dense
   attention: Recipe = recipes.BF16  # q, k, v and output projections
-  scores: Recipe = recipes.BF16  # q k^T, and probabilities times v
+  scores: Recipe = recipes.BF16  # q k^T; see `fp4jax.models.scores`
   router: Recipe = recipes.FP32
   head: Recipe = recipes.BF16
-  # Of `moe_ffn`; plain matmuls run the kernels where these serve, or with "xla" never.
+  # Of `moe_ffn`, and of the matmuls whose recipes quantize.
   implementation: Implementation | None = None
+  layers: tuple[LayerRule, ...] = ()
+
+  def recipe(self, name: str, layer: int, num_layers: int) -> Recipe:
+    """What the GEMM `name`, "experts.w13", runs in block `layer`; the head is layer num_layers.
+
+    The products of attention run it as `fp4jax.models.scores` says.
+    """
+    kind = name.split(".")[0]
+    if kind not in KINDS:
+      raise ValueError(f"the GEMM {name!r} is of none of the kinds {', '.join(KINDS)}")
+    rules = (rule.recipe for rule in self.layers if rule.matches(name, layer, num_layers))
+    recipe = next(rules, getattr(self, kind))
+    return causal_recipe(name, recipe) if kind == "scores" else recipe
+
+  def segments(self, names: Iterable[str], num_layers: int) -> list[tuple[int, int]]:
+    """Runs of blocks [first, stop) in which each of the GEMMs `names` has one recipe."""
+    names = tuple(names)
+    recipes_of = lambda layer: [self.recipe(name, layer, num_layers) for name in names]  # noqa: E731
+    runs = [list(run) for _, run in itertools.groupby(range(num_layers), recipes_of)]
+    return [(run[0], run[-1] + 1) for run in runs]
 
 
-@jax.tree_util.register_dataclass
+class _Calls:
+  """How often each GEMM was called in a pass so far.
+
+  What JAX traces on its own, such as a checkpointed function, counts on from a copy, which tells
+  its `parent`: two traces of it count alike, and the pass still knows of its calls.
+  """
+
+  def __init__(self, counts: Iterable[tuple[str, int]] = (), parent: "_Calls | None" = None):
+    self.counts, self._parent = dict(counts), parent
+
+  def add(self, name: str) -> int:
+    """Calls before this one."""
+    before = self.counts.get(name, 0)
+    self._raise_to(name, before + 1)
+    return before
+
+  def _raise_to(self, name, count):
+    self.counts[name] = max(count, self.counts.get(name, 0))
+    if self._parent is not None:
+      self._parent._raise_to(name, count)
+
+
 @dataclasses.dataclass(frozen=True)
 class Numerics:
   """A policy with the key and the taps of one pass; modules ask it for their GEMMs by name.
 
-  `"experts.w13"` is GEMM w13 of the kind `experts`. Each name draws its own random numbers.
+  `"experts.w13"` is GEMM w13 of the kind `experts`. Each name draws its own random numbers, and so
+  does each call of a name within the pass; calls are counted as they are traced.
   """
 
-  policy: Policy = dataclasses.field(metadata={"static": True})
+  policy: Policy
   key: jax.Array | None = None
   taps: dict[str, operands.Tap] | None = None
+  layer: int = 0  # the head: num_layers
+  num_layers: int = 1
+  _calls: _Calls = dataclasses.field(default_factory=_Calls, repr=False, compare=False)
 
   def dot_general(self, name: str) -> Callable[..., Array]:
-    implementation = "xla" if self.policy.implementation == "xla" else None
-    return dot_general(
-      self._recipe(name), key=self._key(name), tap=self._tap(name), implementation=implementation
-    )
+    """For one call. A recipe that quantizes runs on the policy's implementation, or raises.
+
+    One of plain dtypes is XLA's own matmul by definition, whatever the policy says.
+    """
+    recipe, key, tap = self._gemm(name)
+    quantizes = bool(operands.quantized_roles(recipe))
+    implementation = self.policy.implementation if quantizes else "xla"
+    return dot_general(recipe, key=key, tap=tap, implementation=implementation)
 
   def moe_ffn(
     self,
@@ -54,9 +135,14 @@ class Numerics:
     experts: Int[Array, "token k"],
     weights: Float32[Array, "token k"],
   ) -> Float[Array, "token d"]:
-    """`names` are those of its two GEMMs, which are of one kind."""
-    recipe = self._recipe(names[0])
-    keys, taps = tuple(map(self._key, names)), tuple(map(self._tap, names))
+    """`names` are those of its two GEMMs, which run one recipe."""
+    (recipe, *first), (second, *then) = map(self._gemm, names)
+    if recipe != second:
+      raise ValueError(
+        f"{names[0]} runs recipe {recipe.name!r} and {names[1]} {second.name!r} in layer"
+        f" {self.layer}; moe_ffn runs one recipe"
+      )
+    keys, taps = zip(first, then, strict=True)
     implementation = self.policy.implementation
     return moe_ffn(
       x, w13, w2, experts, weights, recipe, keys=keys, taps=taps, implementation=implementation
@@ -67,11 +153,30 @@ class Numerics:
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     return self.dot_general(name)(x, w.astype(x.dtype), dims)
 
-  def _recipe(self, name):
-    return getattr(self.policy, name.split(".")[0])
+  def _gemm(self, name):
+    """Recipe, key and tap of the next call of a GEMM."""
+    recipe = self.policy.recipe(name, self.layer, self.num_layers)
+    before = self._calls.add(name)
+    key = self.key
+    if key is not None:
+      key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+      key = jax.random.fold_in(key, before) if before else key
+    tap = None if self.taps is None else self.taps.get(name)
+    if before and tap is not None:
+      raise ValueError(f"{name!r} is called twice in one pass; its tap would add the two errors")
+    return recipe, key, tap
 
-  def _key(self, name):
-    return None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(name.encode()))
 
-  def _tap(self, name):
-    return None if self.taps is None else self.taps.get(name)
+def _flatten(numerics):
+  calls = numerics._calls
+  counts = tuple(sorted(calls.counts.items()))
+  static = (numerics.policy, numerics.layer, numerics.num_layers, calls, counts)
+  return (numerics.key, numerics.taps), static
+
+
+def _unflatten(static, children):
+  policy, layer, num_layers, calls, counts = static
+  return Numerics(policy, *children, layer, num_layers, _Calls(counts, calls))
+
+
+jax.tree_util.register_pytree_node(Numerics, _flatten, _unflatten)

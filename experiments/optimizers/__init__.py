@@ -1,0 +1,29 @@
+"""Optimizers by name, `--config.optimizer.name=stable_spam`.
+
+Each is a function of the settings, the learning rate of each step and the number of steps. It may
+use elementwise operations and reductions over single tensors alone: these work under any sharding.
+"""
+
+import optax
+
+from experiments.config import Optimizer
+from experiments.optimizers.adamw import adamw
+from experiments.optimizers.stable_spam import stable_spam
+
+OPTIMIZERS = {"adamw": adamw, "stable_spam": stable_spam}
+
+
+def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
+  if config.name not in OPTIMIZERS:
+    raise ValueError(f"optimizer.name={config.name!r} is not one of {', '.join(OPTIMIZERS)}")
+  return OPTIMIZERS[config.name](config, learning_rate(config, steps), steps)
+
+
+def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=config.learning_rate,
+    warmup_steps=config.warmup_steps,
+    decay_steps=steps,
+    end_value=config.final_fraction * config.learning_rate,
+  )
