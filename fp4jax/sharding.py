@@ -66,7 +66,7 @@ def spread(
 
   Args:
     states: taps and states, which are not cast; see `refuse_shared`.
-    spec: how Explicit axes divide the result, one for each array; None: not at all.
+    spec: how Explicit axes divide the result, one for all its arrays or for each; None: not at all.
   """
   operands = (*vary(operands, varying_axes(operands)), *states)
   mesh = explicit_mesh(operands)
