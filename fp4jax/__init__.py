@@ -22,6 +22,7 @@ from fp4jax.formats import (
 from fp4jax.grouped import grouped_dot
 from fp4jax.moe_ffn import moe_ffn
 from fp4jax.operands import init_state
+from fp4jax.placement import shardings
 from fp4jax.quantization import QuantizedArray, dequantize, fake_quantize, quantize
 from fp4jax.quantizers import Hadamard, Operand
 from fp4jax.recipe import Gemm, Recipe, Residual
@@ -57,4 +58,5 @@ __all__ = [
   "nnx",
   "quantize",
   "recipes",
+  "shardings",
 ]

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float
 
 from fp4jax import quantization as qz
 from fp4jax.formats import WHOLE, Format, Rounding, Slices
+from fp4jax.sharding import spec_of, spread
 
 
 @jax.tree_util.register_dataclass
@@ -159,7 +160,8 @@ def decompose(
   x, axis = qz.check_arguments(x, fmt, axis, rounding, key)
   if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
     raise ValueError("dtype=float64 needs jax.config.update('jax_enable_x64', True)")
-  return decompose_slices(x, fmt, axis, rounding, key, WHOLE, dtype)
+  body = lambda x, key: decompose_slices(x, fmt, axis, rounding, key, WHOLE, dtype)  # noqa: E731
+  return spread(body, (x, key), spec=spec_of(x))
 
 
 def decompose_slices(

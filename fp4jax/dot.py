@@ -4,8 +4,8 @@
     y = dot(x, w, (((1,), (0,)), ((), ())))         # plain JAX
     nn.Dense(features, dot_general=dot)             # Flax Linen
 
-Any dimension numbers are brought to batch x m x k times batch x k x n; what a recipe calls tokens
-is m, the free axes of lhs.
+Any dimension numbers are brought to batch x m x k times batch x k x n (`canonical`); what a recipe
+calls tokens is m, the free axes of lhs. On several devices: `fp4jax.sharding`.
 """
 
 import dataclasses
@@ -16,15 +16,18 @@ from typing import Never
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
 from fp4jax import operands as ops
+from fp4jax.canonical import canonical
 from fp4jax.formats import WHOLE, Slices, is_format
 from fp4jax.implementation import Implementation, choose, device_obstacle
 from fp4jax.linear import linear
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.recipe import Recipe
+from fp4jax.sharding import spread
 
 
 def dot_general(
@@ -47,8 +50,9 @@ def dot_general(
     implementation: see `fp4jax.implementation`. "mosaic" serves recipes with FP8 operands, in
       bfloat16 without batch axes; plain dtypes are left to XLA's own matmul.
   Returns:
-    A function of (lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None). Its
-    result has the dtype that `lax.dot_general` would give it; `precision` must be left None.
+    A function of (lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None,
+    out_sharding=None). Its result has the dtype and the sharding that `lax.dot_general` would give
+    it; `precision` must be left None.
   Raises:
     ValueError: a stochastic recipe without a key, one with state without it, or what makes
       `implementation` impossible.
@@ -94,6 +98,7 @@ class DotGeneral:
     dimension_numbers: lax.DotDimensionNumbers,
     precision: None = None,
     preferred_element_type: DTypeLike | None = None,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
     **unsupported,
   ) -> Array:
     recipe = self.recipe
@@ -103,67 +108,59 @@ class DotGeneral:
     for name, value in unsupported.items():
       if value is not None:
         raise ValueError(f"dot_general with a recipe does not support {name}={value!r}")
-    result = _result_of_lax(lhs, rhs, dimension_numbers, preferred_element_type)
-    lhs3, rhs3 = _canonical(lhs, rhs, dimension_numbers)
-    obstacle = self._obstacle(lhs3, rhs3, result.dtype)
+    result = _result_of_lax(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding)
+    key = self.key if recipe.is_stochastic else None
+    operands = lhs, rhs, ops.Keys.of(key, lhs, rhs)
+    body = functools.partial(self._spread, dimension_numbers, result)
+    spec = result.sharding and result.sharding.spec
+    return spread(body, operands, (self.tap, self.state or {}), spec)
+
+  def _spread(self, dimension_numbers, result, lhs, rhs, keys, tap, state):
+    multiple = ops.token_multiple(self.recipe)
+    lhs, rhs, batch = canonical(lhs, rhs, dimension_numbers, multiple)
+    obstacle = self._obstacle(lhs, rhs, result.dtype)
     implementation = choose(self.implementation, obstacle)
     if implementation == "mosaic":
-      layout, rhs3 = mosaic.Slots.of_one_matrix(len(lhs3)), rhs3[None]
+      lhs, rhs = lhs.reshape(-1, lhs.shape[-1]), rhs[None]
+      layout = mosaic.Slots.of_one_matrix(len(lhs))
     else:
-      layout = _OneMatrix(lhs3.ndim - 2)
-    keys, state = ops.Keys.of(self.key), self.state or {}
-    out = linear(recipe, implementation, result.dtype, layout, lhs3, rhs3, keys, self.tap, state)
+      layout = _OneMatrix(batch)
+    out = linear(self.recipe, implementation, result.dtype, layout, lhs, rhs, keys, tap, state)
     return out.reshape(result.shape)
 
   def _obstacle(self, lhs, rhs, dtype):
     """Why the kernels can't compute lhs (*b, m, k) @ rhs (*b, k, n) in `dtype`."""
     if why := device_obstacle():
       return why
-    if lhs.ndim == 3:
+    if rhs.ndim > 2:
       return "the kernels take no batch axes"
     if not any(is_format(quantizer.format) for _, quantizer in self.recipe.operands()):
       return f"recipe {self.recipe.name!r} quantizes nothing: XLA's own matmul serves it"
     if dtype != jnp.bfloat16:
       return f"the kernels return bfloat16, not {dtype.name}"
-    (m, k), n = lhs.shape, rhs.shape[1]
+    m, (k, n) = math.prod(lhs.shape[:-1]), rhs.shape
     watched = (self.tap, self.state or None)
     return mosaic.obstacle(self.recipe, watched, m, {"k": k, "n": n}, lhs=lhs, rhs=rhs)
 
 
-def _result_of_lax(lhs, rhs, dimension_numbers, preferred_element_type):
-  """Shape and dtype of `lax.dot_general`; refuses the axes that it refuses."""
-  lhs, rhs = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (lhs, rhs))
+def _result_of_lax(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding):
+  """Shape, dtype, sharding of `lax.dot_general`; refuses the axes and shardings that it refuses."""
   try:
     dot = functools.partial(
       lax.dot_general,
       dimension_numbers=tuple(tuple(map(tuple, axes)) for axes in dimension_numbers),
       preferred_element_type=preferred_element_type,
+      out_sharding=out_sharding,
     )
     return jax.eval_shape(dot, lhs, rhs)
   except (TypeError, ValueError) as error:
     raise TypeError(f"lhs {lhs.shape}, rhs {rhs.shape}, {dimension_numbers=}: {error}") from None
 
 
-def _canonical(lhs, rhs, dimension_numbers):
-  """lhs as (*b, m, k) and rhs as (*b, k, n), with *b one axis or none."""
-  (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
-  lhs_free = [d for d in range(lhs.ndim) if d not in (*lhs_contract, *lhs_batch)]
-  rhs_free = [d for d in range(rhs.ndim) if d not in (*rhs_contract, *rhs_batch)]
-
-  def size(x, dims):
-    return math.prod(x.shape[d] for d in dims)
-
-  batch = [size(lhs, lhs_batch)] if lhs_batch else []
-  k = size(lhs, lhs_contract)
-  lhs3 = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract).reshape(*batch, size(lhs, lhs_free), k)
-  rhs3 = rhs.transpose(*rhs_batch, *rhs_contract, *rhs_free).reshape(*batch, k, size(rhs, rhs_free))
-  return lhs3, rhs3
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _OneMatrix:
-  """The layout of a plain matmul: every row meets the same weights."""
+  """The layout of a plain matmul: every row meets the same weights. Tokens may be several axes."""
 
   batch: int = dataclasses.field(metadata={"static": True})  # axes in front
 

@@ -6,10 +6,12 @@ and neither a block along the tokens nor a Hadamard group ever reaches into anot
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
@@ -20,6 +22,7 @@ from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import linear
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.recipe import Recipe
+from fp4jax.sharding import spec_of, spread
 
 TILE = 128  # rows; a multiple of every block and Hadamard group along the tokens
 
@@ -68,6 +71,13 @@ def grouped_dot(
   known = not isinstance(group_sizes, jax.core.Tracer)
   if known:
     _check_sizes(np.asarray(group_sizes), lhs.shape[0])
+  key = key if recipe.is_stochastic else None
+  operands = lhs, rhs, group_sizes, ops.Keys.of(key, (lhs, group_sizes), rhs)
+  body = functools.partial(_spread, recipe, implementation, known)
+  return spread(body, operands, (tap, state or {}), _result_spec(lhs, rhs))
+
+
+def _spread(recipe, implementation, known, lhs, rhs, group_sizes, keys, tap, state):
   sizes, valid = _read_sizes(group_sizes, lhs.shape[0])
   tiles = Tiles.of(sizes, lhs.shape[0])
   widths = {"k": rhs.shape[1], "n": rhs.shape[2]}
@@ -78,9 +88,15 @@ def grouped_dot(
   if not known:
     lhs, rhs = nan_gradient_unless(valid, (lhs, rhs))
   dtype = jnp.result_type(lhs, rhs)
-  keys = ops.Keys.of(key)
-  out = linear(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state or {})
+  out = linear(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state)
   return out if known else jnp.where(valid, out, jnp.nan)
+
+
+def _result_spec(lhs, rhs):
+  """Rows lie as those of lhs; columns as those of rhs, but over axes that rows leave."""
+  rows, columns = spec_of(lhs)[0], spec_of(rhs)[2]
+  shared = set(jax.tree.leaves(rows)) & set(jax.tree.leaves(columns))
+  return PartitionSpec(rows, None if shared else columns)
 
 
 def _read_sizes(sizes: Int[Array, " e"], rows: int) -> tuple[Int32[Array, " e"], Bool[Array, ""]]:

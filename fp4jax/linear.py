@@ -17,6 +17,7 @@ from fp4jax.formats import Format, Slices
 from fp4jax.implementation import Implementation
 from fp4jax.quantizers import Read
 from fp4jax.recipe import Recipe
+from fp4jax.sharding import refuse_shared, vary, varying_axes
 
 Summaries = dict[str, Float32[Array, " field"] | None]  # rows of a tap, by role
 
@@ -187,6 +188,7 @@ def linear(
 
 
 def _fwd(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state):
+  tap, state = refuse_shared("tap", tap, lhs, rhs), refuse_shared("state", state, lhs, rhs)
   gemms = make_gemms(recipe, implementation, layout, keys, tap is not None, state, rhs.dtype)
   x = gemms.keep(layout.rows(lhs), recipe.residual.lhs)
   w = gemms.keep_weights(rhs)
@@ -207,12 +209,14 @@ def _bwd(recipe, implementation, dtype, saved, dy):
   layout, x, w, (lhs_like, rhs_like), (keys, state), summaries, forward = saved
   tapped = summaries is not None
   gemms = make_gemms(recipe, implementation, layout, keys, tapped, state, rhs_like.dtype)
+  axes = varying_axes(dy)
   dy = gemms.gradient(take_rows(layout.rows(dy), layout.rows_in))
   dx, of_dgrad, dgrad_states = gemms.dgrad(dy, w, forward)
   dw, of_wgrad, wgrad_states = gemms.wgrad(x, dy, forward, layout.rows_in)
   tap = ops.tap_of(summaries | of_dgrad | of_wgrad) if tapped else None
   dx = take_rows(dx, layout.rows_out).astype(lhs_like.dtype)
   states = forward.states | dgrad_states | wgrad_states
+  tap, states = vary((tap, states), axes)
   return None, dx, dw.astype(rhs_like.dtype), None, tap, states
 
 

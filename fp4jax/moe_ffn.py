@@ -41,6 +41,7 @@ from fp4jax.linear import Forward, Summaries, XlaGemms, for_pull, take_rows
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.quantizers import Source
 from fp4jax.recipe import Recipe
+from fp4jax.sharding import refuse_shared, spec_of, spread, vary, varying_axes
 from fp4jax.swiglu import swiglu, swiglu_backward
 
 # A weight below this is multiplied in after dgrad: before it, dgrad's result is divided by it.
@@ -155,6 +156,18 @@ def moe_ffn(
   known = not isinstance(experts, jax.core.Tracer)
   if known:
     _check_experts(np.asarray(experts), num_experts)
+  keys = keys if recipe.is_stochastic else (None, None)
+  keys = (
+    ops.Keys.of(keys[0], (x, experts), w13, w2, weights, keys[1]),
+    ops.Keys.of(keys[1], (x, experts, w13), w2, weights, keys[0]),
+  )
+  body = functools.partial(_spread, recipe, implementation, known)
+  operands, states = (x, w13, w2, weights, experts, keys), tuple(state or {} for state in states)
+  return spread(body, operands, (taps, states), spec_of(x))
+
+
+def _spread(recipe, implementation, known, x, w13, w2, weights, experts, keys, taps, states):
+  num_experts = w13.shape[0]
   experts = _read_experts(experts, num_experts)
   widths = {"d": x.shape[1], "f": w2.shape[1]}
   watched = (*taps, *(state or None for state in states))
@@ -163,7 +176,6 @@ def moe_ffn(
   valid = jnp.all(experts < num_experts)
   if not known:
     x, w13, w2, weights = nan_gradient_unless(valid, (x, w13, w2, weights))
-  keys, states = tuple(map(ops.Keys.of, keys)), tuple(state or {} for state in states)
   return _ffn(recipe, implementation, known, x, w13, w2, weights, valid, order, keys, taps, states)
 
 
@@ -183,6 +195,8 @@ def _ffn(recipe, implementation, known, x, w13, w2, weights, valid, order, keys,
 
 
 def _fwd(recipe, implementation, known, x, w13, w2, weights, valid, order, keys, taps, states):
+  operands = x, w13, w2, weights, order
+  taps, states = refuse_shared("taps", taps, operands), refuse_shared("states", states, operands)
   tapped, dtype, residual = [tap is not None for tap in taps], x.dtype, recipe.residual
   dtypes = w13.dtype, w2.dtype
   first, second = _gemms(recipe, implementation, order, keys, tapped, states, dtypes)
@@ -255,7 +269,7 @@ def _bwd(recipe, implementation, known, saved, dout):
     forwards[1].states | dgrad_states_2 | wgrad_states_2,
   )
   gradients = dx, dw13.astype(w13_like.dtype), dw2.astype(w2_like.dtype), dweights
-  return *gradients, None, None, None, taps, states
+  return *gradients, None, None, None, *vary((taps, states), varying_axes(dout))
 
 
 _ffn.defvjp(_fwd, _bwd)

@@ -17,9 +17,11 @@ from jaxtyping import Array, Float, Float32
 
 from fp4jax import quantization as qz
 from fp4jax import recipe as recipe_lib
+from fp4jax import sharding
 from fp4jax.arguments import check_key, check_type, to_arrays
 from fp4jax.decomposition import SUMMARY_FIELDS
 from fp4jax.formats import WHOLE, Format, Slices, is_format
+from fp4jax.formats.format import block_axes
 from fp4jax.quantizers.quantizer import (
   Context,
   Read,
@@ -84,8 +86,15 @@ class Keys(NamedTuple):
   shared: jax.Array
 
   @classmethod
-  def of(cls, key: jax.Array | None) -> "Keys | None":
-    return None if key is None else cls(key, key, key, key)
+  def of(cls, key: jax.Array | None, lhs: Any, rhs: Any, *others: Any) -> "Keys | None":
+    """From one key: inside `shard_map` an operand that varies draws on each shard by a key of its
+    own, one that is replicated by the same. `others` are what dy depends on beside them."""
+    if key is None:
+      return None
+    of_lhs, of_rhs = sharding.varying_axes(lhs), sharding.varying_axes(rhs)
+    of_dy = sharding.varying_axes(lhs, rhs, key, others)
+    of_both = tuple(axis for axis in of_lhs if axis in of_rhs)
+    return cls(*(sharding.fold_in_axes(key, axes) for axes in (of_lhs, of_rhs, of_dy, of_both)))
 
   def of_role(self, role: str) -> jax.Array:
     gradient = role in ("dgrad.lhs", "wgrad.rhs")
@@ -261,6 +270,17 @@ def tap_of(summaries: dict[str, Summary | None]) -> Tap:
 def contraction_multiple(gemm: Gemm) -> int:
   """What the length of the contracted axis must be a multiple of."""
   return math.lcm(gemm.lhs.multiple, gemm.rhs.multiple)
+
+
+def token_multiple(recipe: Recipe) -> int:
+  """What the last axis of tokens must be a multiple of for its blocks to be those of all tokens."""
+  multiples = [contraction_multiple(recipe.wgrad)]
+  axes = {"fprop.lhs": -1, "dgrad.lhs": -1, "wgrad.lhs": -2, "wgrad.rhs": -2}
+  formats = [(recipe.operand(role).format, axis) for role, axis in axes.items()]
+  for fmt, axis in (*formats, (recipe.residual.lhs, -1)):
+    if is_format(fmt):
+      multiples.append(block_axes(fmt, axis).get(-2, 1))
+  return math.lcm(*multiples)
 
 
 ONE_KEY = "key=, such as jax.random.key(0), another one each step"

@@ -23,6 +23,7 @@ from fp4jax.formats.packing import codes_per_group, pack, unpack
 from fp4jax.formats.scales import StoredScale
 from fp4jax.implementation import Implementation, choose
 from fp4jax.mosaic import quantize as mosaic
+from fp4jax.sharding import explicit_mesh, spec_of, spread
 
 _INPUT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -97,6 +98,18 @@ def quantize(
     raise ValueError(
       f"axis {axis} of shape {x.shape} is {what}; {fmt.element_bits}-bit codes are packed {how}"
     )
+  body = functools.partial(_quantize, fmt, axis, rounding, implementation)
+  spec = None
+  if (mesh := explicit_mesh(x)) is not None:
+    from fp4jax.placement import specs  # which imports this module
+
+    spec = specs(
+      jax.eval_shape(body, jax.ShapeDtypeStruct(x.shape, x.dtype), key), mesh, spec_of(x)
+    )
+  return spread(body, (x, key), spec=spec)
+
+
+def _quantize(fmt, axis, rounding, implementation, x, key):
   stochastic = rounding == "stochastic"
   if implementation is None and stochastic:
     implementation = "xla"
@@ -136,6 +149,11 @@ def dequantize(
   check_type("q", q, QuantizedArray)
   if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
     raise TypeError(f"dtype={jnp.dtype(dtype).name} is no float: codes would be cut off")
+  body = functools.partial(_dequantize, jnp.dtype(dtype), implementation)
+  return spread(body, (q,), spec=spec_of(q.codes))
+
+
+def _dequantize(dtype, implementation, q):
   obstacle = mosaic.dequantize_obstacle(q.codes, q.fmt, q.axis, dtype)
   if choose(implementation, obstacle) == "mosaic":
     return _without_gradient(mosaic.dequantize(q.codes, q.scales), q.trace)
@@ -171,7 +189,8 @@ def fake_quantize(
 ) -> Float[Array, "*s"]:
   """`dequantize(quantize(...))` in x's dtype; its gradient is passed straight through."""
   x, axis = check_arguments(x, fmt, axis, rounding, key)
-  return straight_through(x, fmt, axis, rounding, key, WHOLE, x.dtype)
+  body = lambda x, key: straight_through(x, fmt, axis, rounding, key, WHOLE, x.dtype)  # noqa: E731
+  return spread(body, (x, key), spec=spec_of(x))
 
 
 def straight_through(

@@ -618,8 +618,8 @@ def test_bad_calls_are_refused():
     dot(x, w.tolist(), MATMUL)
   with pytest.raises(ValueError, match=r"precision=<?.*HIGHEST.*'mxfp4' sets the precision"):
     dot(x, w, MATMUL, precision=lax.Precision.HIGHEST)
-  with pytest.raises(ValueError, match="does not support out_sharding='x'"):
-    dot(x, w, MATMUL, out_sharding="x")
+  with pytest.raises(ValueError, match="does not support window=3"):
+    dot(x, w, MATMUL, window=3)
 
 
 @strict
