@@ -139,7 +139,7 @@ def decompose(
   fmt: Format,
   axis: int = -1,
   *,
-  rounding: Rounding = "nearest",
+  rounding: str | Rounding = "nearest",
   key: jax.Array | None = None,
   dtype: DTypeLike = jnp.float32,
 ) -> ErrorDecomposition:
@@ -168,7 +168,7 @@ def decompose_slices(
   x: Float[Array, "*s"],
   fmt: Format,
   axis: int,
-  rounding: Rounding,
+  rounding: str | Rounding,
   key: jax.Array | None,
   slices: Slices,
   dtype: DTypeLike = jnp.float32,

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from fp4jax import float_bits as fb
 from fp4jax.arguments import check_axis, check_key, check_type, to_arrays
-from fp4jax.formats.block_format import Rounding, check_rounding
 from fp4jax.formats.format import WHOLE, Format, Rounded, Slices, block_axes, is_format
 from fp4jax.formats.packing import codes_per_group, pack, unpack
+from fp4jax.formats.roundings import Rounding, as_rounding
 from fp4jax.formats.scales import StoredScale
 from fp4jax.implementation import Implementation, choose
 from fp4jax.mosaic import quantize as mosaic
@@ -68,7 +68,7 @@ def quantize(
   fmt: Format,
   axis: int = -1,
   *,
-  rounding: Rounding = "nearest",
+  rounding: str | Rounding = "nearest",
   key: jax.Array | None = None,
   implementation: Implementation | None = None,
 ) -> QuantizedArray:
@@ -76,6 +76,7 @@ def quantize(
 
   "nearest" ties to even. "stochastic" rounds up with the probability of the distance to the element
   below, so that its mean is x wherever the scale does not clip; the same key gives the same draws.
+  Any other `Rounding` is a value, such as `formats.Stochastic(bits=8)`.
 
   Codes have no gradient: `dequantize(quantize(x))` in a loss raises. `fake_quantize` passes it on.
 
@@ -110,12 +111,12 @@ def quantize(
 
 
 def _quantize(fmt, axis, rounding, implementation, x, key):
-  stochastic = rounding == "stochastic"
-  if implementation is None and stochastic:
+  draws = as_rounding(rounding).needs_key
+  if implementation is None and draws:
     implementation = "xla"
   trace = x.astype(jnp.float32).reshape(-1)[:0]
   if choose(implementation, mosaic.obstacle(x, fmt, axis, rounding)) == "mosaic":
-    codes, scales = mosaic.quantize(x, fmt, key if stochastic else None)
+    codes, scales = mosaic.quantize(x, fmt, key if draws else None)
     return QuantizedArray(codes, scales, None, fmt, axis, trace)
   return dataclasses.replace(pack_blocks(x, fmt, axis, rounding, key), trace=trace)
 
@@ -124,7 +125,7 @@ def pack_blocks(
   x: Float[Array, "*s"],
   fmt: Format,
   axis: int,
-  rounding: Rounding = "nearest",
+  rounding: str | Rounding = "nearest",
   key: jax.Array | None = None,
   slices: Slices = WHOLE,
 ) -> QuantizedArray:
@@ -184,7 +185,7 @@ def fake_quantize(
   fmt: Format,
   axis: int = -1,
   *,
-  rounding: Rounding = "nearest",
+  rounding: str | Rounding = "nearest",
   key: jax.Array | None = None,
 ) -> Float[Array, "*s"]:
   """`dequantize(quantize(...))` in x's dtype; its gradient is passed straight through."""
@@ -197,13 +198,13 @@ def straight_through(
   x: Float[Array, "*s"],
   fmt: Format,
   axis: int,
-  rounding: Rounding,
+  rounding: str | Rounding,
   key: jax.Array | None,
   slices: Slices,
   dtype: DTypeLike,
 ) -> Float[Array, "*s"]:
   """The rounded values of x in `dtype`. Arguments as `check_arguments` passes them."""
-  key = key if rounding == "stochastic" else None
+  key = key if as_rounding(rounding).needs_key else None
   return _straight_through(x, key, slices, fmt, axis, rounding, jnp.dtype(dtype))
 
 
@@ -236,10 +237,10 @@ def check_arguments(x, fmt, axis, rounding, key) -> tuple[jax.Array, int]:
       raise ValueError(
         f"axis {a} of shape {x.shape} is no multiple of the block of {block} of {fmt.name}"
       )
-  check_rounding(rounding)
-  if rounding == "stochastic":
+  if as_rounding(rounding).needs_key:
     if key is None:
-      raise ValueError('rounding="stochastic" needs a key, such as key=jax.random.key(0)')
+      name = f'"{rounding}"' if isinstance(rounding, str) else rounding
+      raise ValueError(f"rounding={name} needs a key, such as key=jax.random.key(0)")
     check_key(key=key)
   return x, axis
 
@@ -248,12 +249,10 @@ def round_blocks(
   x: Float[Array, "*s"],
   fmt: Format,
   axis: int,
-  rounding: Rounding,
+  rounding: str | Rounding,
   key: jax.Array | None,
   slices: Slices = WHOLE,
 ) -> Rounded:
   """The one place where values are rounded. Arguments as `check_arguments` passes them."""
-  random_bits = None
-  if rounding == "stochastic":
-    random_bits = jax.random.bits(key, x.shape, jnp.uint32)
+  random_bits = as_rounding(rounding).draw(key, x.shape)
   return fmt.round(x.astype(jnp.float32), axis, random_bits, slices)

@@ -165,3 +165,15 @@ def test_every_operand_of_every_step_draws_its_own():
     for _, _, b in named[i + 1 :]:
       assert z_score((a == b).sum(), 0.5, a.size) < LIMIT
       assert z_score((a == b.T).sum(), 0.5, a.size) < LIMIT
+
+
+def test_a_rounding_of_few_bits_is_a_value():
+  """With b bits the probability is a multiple of 2^-b, off by at most 2^-(b+1) from the distance."""
+  rounding = fp4jax.formats.Stochastic(bits=3)
+  n, p = 20_000, 0.3  # between the elements 4 and 6
+  x = jnp.full((n // 32, 32), 4 + 2 * p).at[:, 0].set(6)
+  up = fake_quantize(x, fp4jax.MXFP4, rounding=rounding, key=jax.random.key(0))[:, 1:] == 6
+  share, expected = float(jnp.mean(up)), 2 / 8  # uniforms (i + 1/2) / 8: two of eight reach 0.7
+  assert abs(share - expected) / (expected * (1 - expected) / up.size) ** 0.5 < 5
+  operand = fp4jax.Operand(fp4jax.MXFP4, rounding)
+  assert operand.needs_key and operand == fp4jax.Operand(fp4jax.MXFP4, rounding)

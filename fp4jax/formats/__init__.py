@@ -1,6 +1,6 @@
 """Formats as values, `FORMATS` by name. `format.py` says what a format is."""
 
-from fp4jax.formats.block_format import BlockFormat, Rounding
+from fp4jax.formats.block_format import BlockFormat
 from fp4jax.formats.format import WHOLE, Format, Slices, is_format
 from fp4jax.formats.fp8 import (
   FP8_BLOCK,
@@ -12,6 +12,7 @@ from fp4jax.formats.fp8 import (
 from fp4jax.formats.grids import E2M1, E2M3, E3M2, E4M3, E5M2, FloatGrid, Grid, TableGrid
 from fp4jax.formats.mx import MXFP4, MXFP8
 from fp4jax.formats.nvfp4 import NVFP4
+from fp4jax.formats.roundings import ROUNDINGS, Rounding, Stochastic
 from fp4jax.formats.scales import E8M0, FP32, RULES, ScaleCodec
 
 FORMATS = {
@@ -45,6 +46,7 @@ __all__ = [
   "MXFP4",
   "MXFP8",
   "NVFP4",
+  "ROUNDINGS",
   "RULES",
   "WHOLE",
   "BlockFormat",
@@ -54,6 +56,7 @@ __all__ = [
   "Rounding",
   "ScaleCodec",
   "Slices",
+  "Stochastic",
   "TableGrid",
   "is_format",
 ]

@@ -6,7 +6,6 @@ Code takes a format as an argument and never asks for its name; a variant is
 
 import dataclasses
 import math
-from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +24,6 @@ from fp4jax.formats.scales import (
   ScaleCodec,
   slice_scale,
 )
-
-Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,8 +230,3 @@ def _is_block_shape(shape):
 def _check(field, value, allowed):
   if value not in allowed:
     raise ValueError(f"{field}={str(value)!r} is not one of {[str(a) for a in allowed]}")
-
-
-def check_rounding(rounding: str) -> None:
-  if rounding not in get_args(Rounding):
-    raise ValueError(f"{rounding=} is not one of {get_args(Rounding)}")

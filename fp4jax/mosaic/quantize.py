@@ -20,13 +20,15 @@ MXFP4 = [dataclasses.replace(formats.MXFP4, scale_rule=rule) for rule in _RULES]
 _FP8 = [formats.FP8_BLOCK, formats.FP8_BLOCK_POW2]
 
 
-def obstacle(x: Array, fmt: Format, axis: int, rounding: Rounding) -> str | None:
+def obstacle(x: Array, fmt: Format, axis: int, rounding: str | Rounding) -> str | None:
   """Why the kernels can't quantize x; None if they can. Arguments as `quantize` checked them."""
   if why := device_obstacle():
     return why
   if axis != -1:
     return f"the kernels quantize along the last axis, not along axis {axis}"
   if fmt in MXFP4:
+    if rounding not in ("nearest", "stochastic"):
+      return f"the kernels round {fmt.name} to nearest or stochastically, not by {rounding}"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
       return f"the kernels take bfloat16 or float32; x is {x.dtype}"
     return _too_small(x.size)

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Float32
 from fp4jax import quantization as qz
 from fp4jax.decomposition import SUMMARY_FIELDS, decompose_slices
 from fp4jax.formats import WHOLE, Format, Rounding, Slices, is_format
-from fp4jax.formats.block_format import check_rounding
 from fp4jax.formats.format import block_axes
+from fp4jax.formats.roundings import as_rounding
 from fp4jax.quantizers.transform import Transform
 
 Source = Literal["original", "residual", "fprop"]
@@ -79,7 +79,7 @@ class Operand:
   """
 
   format: Format | DTypeLike
-  rounding: Rounding = "nearest"
+  rounding: str | Rounding = "nearest"
   transform: Transform | None = None
   source: Source = "original"
 
@@ -91,10 +91,10 @@ class Operand:
       object.__setattr__(self, "format", jnp.dtype(self.format))
     if not isinstance(self.transform, Transform | None):
       raise ValueError(f"transform={self.transform!r} is neither a Hadamard nor None")
-    check_rounding(self.rounding)
+    draws = as_rounding(self.rounding).needs_key
     if self.source not in get_args(Source):
       raise ValueError(f"source={self.source!r} is not one of {get_args(Source)}")
-    if self.rounding == "stochastic" and not self.is_quantized:
+    if draws and not self.is_quantized:
       raise ValueError(f"stochastic rounding needs a block format, not {self.format}")
 
   @property
@@ -104,7 +104,7 @@ class Operand:
   @property
   def needs_key(self) -> bool:
     fresh = self.transform is not None and self.transform.needs_key
-    return self.rounding == "stochastic" or fresh
+    return as_rounding(self.rounding).needs_key or fresh
 
   @property
   def multiple(self) -> int:
@@ -212,6 +212,6 @@ def pad(x: Float[Array, "*s"], axis: int, multiple: int) -> Float[Array, "*t"]:
 
 def error_summary(x, fmt, axis, *, rounding="nearest", key=None, slices=WHOLE) -> Summary:
   """A row of a tap: the fields of `ErrorSummary`."""
-  key = key if rounding == "stochastic" else None
+  key = key if as_rounding(rounding).needs_key else None
   summary = decompose_slices(x, fmt, axis, rounding, key, slices).summary()
   return jnp.stack([getattr(summary, name) for name in SUMMARY_FIELDS])
