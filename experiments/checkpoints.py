@@ -84,9 +84,10 @@ class Checkpoints:
   def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """(step, state, metadata) of the newest whole checkpoint; None when there is no checkpoint.
 
-    `abstract_state` has the state's tree, shapes and dtypes, as jax.eval_shape gives it. A damaged
-    checkpoint is passed over with a warning. Raises OSError when all are damaged, ValueError when
-    the leaves saved are not those of `abstract_state`. Writes nothing.
+    `abstract_state` has the state's tree, shapes and dtypes, as jax.eval_shape gives it, or is a
+    function of the step that gives it. A damaged checkpoint is passed over with a warning. Raises
+    OSError when all are damaged, ValueError when the leaves saved are not those of
+    `abstract_state`. Writes nothing.
     """
     damage: dict[int, str] = {}
     for step in sorted(self._steps(), reverse=True):
@@ -97,13 +98,14 @@ class Checkpoints:
         damage[step] = str(error)
         logging.warning("checkpoint of step %d in %s is damaged: %s", step, self._folder, error)
         continue
-      wanted = _named_leaves(abstract_state)
+      abstract = abstract_state(step) if callable(abstract_state) else abstract_state
+      wanted = _named_leaves(abstract)
       _check_leaves(manifest["leaves"], wanted, path)
       with _quiet_orbax():
         saved = self._orbax.restore(path / "state", args=ocp.args.PyTreeRestore())
       arrays = [jax.device_put(saved[name]) for name in wanted]
       self._damaged = set(damage)
-      state = jax.tree.unflatten(jax.tree.structure(abstract_state), arrays)
+      state = jax.tree.unflatten(jax.tree.structure(abstract), arrays)
       return step, state, manifest["metadata"]
     if damage:
       found = "; ".join(f"step {step}: {reason}" for step, reason in damage.items())

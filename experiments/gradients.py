@@ -46,6 +46,7 @@ def measure(config: Experiment, under: str, after: int, batches: int) -> Iterato
 
 
 def _first_and_mean(trainer: Trainer, state: TrainState, tokens: list) -> tuple[Any, Any]:
+  state = trainer.adopt(state)
   seed, add = jnp.int32(0), jax.jit(functools.partial(jax.tree.map, jnp.add))
   first = total = trainer.gradients(state, tokens[0], seed)
   for batch in tokens[1:]:

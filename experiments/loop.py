@@ -59,7 +59,7 @@ def train_run(
   with contextlib.ExitStack() as stack:
     closing = lambda resource: stack.enter_context(contextlib.closing(resource))  # noqa: E731
     checkpoints = closing(Checkpoints(run.folder / "checkpoints", config.checkpoints_kept))
-    restored = checkpoints.restore_latest(jax.eval_shape(trainer_of(0).init, seed))
+    restored = checkpoints.restore_latest(lambda step: jax.eval_shape(trainer_of(step).init, seed))
     if restored is None:
       start, state = 0, trainer_of(0).init(seed)
     else:
@@ -114,6 +114,8 @@ def train_run(
         break
       done = step + 1
       last = done == config.steps
+      if trainer_of(done) is not trainer_of(step):
+        state = trainer_of(done).adopt(state)
       if done % config.log_every == 0 or last:
         scalars["learning_rate"] = float(schedule(step))
         write("metrics", done, {"split": "train"} | scalars)

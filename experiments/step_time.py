@@ -47,6 +47,7 @@ def time_steps(config: Experiment, policies: dict, rounds: int) -> dict[str, lis
   for i in range(rounds + 1):
     batch = batches[i]
     for name, trainer in trainers.items():
+      state = trainer.adopt(state)
       began = time.perf_counter()
       state, _ = jax.block_until_ready(trainer.step(state, batch, seed))
       if i > 0:

@@ -34,6 +34,7 @@ class TrainState:
   step: Int32[Array, ""]  # steps done
   params: Any  # float32
   opt_state: Any
+  quantizers: Any = dataclasses.field(default_factory=dict)  # states, see `new_states`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Trainer:
   evaluate: Callable[..., Float32[Array, ""]]  # of (state, tokens, seed, number of the batch)
   probe: Callable[[TrainState, Tokens, Int32[Array, ""]], dict[str, operands.Tap]]
   saved_bytes: Callable[[Tokens], int]
+  adopt: Callable[[TrainState], TrainState]  # a state of another policy
 
 
 def policy_of(
@@ -83,16 +85,29 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
   def init(seed):
     params = nnx.split(make_model(nnx.Rngs(params=jax.random.key(seed))))[1]
     params = nnx.to_pure_dict(params)
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
+    return TrainState(jnp.int32(0), params, optimizer.init(params), model.new_states(policy))
 
-  def losses(params, tokens, key, taps=None):
+  def adopt(state):
+    """With first states for the quantizers of which `state` has none."""
+    found = dict(jax.tree_util.tree_leaves_with_path(state.quantizers))
+
+    def own(path, first):
+      old = found.get(path)
+      return first if old is None or old.shape != first.shape else old
+
+    quantizers = jax.tree_util.tree_map_with_path(own, model.new_states(policy))
+    return dataclasses.replace(state, quantizers=quantizers)
+
+  def losses(params, quantizers, tokens, key, taps=None):
     """Mean cross-entropy in nats a token, and the routing losses."""
-    logits, routing = nnx.merge(graph, params)(tokens[:, :-1], policy, key=key, taps=taps)
+    logits, routing = nnx.merge(graph, params)(
+      tokens[:, :-1], policy, key=key, taps=taps, states=quantizers
+    )
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return jnp.mean(entropy), routing
 
-  def total_loss(params, tokens, key, taps=None):
-    loss, routing = losses(params, tokens, key, taps)
+  def total_loss(params, quantizers, tokens, key, taps=None):
+    loss, routing = losses(params, quantizers, tokens, key, taps)
     weights = {
       "load_balance_loss": config.optimizer.load_balance_weight,
       "router_z_loss": config.optimizer.router_z_weight,
@@ -101,12 +116,14 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
 
   def step(state, tokens, seed):
     key = _key(seed, state.step)
-    (_, (loss, routing)), grads = jax.value_and_grad(total_loss, has_aux=True)(
-      state.params, tokens, key
-    )
+    # The "gradient" of the quantizers' states is their next states.
+    (_, (loss, routing)), (grads, quantizers) = jax.value_and_grad(
+      total_loss, argnums=(0, 1), has_aux=True
+    )(state.params, state.quantizers, tokens, key)
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    params = optax.apply_updates(state.params, updates)
+    new = TrainState(state.step + 1, params, opt_state, quantizers)
     # A step that diverged changes nothing, so that its cause can still be looked at.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
@@ -114,19 +131,22 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
 
   def gradients(state, tokens, seed):
     key = _key(seed, state.step)
-    return jax.grad(lambda params: total_loss(params, tokens, key)[0])(state.params)
+    return jax.grad(lambda p: total_loss(p, state.quantizers, tokens, key)[0])(state.params)
 
   def evaluate(state, tokens, seed, batch=0):
     key = jax.random.fold_in(_key(seed, state.step), _EVALUATION)
-    return losses(state.params, tokens, jax.random.fold_in(key, batch))[0]
+    return losses(state.params, state.quantizers, tokens, jax.random.fold_in(key, batch))[0]
 
   def probe(state, tokens, seed):
     key = _key(seed, state.step)
-    return jax.grad(lambda taps: total_loss(state.params, tokens, key, taps)[0])(taps)
+    own = state.params, state.quantizers
+    return jax.grad(lambda taps: total_loss(*own, tokens, key, taps)[0])(taps)
 
   def saved_bytes(tokens):
     def residuals(params, tokens):
-      return jax.vjp(lambda p: total_loss(p, tokens, jax.random.key(0))[0], params)[1]
+      quantizers = model.new_states(policy)
+      loss = lambda p: total_loss(p, quantizers, tokens, jax.random.key(0))[0]  # noqa: E731
+      return jax.vjp(loss, params)[1]
 
     params = jax.eval_shape(init, jnp.int32(0)).params
     leaves = jax.tree.leaves(jax.eval_shape(residuals, params, tokens))
@@ -140,6 +160,7 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     jax.jit(evaluate),
     jax.jit(probe),
     saved_bytes,
+    adopt,
   )
 
 

@@ -1,5 +1,6 @@
 """Runs that end in another recipe: when it begins, and that a resume changes nothing."""
 
+import dataclasses
 import json
 import signal
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stateful import Clipped, with_state
 
 from experiments import config as configs
 from experiments import data, logs
@@ -18,8 +20,11 @@ from fp4jax import recipes
 from fp4jax.models import ModelConfig
 
 STEPS, SWITCH = 8, 5
-# Evaluation draws, too: what it draws shows in the losses.
-MXFP4_SR = recipes.MXFP4.replace({"fprop.lhs.rounding": "stochastic", "name": "mxfp4_sr"})
+# Evaluation draws, too: what it draws shows in the losses. Two operands have state; the last steps
+# have one of them.
+MXFP4_SR = with_state(recipes.MXFP4, Clipped, "fprop.rhs", "dgrad.rhs").replace(
+  {"fprop.lhs.rounding": "stochastic", "name": "mxfp4_sr"}
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,7 +135,7 @@ class Runner:
     assert not stops
     rows = {name: (folder.path / f"{name}.jsonl").read_bytes() for name in ("metrics", "probes")}
     saved = Checkpoints(folder.runs[0].folder / "checkpoints", 2)
-    return rows, saved.restore_latest(jax.eval_shape(self.phases[0][1].init, jnp.int32(0)))[1]
+    return rows, saved.restore_latest(jax.eval_shape(self.phases[1][1].init, jnp.int32(0)))[1]
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +167,11 @@ def test_the_state_is_that_of_steps_under_one_policy_and_then_the_other(runner, 
   losses = [loss(first, state)]
   for step in range(STEPS):
     state, _ = (first if step < SWITCH else last).step(state, batches[step], seed)
+    if step + 1 == SWITCH:
+      of_blocks = state.quantizers["0:1"]
+      assert {tuple(roles) for roles in of_blocks.values()} == {("dgrad.rhs", "fprop.rhs")}
+      kept = {gemm: {"dgrad.rhs": roles["dgrad.rhs"]} for gemm, roles in of_blocks.items()}
+      state = dataclasses.replace(state, quantizers={"0:1": kept})
     losses.append(loss(first if step + 1 < SWITCH else last, state))
   rows, saved = straight
   jax.tree.map(np.testing.assert_array_equal, saved, state)

@@ -131,6 +131,7 @@ def test_gradients_are_of_the_state_and_the_batches_that_follow(monkeypatch):
     del vocab_size
     return types.SimpleNamespace(
       init=lambda seed: 0.0,
+      adopt=lambda state: state,
       step=lambda state, batch, seed: (state + (10 if recipe.name == "mxfp4" else 1), {}),
       gradients=lambda state, batch, seed: gradient(recipe.name, state, batch),
     )

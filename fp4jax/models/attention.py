@@ -5,13 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fp4jax.models.policy import Numerics
+from fp4jax.models.policy import Numerics, Weights
 
 
 class Attention(nnx.Module):
   """Every key and value head serves num_heads / num_kv_heads query heads."""
-
-  gemms = ("attention.qkv", "scores.qk", "scores.av", "attention.out")
 
   def __init__(
     self,
@@ -35,6 +33,15 @@ class Attention(nnx.Module):
     self.w_out = nnx.Param(
       out_scale * fan_in(rngs.params(), (num_heads * head_dim, d_model), jnp.float32)
     )
+
+  @property
+  def gemms(self) -> Weights:
+    return {
+      "attention.qkv": self.w_qkv.shape,
+      "scores.qk": (self.head_dim, 1),
+      "scores.av": (1, self.head_dim),
+      "attention.out": self.w_out.shape,
+    }
 
   def __call__(self, x: Float[Array, "b t d"], numerics: Numerics) -> Float[Array, "b t d"]:
     b, t, _ = x.shape

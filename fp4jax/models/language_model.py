@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax import operands
 from fp4jax.models import attention, moe
-from fp4jax.models.policy import Numerics, Policy
+from fp4jax.models.policy import Numerics, Policy, Weights
 
 
 @dataclasses.dataclass
@@ -31,6 +31,10 @@ class ModelConfig:
   dtype: str = "bfloat16"  # of activations; master weights are float32
 
 
+# Of quantizers: by segment of the layers, "0:2", and "head"; then by GEMM, then by role.
+States = dict[str, dict[str, operands.State]]
+
+
 class Block(nnx.Module):
   """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
@@ -48,6 +52,10 @@ class Block(nnx.Module):
       )
     else:
       self.feed_forward = moe.FeedForward(c.d_model, c.d_ff, out_scale, rngs)
+
+  @property
+  def gemms(self) -> Weights:
+    return self.attention.gemms | self.feed_forward.gemms
 
   def __call__(
     self, x: Float[Array, "b t d"], numerics: Numerics
@@ -95,6 +103,7 @@ class LanguageModel(nnx.Module):
     *,
     key: jax.Array | None = None,
     taps: dict[str, operands.Tap] | None = None,
+    states: States | None = None,
   ) -> tuple[Float32[Array, "b t vocab"], dict[str, Float32[Array, ""]]]:
     """Logits, and the routing losses averaged over layers (none without experts).
 
@@ -103,26 +112,27 @@ class LanguageModel(nnx.Module):
       policy: the recipe of each GEMM of each layer.
       key: for policies that round stochastically.
       taps: from `new_taps`; their gradient holds the error summary of every operand.
+      states: from `new_states`, for policies with state; their gradient is the next states.
     """
     x = self.embedding(tokens).astype(self.dtype)
     graph, blocks = nnx.split(self.blocks)
     keys = None if key is None else jax.random.split(key, self.num_layers + 1)
     block_taps = None if taps is None else {k: v for k, v in taps.items() if v.ndim == 3}
     inputs = (blocks, None if keys is None else keys[:-1], block_taps)
-    n, losses = self.num_layers, []
-    for first, stop in policy.segments(self._block_gemms(), n):
+    n, losses, states = self.num_layers, [], states or {}
+    for first, stop in policy.segments(self._block_gemms, n):
 
       def block(x, inputs, layer=first):
-        params, key, taps = inputs
-        return nnx.merge(graph, params)(x, Numerics(policy, key, taps, layer, n))
+        (params, key, taps), states = inputs
+        return nnx.merge(graph, params)(x, Numerics(policy, key, taps, states, layer, n))
 
       segment = inputs
       if stop - first < n:  # a slice of everything would be a copy
         segment = jax.tree.map(operator.itemgetter(slice(first, stop)), inputs)
-      x, of_blocks = lax.scan(block, x, segment)
+      x, of_blocks = lax.scan(block, x, (segment, states.get(_layers(first, stop), {})))
       losses.append(of_blocks)
     x = _norm(self.norm, x)
-    head = Numerics(policy, None if keys is None else keys[-1], taps, n, n)
+    head = Numerics(policy, None if keys is None else keys[-1], taps, states.get("head"), n, n)
     logits = head.matmul("head.logits", x, self.w_head[...]).astype(jnp.float32)
     losses = jax.tree.map(lambda *parts: jnp.concatenate(parts), *losses)
     return logits, {name: jnp.mean(loss) for name, loss in losses.items()}
@@ -131,7 +141,37 @@ class LanguageModel(nnx.Module):
     """A tap for each GEMM by name; those of the blocks have a leading layer axis."""
     tap = operands.new_tap()
     layers = jnp.broadcast_to(tap, (self.num_layers, *tap.shape))
-    return dict.fromkeys(self._block_gemms(), layers) | {"head.logits": tap}
+    return dict.fromkeys(self._block_gemms, layers) | {"head.logits": tap}
 
-  def _block_gemms(self) -> tuple[str, ...]:
-    return (*self.blocks.attention.gemms, *self.blocks.feed_forward.gemms)
+  def new_states(self, policy: Policy) -> States:
+    """The first states of the quantizers that have one; none may depend on how many tokens come.
+
+    By segment of equal policy, then by GEMM, with a leading layer axis; {} when none has a state.
+    """
+    n, states = self.num_layers, {}
+    for first, stop in policy.segments(self._block_gemms, n):
+      own = _new_states(policy, self._block_gemms, first, n)
+      stack = lambda x, layers=stop - first: jnp.broadcast_to(x, (layers, *x.shape))  # noqa: E731
+      states[_layers(first, stop)] = jax.tree.map(stack, own)
+    states["head"] = _new_states(policy, {"head.logits": self.w_head.shape}, n, n)
+    return {part: own for part, own in states.items() if own}
+
+  @property
+  def _block_gemms(self) -> Weights:
+    """Of one block."""
+    graph, params = nnx.split(self.blocks)
+    one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), params)
+    return nnx.merge(graph, one).gemms
+
+
+def _layers(first: int, stop: int) -> str:
+  return f"{first}:{stop}"
+
+
+def _new_states(policy, gemms, layer, num_layers):
+  """Of one layer, by GEMM."""
+  states = {
+    name: operands.init_state(policy.recipe(name, layer, num_layers), (1, shape[-2]), shape)
+    for name, shape in gemms.items()
+  }
+  return {name: state for name, state in states.items() if state}

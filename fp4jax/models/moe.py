@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from fp4jax.models.policy import Numerics
+from fp4jax.models.policy import Numerics, Weights
 from fp4jax.swiglu import swiglu
 
 
@@ -45,12 +45,16 @@ class FeedForward(nnx.Module):
     self, d_model: int, d_ff: int, out_scale: float, rngs: nnx.Rngs, prefix: str = "experts."
   ):
     fan_in = nnx.initializers.lecun_normal()
-    self.gemms = (prefix + "w13", prefix + "w2")
+    self.names = (prefix + "w13", prefix + "w2")
     self.w13 = nnx.Param(fan_in(rngs.params(), (d_model, 2 * d_ff), jnp.float32))
     self.w2 = nnx.Param(out_scale * fan_in(rngs.params(), (d_ff, d_model), jnp.float32))
 
+  @property
+  def gemms(self) -> Weights:
+    return dict(zip(self.names, (self.w13.shape, self.w2.shape), strict=True))
+
   def __call__(self, x: Float[Array, "*t d"], numerics: Numerics) -> Float[Array, "*t d"]:
-    w13, w2 = self.gemms
+    w13, w2 = self.names
     return numerics.matmul(w2, swiglu(numerics.matmul(w13, x, self.w13[...])), self.w2[...])
 
 
@@ -81,9 +85,15 @@ class MoE(nnx.Module):
     self.shared = (
       FeedForward(d_model, d_ff_shared, out_scale, rngs, "experts.shared_") if d_ff_shared else None
     )
-    self.gemms = ("router.logits", "experts.w13", "experts.w2")
-    if self.shared is not None:
-      self.gemms += self.shared.gemms
+
+  @property
+  def gemms(self) -> Weights:
+    own = {
+      "router.logits": self.w_router.shape,
+      "experts.w13": self.w13.shape,
+      "experts.w2": self.w2.shape,
+    }
+    return own if self.shared is None else own | self.shared.gemms
 
   def __call__(
     self, x: Float[Array, "b t d"], numerics: Numerics

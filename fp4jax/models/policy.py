@@ -1,4 +1,4 @@
-"""Which GEMM of which layer runs which recipe, and how keys and taps reach it."""
+"""Which GEMM of which layer runs which recipe, and how its key, tap and state reach it."""
 
 import dataclasses
 import fnmatch
@@ -17,6 +17,8 @@ from fp4jax.models.scores import causal_recipe
 from fp4jax.moe_ffn import moe_ffn
 from fp4jax.recipe import Recipe
 
+# Of the weights of each GEMM, (*experts, k, n); 1 where tokens are instead.
+Weights = dict[str, tuple[int, ...]]
 KINDS = ("experts", "attention", "scores", "router", "head")
 
 
@@ -103,7 +105,7 @@ class _Calls:
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-  """A policy with the key and the taps of one pass; modules ask it for their GEMMs by name.
+  """A policy with key, taps and states of one pass; modules ask it for their GEMMs by name.
 
   `"experts.w13"` is GEMM w13 of the kind `experts`. Each name draws its own random numbers, and so
   does each call of a name within the pass; calls are counted as they are traced.
@@ -112,6 +114,7 @@ class Numerics:
   policy: Policy
   key: jax.Array | None = None
   taps: dict[str, operands.Tap] | None = None
+  states: dict[str, operands.State] | None = None  # of the GEMMs whose quantizers have one
   layer: int = 0  # the head: num_layers
   num_layers: int = 1
   _calls: _Calls = dataclasses.field(default_factory=_Calls, repr=False, compare=False)
@@ -121,10 +124,10 @@ class Numerics:
 
     One of plain dtypes is XLA's own matmul by definition, whatever the policy says.
     """
-    recipe, key, tap = self._gemm(name)
+    recipe, key, tap, state = self._gemm(name)
     quantizes = bool(operands.quantized_roles(recipe))
     implementation = self.policy.implementation if quantizes else "xla"
-    return dot_general(recipe, key=key, tap=tap, implementation=implementation)
+    return dot_general(recipe, key=key, tap=tap, state=state, implementation=implementation)
 
   def moe_ffn(
     self,
@@ -142,10 +145,18 @@ class Numerics:
         f"{names[0]} runs recipe {recipe.name!r} and {names[1]} {second.name!r} in layer"
         f" {self.layer}; moe_ffn runs one recipe"
       )
-    keys, taps = zip(first, then, strict=True)
-    implementation = self.policy.implementation
+    keys, taps, states = zip(first, then, strict=True)
     return moe_ffn(
-      x, w13, w2, experts, weights, recipe, keys=keys, taps=taps, implementation=implementation
+      x,
+      w13,
+      w2,
+      experts,
+      weights,
+      recipe,
+      keys=keys,
+      taps=taps,
+      states=states,
+      implementation=self.policy.implementation,
     )
 
   def matmul(self, name: str, x: Float[Array, "*t k"], w: Float[Array, "k n"]) -> Array:
@@ -154,24 +165,25 @@ class Numerics:
     return self.dot_general(name)(x, w.astype(x.dtype), dims)
 
   def _gemm(self, name):
-    """Recipe, key and tap of the next call of a GEMM."""
+    """Recipe, key, tap and state of the next call of a GEMM."""
     recipe = self.policy.recipe(name, self.layer, self.num_layers)
     before = self._calls.add(name)
     key = self.key
     if key is not None:
       key = jax.random.fold_in(key, zlib.crc32(name.encode()))
       key = jax.random.fold_in(key, before) if before else key
-    tap = None if self.taps is None else self.taps.get(name)
-    if before and tap is not None:
-      raise ValueError(f"{name!r} is called twice in one pass; its tap would add the two errors")
-    return recipe, key, tap
+    tap, state = (None if of is None else of.get(name) for of in (self.taps, self.states))
+    if before and (tap is not None or state):
+      what = "tap" if tap is not None else "state"
+      raise ValueError(f"{name!r} is called twice in one pass; its {what} would be the sum of two")
+    return recipe, key, tap, state
 
 
 def _flatten(numerics):
   calls = numerics._calls
   counts = tuple(sorted(calls.counts.items()))
   static = (numerics.policy, numerics.layer, numerics.num_layers, calls, counts)
-  return (numerics.key, numerics.taps), static
+  return (numerics.key, numerics.taps, numerics.states), static
 
 
 def _unflatten(static, children):

@@ -11,9 +11,11 @@ attention do not run a policy's recipe `scores` as linear layers run theirs:
 """
 
 import dataclasses
+from typing import Any
 
 from fp4jax import recipes
 from fp4jax.formats import BlockFormat
+from fp4jax.quantizers import Operand, Quantizer
 from fp4jax.recipe import Recipe, Residual
 
 _LOOKS_AHEAD = "the output of a causal model would depend on tokens to come"
@@ -40,10 +42,17 @@ def recipe_of_qk(recipe: Recipe) -> Recipe:
   both = dataclasses.replace(
     recipe,
     fprop=dataclasses.replace(recipe.fprop, rhs=lhs),
-    dgrad=dataclasses.replace(recipe.dgrad, rhs=dataclasses.replace(lhs, **backward)),
+    dgrad=dataclasses.replace(recipe.dgrad, rhs=_with_operand(lhs, backward)),
     residual=Residual(lhs=recipe.residual.lhs, rhs=recipe.residual.lhs),
   )
   return both if both == recipe else dataclasses.replace(both, name=f"{recipe.name}[q k^T]")
+
+
+def _with_operand(quantizer: Quantizer, changes: dict[str, Any]) -> Quantizer:
+  """With changes to the `Operand` that it is, or that it rounds by."""
+  if isinstance(quantizer, Operand):
+    return dataclasses.replace(quantizer, **changes)
+  return dataclasses.replace(quantizer, operand=_with_operand(quantizer.operand, changes))
 
 
 def recipe_of_av(recipe: Recipe) -> Recipe:
