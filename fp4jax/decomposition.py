@@ -92,7 +92,7 @@ class ErrorDecomposition:
       grid * grid,
       scale * grid,
       scale * dead,
-      nonzero & (x + total == 0),
+      nonzero & (self.x + self.total == 0),  # unscaled: a fused multiply-add would not give 0
       self.clipped,
       nonzero,
     )
