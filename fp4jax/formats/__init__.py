@@ -10,6 +10,7 @@ from fp4jax.formats.fp8 import (
   FP8_TENSOR,
 )
 from fp4jax.formats.grids import E2M1, E2M3, E3M2, E4M3, E5M2, FloatGrid, Grid, TableGrid
+from fp4jax.formats.hif4 import HIF4
 from fp4jax.formats.mx import MXFP4, MXFP8
 from fp4jax.formats.nvfp4 import NVFP4
 from fp4jax.formats.roundings import ROUNDINGS, Rounding, Stochastic
@@ -26,6 +27,7 @@ FORMATS = {
     FP8_BLOCK_POW2,
     FP8_BLOCK_POW2_2D,
     FP8_TENSOR,
+    HIF4,
   )
 }
 
@@ -43,6 +45,7 @@ __all__ = [
   "FP8_BLOCK_POW2_2D",
   "FP8_TENSOR",
   "FP32",
+  "HIF4",
   "MXFP4",
   "MXFP8",
   "NVFP4",
