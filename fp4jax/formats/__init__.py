@@ -1,6 +1,7 @@
 """Formats as values, `FORMATS` by name. `format.py` says what a format is."""
 
 from fp4jax.formats.block_format import BlockFormat
+from fp4jax.formats.e3m0 import MXFP4_E3M0
 from fp4jax.formats.format import WHOLE, Format, Slices, is_format
 from fp4jax.formats.fp8 import (
   FP8_BLOCK,
@@ -28,6 +29,7 @@ FORMATS = {
     FP8_BLOCK_POW2_2D,
     FP8_TENSOR,
     HIF4,
+    MXFP4_E3M0,
   )
 }
 
@@ -47,6 +49,7 @@ __all__ = [
   "FP32",
   "HIF4",
   "MXFP4",
+  "MXFP4_E3M0",
   "MXFP8",
   "NVFP4",
   "ROUNDINGS",
