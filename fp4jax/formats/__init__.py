@@ -13,6 +13,7 @@ from fp4jax.formats.fp8 import (
 from fp4jax.formats.grids import E2M1, E2M3, E3M2, E4M3, E5M2, FloatGrid, Grid, TableGrid
 from fp4jax.formats.hif4 import HIF4
 from fp4jax.formats.mx import MXFP4, MXFP8
+from fp4jax.formats.mxfp6 import MXFP6_E2M3, MXFP6_E3M2
 from fp4jax.formats.nvfp4 import NVFP4
 from fp4jax.formats.roundings import ROUNDINGS, Rounding, Stochastic
 from fp4jax.formats.scales import E8M0, FP32, RULES, ScaleCodec
@@ -30,6 +31,8 @@ FORMATS = {
     FP8_TENSOR,
     HIF4,
     MXFP4_E3M0,
+    MXFP6_E2M3,
+    MXFP6_E3M2,
   )
 }
 
@@ -50,6 +53,8 @@ __all__ = [
   "HIF4",
   "MXFP4",
   "MXFP4_E3M0",
+  "MXFP6_E2M3",
+  "MXFP6_E3M2",
   "MXFP8",
   "NVFP4",
   "ROUNDINGS",
