@@ -15,6 +15,7 @@ from fp4jax.formats.hif4 import HIF4
 from fp4jax.formats.mx import MXFP4, MXFP8
 from fp4jax.formats.mxfp6 import MXFP6_E2M3, MXFP6_E3M2
 from fp4jax.formats.nvfp4 import NVFP4
+from fp4jax.formats.radix4 import RADIX4_EVEN, RADIX4_ODD
 from fp4jax.formats.roundings import ROUNDINGS, Rounding, Stochastic
 from fp4jax.formats.scales import E8M0, FP32, RULES, ScaleCodec
 
@@ -33,6 +34,8 @@ FORMATS = {
     MXFP4_E3M0,
     MXFP6_E2M3,
     MXFP6_E3M2,
+    RADIX4_EVEN,
+    RADIX4_ODD,
   )
 }
 
@@ -57,6 +60,8 @@ __all__ = [
   "MXFP6_E3M2",
   "MXFP8",
   "NVFP4",
+  "RADIX4_EVEN",
+  "RADIX4_ODD",
   "ROUNDINGS",
   "RULES",
   "WHOLE",
