@@ -18,6 +18,7 @@ from fp4jax.formats.nvfp4 import NVFP4
 from fp4jax.formats.radix4 import RADIX4_EVEN, RADIX4_ODD
 from fp4jax.formats.roundings import ROUNDINGS, Rounding, Stochastic
 from fp4jax.formats.scales import E8M0, FP32, RULES, ScaleCodec
+from fp4jax.formats.ue5m3 import NVFP4_UE5M3
 
 FORMATS = {
   f.name: f
@@ -36,6 +37,7 @@ FORMATS = {
     MXFP6_E3M2,
     RADIX4_EVEN,
     RADIX4_ODD,
+    NVFP4_UE5M3,
   )
 }
 
@@ -60,6 +62,7 @@ __all__ = [
   "MXFP6_E3M2",
   "MXFP8",
   "NVFP4",
+  "NVFP4_UE5M3",
   "RADIX4_EVEN",
   "RADIX4_ODD",
   "ROUNDINGS",
