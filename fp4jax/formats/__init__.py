@@ -12,6 +12,7 @@ from fp4jax.formats.fp8 import (
 )
 from fp4jax.formats.grids import E2M1, E2M3, E3M2, E4M3, E5M2, FloatGrid, Grid, TableGrid
 from fp4jax.formats.hif4 import HIF4
+from fp4jax.formats.macro_block import MXFP4_MBS_D, MXFP4_MBS_S
 from fp4jax.formats.mx import MXFP4, MXFP8
 from fp4jax.formats.mxfp6 import MXFP6_E2M3, MXFP6_E3M2
 from fp4jax.formats.nvfp4 import NVFP4
@@ -38,6 +39,8 @@ FORMATS = {
     RADIX4_EVEN,
     RADIX4_ODD,
     NVFP4_UE5M3,
+    MXFP4_MBS_S,
+    MXFP4_MBS_D,
   )
 }
 
@@ -58,6 +61,8 @@ __all__ = [
   "HIF4",
   "MXFP4",
   "MXFP4_E3M0",
+  "MXFP4_MBS_D",
+  "MXFP4_MBS_S",
   "MXFP6_E2M3",
   "MXFP6_E3M2",
   "MXFP8",
