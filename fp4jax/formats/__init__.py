@@ -3,6 +3,7 @@
 from fp4jax.formats.block_format import BlockFormat
 from fp4jax.formats.e3m0 import MXFP4_E3M0
 from fp4jax.formats.format import WHOLE, Format, Slices, is_format
+from fp4jax.formats.four_over_six import NVFP4_4O6
 from fp4jax.formats.fp8 import (
   FP8_BLOCK,
   FP8_BLOCK_2D,
@@ -41,6 +42,7 @@ FORMATS = {
     NVFP4_UE5M3,
     MXFP4_MBS_S,
     MXFP4_MBS_D,
+    NVFP4_4O6,
   )
 }
 
@@ -67,6 +69,7 @@ __all__ = [
   "MXFP6_E3M2",
   "MXFP8",
   "NVFP4",
+  "NVFP4_4O6",
   "NVFP4_UE5M3",
   "RADIX4_EVEN",
   "RADIX4_ODD",
