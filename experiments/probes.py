@@ -30,7 +30,7 @@ def probe_rows(
         source = "original" if gemm == "residual" else recipe.operand(role).source
         rows.append(
           {"layer": layer, "module": name, "gemm": gemm, "operand": operand, "ran": recipe.name}
-          | {"format": fmt.name, "scale_rule": fmt.scale_rule, "source": source}
+          | {"format": fmt.name, "scale_rule": str(fmt.scale_rule), "source": source}
           | dict(zip(SUMMARY_FIELDS, summary, strict=True))
         )
   forward = [row for row in rows if row["gemm"] in _FORWARD]

@@ -22,6 +22,12 @@ E5M2 = np.array(
 )
 SIGN_BIT = {len(E2M1): 8, len(E4M3): 0x80, len(E5M2): 0x80}
 
+# The formats that have their oracle here; others have one of their own.
+FORMATS = (
+  *("MXFP4", "MXFP8", "NVFP4", "FP8_BLOCK", "FP8_BLOCK_2D"),
+  *("FP8_BLOCK_POW2", "FP8_BLOCK_POW2_2D", "FP8_TENSOR"),
+)
+
 # Where a rule puts amax / scale. "[)" and "(]" say which end belongs to the interval.
 SCALED_AMAX = {
   (len(E2M1), "floor"): (4, 8, "[)"),

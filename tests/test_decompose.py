@@ -18,7 +18,7 @@ RCEIL = RULES["rceil"]
 jit_decompose = jax.jit(decompose, static_argnames=("fmt", "axis", "rounding", "dtype"))
 jit_summary = jax.jit(lambda x, fmt: decompose(x, fmt).summary(), static_argnames="fmt")
 jit_fake_quantize = jax.jit(fake_quantize, static_argnames=("fmt", "axis", "rounding"))
-FORMATS = [*RULES.values(), *(f for f in fp4jax.FORMATS.values() if f is not fp4jax.MXFP4)]
+FORMATS = [*RULES.values(), *(fp4jax.FORMATS[name] for name in oracles.FORMATS[1:])]
 
 
 def format_id(fmt):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import oracles
 import pytest
 
 import fp4jax
@@ -18,7 +19,7 @@ MATMUL = (((1,), (0,)), ((), ()))
 RULES = ("floor", "even", "rceil", "oas")
 E5M2 = ml_dtypes.float8_e5m2
 VARIANTS = [
-  *fp4jax.FORMATS.values(),
+  *(fp4jax.FORMATS[name] for name in oracles.FORMATS),
   *(dataclasses.replace(fp4jax.MXFP4, scale_rule=rule) for rule in RULES[1:]),
   *(dataclasses.replace(fp4jax.MXFP8, scale_rule=rule) for rule in RULES[1:3]),
   dataclasses.replace(fp4jax.MXFP8, element_dtype=E5M2),

@@ -1,6 +1,7 @@
 """Which recipe each GEMM of each layer runs, and what a model makes of it."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -168,3 +169,12 @@ def test_probes_have_rows_where_the_layer_quantizes():
   rows = probe_rows({"experts.w2": tap, "head.logits": tap[0]}, policy, 3)
   formats = {(r["layer"], r["format"]) for r in rows if r["operand"] == "lhs"}
   assert formats == {(0, "MXFP4"), (2, "FP8_BLOCK")}
+
+
+def test_rows_of_every_format_are_written_as_json():
+  """A scale rule may be a value rather than a name."""
+  tap = np.zeros((len(operands.ROLES), len(SUMMARY_FIELDS)), np.float32)
+  for fmt in formats.FORMATS.values():
+    policy = Policy(head=recipes.MXFP4.replace({"fprop.lhs.format": fmt}))
+    rows = json.loads(json.dumps(probe_rows({"head.logits": tap}, policy, 3)))
+    assert rows[0]["format"] == fmt.name and isinstance(rows[0]["scale_rule"], str)

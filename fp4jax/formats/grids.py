@@ -147,19 +147,22 @@ class TableGrid:
     return self._midpoints[0]
 
   def round(self, x, random_bits=None):
-    table = jnp.asarray(self.magnitudes, jnp.float32)
     if random_bits is None:
-      index = jnp.zeros(x.shape, jnp.int32)
+      value = jnp.zeros_like(x)
       for i, midpoint in enumerate(self._midpoints):
         up_at_tie = self.ties == "even" and i % 2 == 1
-        index += (x >= midpoint) if up_at_tie else (x > midpoint)
-      return table[index]
-    below = sum((x >= m).astype(jnp.int32) for m in self.magnitudes[1:])
-    low, high = table[below], table[jnp.minimum(below + 1, len(table) - 1)]
+        above = (x >= midpoint) if up_at_tie else (x > midpoint)
+        value = jnp.where(above, self.magnitudes[i + 1], value)
+      return value
+    low, high = jnp.zeros_like(x), jnp.full_like(x, self.smallest)
+    for magnitude, next_one in zip(
+      self.magnitudes[1:], (*self.magnitudes[2:], self.max), strict=True
+    ):
+      low = jnp.where(x >= magnitude, magnitude, low)
+      high = jnp.where(x >= magnitude, next_one, high)
     step = jnp.where(high > low, high - low, 1.0)
-    return jnp.where(
-      (jnp.minimum(x, self.max) - low) / step + fb.uniform(random_bits) >= 1, high, low
-    )
+    goes_up = (jnp.minimum(x, self.max) - low) / step + fb.uniform(random_bits) >= 1
+    return jnp.where(goes_up, high, low)
 
   def encode(self, elements):
     return _encode(elements, self.magnitudes, self.bits)
@@ -174,16 +177,21 @@ def _magnitudes(dtype) -> tuple[float, ...]:
   return tuple(codes.view(dtype).astype(np.float32).tolist())
 
 
+# Comparisons rather than look-ups: a gather is slow, and asks for a sharding on an Explicit mesh.
+
+
 def _encode(elements, magnitudes, bits):
-  table = jnp.asarray(magnitudes, jnp.float32)
   sign = jnp.signbit(elements).astype(jnp.uint8) << (bits - 1)
-  return jnp.searchsorted(table, jnp.abs(elements)).astype(jnp.uint8) | sign
+  absolute = jnp.abs(elements)
+  return sum((absolute >= m).astype(jnp.uint8) for m in magnitudes[1:]) | sign
 
 
 def _decode(codes, magnitudes, bits):
-  table = np.zeros(2 ** (bits - 1), np.float32)
-  table[: len(magnitudes)] = magnitudes
-  return jnp.asarray(np.concatenate([table, -table]))[codes]
+  magnitude_code = codes & ((1 << (bits - 1)) - 1)
+  value = jnp.zeros_like(codes, jnp.float32)
+  for code, magnitude in enumerate(magnitudes[1:], 1):
+    value = jnp.where(magnitude_code == code, magnitude, value)
+  return jnp.where(codes >> (bits - 1) == 1, -value, value)
 
 
 def as_grid(element_dtype: DTypeLike | Grid) -> Grid:

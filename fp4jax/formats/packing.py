@@ -20,11 +20,7 @@ def pack(codes: UInt8[Array, "*s"], bits: int, axis: int) -> UInt8[Array, "*pack
   if bits == 4:
     return _pack_nibbles(codes, axis)
   groups = _split(codes, codes_per_group(bits), axis)
-  place = jnp.arange(bits, dtype=jnp.uint8)
-  stream = (groups[..., None] >> place) & 1
-  stream = stream.reshape(*groups.shape[:-1], -1, 8)
-  packed = jnp.sum(stream << jnp.arange(8, dtype=jnp.uint8), axis=-1, dtype=jnp.uint8)
-  return _join(packed, codes, axis, bits / 8)
+  return _join(_regroup(groups, bits, 8), codes, axis, bits / 8)
 
 
 def unpack(packed: UInt8[Array, "*packed"], bits: int, axis: int) -> UInt8[Array, "*s"]:
@@ -35,10 +31,15 @@ def unpack(packed: UInt8[Array, "*packed"], bits: int, axis: int) -> UInt8[Array
     pairs = jnp.stack([packed & 15, packed >> 4], axis + 1)
     return pairs.reshape(*packed.shape[:axis], 2 * packed.shape[axis], *packed.shape[axis + 1 :])
   groups = _split(packed, codes_per_group(bits) * bits // 8, axis)
-  stream = (groups[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
-  stream = stream.reshape(*groups.shape[:-1], -1, bits)
-  codes = jnp.sum(stream << jnp.arange(bits, dtype=jnp.uint8), axis=-1, dtype=jnp.uint8)
-  return _join(codes, packed, axis, 8 / bits)
+  return _join(_regroup(groups, 8, bits), packed, axis, 8 / bits)
+
+
+def _regroup(groups, before, after):
+  """The bits of numbers of `before` bits along the last axis, as numbers of `after` bits."""
+  place = lambda n: jnp.arange(n, dtype=jnp.uint8).reshape([1] * groups.ndim + [n])  # noqa: E731
+  stream = (groups[..., None] >> place(before)) & 1
+  stream = stream.reshape(*groups.shape[:-1], groups.shape[-1] * before // after, after)
+  return jnp.sum(stream << place(after), axis=-1, dtype=jnp.uint8)
 
 
 def _split(x, group, axis):
