@@ -131,7 +131,8 @@ def _check_tokens(recipe, step, arguments, count=64):
   x, w13, w2, *of_tokens = arguments
   tokens = jnp.arange(0, len(x), -(-len(x) // count))
 
-  @jax.jit
+  # Compiled without autotuning, which would take longer than all that is timed.
+  @functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0})
   def alone(*arguments):
     y, dx, _, _, dweights = _step(recipe, *arguments, implementation="xla")
     return {"y": y, "dx": dx, "dweights": dweights}
