@@ -10,7 +10,7 @@ from jaxtyping import Array, Float32
 
 from experiments import data
 from experiments.config import Experiment
-from experiments.train import Trainer, TrainState, make_trainer, policy_of
+from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
 
 
@@ -45,7 +45,8 @@ def measure(config: Experiment, under: str, after: int, batches: int) -> Iterato
         }
 
 
-def _first_and_mean(trainer: Trainer, state: TrainState, tokens: list) -> tuple[Any, Any]:
+def _first_and_mean(trainer, state, tokens):
+  """The gradient of the first batch, and the mean over all."""
   state = trainer.adopt(state)
   seed, add = jnp.int32(0), jax.jit(functools.partial(jax.tree.map, jnp.add))
   first = total = trainer.gradients(state, tokens[0], seed)

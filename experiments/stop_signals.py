@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Self
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -22,7 +21,7 @@ class StopSignals:
     self.number: int | None = None  # of the first that came `after_step`
     self._after_step = False
 
-  def listen(self) -> Self:
+  def listen(self) -> "StopSignals":
     """To be called before other threads begin: they inherit that the signals are blocked."""
     for number in _NUMBERS:
       signal.signal(number, signal.SIG_DFL)  # a background job ignores SIGINT

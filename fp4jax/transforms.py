@@ -1,6 +1,7 @@
 """Randomized block Hadamard transform: spreads an outlier over its block, cancels in a GEMM."""
 
 import operator
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,10 @@ from fp4jax.arguments import check_arrays
 
 
 def hadamard(
-  x: Float[Array, "*s"], axis: int, block: int = 32, signs: Float[Array, " block"] | None = None
+  x: Float[Array | np.ndarray, "*s"],
+  axis: SupportsIndex,
+  block: int = 32,
+  signs: Float[Array | np.ndarray, " block"] | None = None,
 ) -> Float[Array, "*s"]:
   """H diag(signs) x on each run of `block` values along `axis`; H is Sylvester's, over sqrt(block).
 

@@ -3,12 +3,17 @@
 import os
 import types
 
+import annotations
 import jax
 import pytest
-from fake_kernels import fake_kernels
 
-import pallas_kernels
-from fp4jax import implementation
+CHECKED = ["experiments", "fp4jax.models.attention", "fp4jax.nnx", "fp4jax.transforms"]
+annotations.check(CHECKED)  # before anything imports them
+
+from fake_kernels import fake_kernels  # noqa: E402
+
+import pallas_kernels  # noqa: E402
+from fp4jax import implementation  # noqa: E402
 
 # An emulated warpgroup that waits at a barrier keeps the XLA thread that it runs on. XLA has one
 # thread per core, so that a small machine may have none left for the warpgroup that is waited for.
