@@ -1,11 +1,31 @@
 """Fixtures that any test may ask for."""
 
+import hashlib
 import os
+import platform
 import types
+from pathlib import Path
 
 import annotations
-import jax
 import pytest
+
+
+def cpu() -> str:
+  """Names what XLA compiles for: programs for another CPU may hold instructions that it lacks."""
+  info = Path("/proc/cpuinfo")
+  lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+  told = sorted({line for line in lines if line.startswith(("flags", "Features", "model"))})
+  return hashlib.sha256("\n".join([platform.machine(), *told]).encode()).hexdigest()[:12]
+
+
+# Compiled programs are kept from run to run, also for the processes that tests start. In pytest's
+# own folder: git ignores it, and --cache-clear empties it.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / f".pytest_cache/d/xla-{cpu()}")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import jax  # noqa: E402, reads the environment
 
 CHECKED = ["experiments", "fp4jax.models.attention", "fp4jax.nnx", "fp4jax.transforms"]
 annotations.check(CHECKED)  # before anything imports them
