@@ -168,7 +168,7 @@ def test_every_operand_of_every_step_draws_its_own():
 
 
 def test_a_rounding_of_few_bits_is_a_value():
-  """With b bits the probability is a multiple of 2^-b, off by at most 2^-(b+1) from the distance."""
+  """With b bits the probability is a multiple of 2^-b: off by at most 2^-(b+1)."""
   rounding = fp4jax.formats.Stochastic(bits=3)
   n, p = 20_000, 0.3  # between the elements 4 and 6
   x = jnp.full((n // 32, 32), 4 + 2 * p).at[:, 0].set(6)
