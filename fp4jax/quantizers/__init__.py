@@ -1,5 +1,6 @@
 """Quantizers: how an operand of a GEMM is read. `quantizer.py` says what one is."""
 
+from fp4jax.quantizers.fallback import OutlierFallback
 from fp4jax.quantizers.quantizer import Composed, Context, Operand, Quantizer, Read, Source
 from fp4jax.quantizers.transform import FreshHadamard, Hadamard, Transform
 
@@ -9,6 +10,7 @@ __all__ = [
   "FreshHadamard",
   "Hadamard",
   "Operand",
+  "OutlierFallback",
   "Quantizer",
   "Read",
   "Source",
