@@ -1,6 +1,7 @@
 """Quantizers: how an operand of a GEMM is read. `quantizer.py` says what one is."""
 
 from fp4jax.quantizers.fallback import OutlierFallback
+from fp4jax.quantizers.occ import OutlierClamp
 from fp4jax.quantizers.quantizer import Composed, Context, Operand, Quantizer, Read, Source
 from fp4jax.quantizers.transform import FreshHadamard, Hadamard, Transform
 
@@ -10,6 +11,7 @@ __all__ = [
   "FreshHadamard",
   "Hadamard",
   "Operand",
+  "OutlierClamp",
   "OutlierFallback",
   "Quantizer",
   "Read",
