@@ -1,5 +1,6 @@
 """Quantizers: how an operand of a GEMM is read. `quantizer.py` says what one is."""
 
+from fp4jax.quantizers.dge import DifferentiableEstimator
 from fp4jax.quantizers.fallback import OutlierFallback
 from fp4jax.quantizers.occ import OutlierClamp
 from fp4jax.quantizers.quantizer import Composed, Context, Operand, Quantizer, Read, Source
@@ -8,6 +9,7 @@ from fp4jax.quantizers.transform import FreshHadamard, Hadamard, Transform
 __all__ = [
   "Composed",
   "Context",
+  "DifferentiableEstimator",
   "FreshHadamard",
   "Hadamard",
   "Operand",
