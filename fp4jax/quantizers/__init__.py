@@ -4,11 +4,14 @@ from fp4jax.quantizers.dge import DifferentiableEstimator
 from fp4jax.quantizers.fallback import OutlierFallback
 from fp4jax.quantizers.occ import OutlierClamp
 from fp4jax.quantizers.quantizer import Composed, Context, Operand, Quantizer, Read, Source
+from fp4jax.quantizers.quest import MXFP4_QUEST, DeviationFormat, Quest
 from fp4jax.quantizers.transform import FreshHadamard, Hadamard, Transform
 
 __all__ = [
+  "MXFP4_QUEST",
   "Composed",
   "Context",
+  "DeviationFormat",
   "DifferentiableEstimator",
   "FreshHadamard",
   "Hadamard",
@@ -16,6 +19,7 @@ __all__ = [
   "OutlierClamp",
   "OutlierFallback",
   "Quantizer",
+  "Quest",
   "Read",
   "Source",
   "Transform",
