@@ -1,6 +1,7 @@
 """Quantizers: how an operand of a GEMM is read. `quantizer.py` says what one is."""
 
 from fp4jax.quantizers.dge import DifferentiableEstimator
+from fp4jax.quantizers.eden import EDEN, NVFP4_EDEN, EdenFormat
 from fp4jax.quantizers.fallback import OutlierFallback
 from fp4jax.quantizers.occ import OutlierClamp
 from fp4jax.quantizers.quantizer import Composed, Context, Operand, Quantizer, Read, Source
@@ -8,11 +9,14 @@ from fp4jax.quantizers.quest import MXFP4_QUEST, DeviationFormat, Quest
 from fp4jax.quantizers.transform import FreshHadamard, Hadamard, Transform
 
 __all__ = [
+  "EDEN",
   "MXFP4_QUEST",
+  "NVFP4_EDEN",
   "Composed",
   "Context",
   "DeviationFormat",
   "DifferentiableEstimator",
+  "EdenFormat",
   "FreshHadamard",
   "Hadamard",
   "Operand",
