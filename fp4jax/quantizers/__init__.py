@@ -1,5 +1,6 @@
 """Quantizers: how an operand of a GEMM is read. `quantizer.py` says what one is."""
 
+from fp4jax.quantizers.delayed import DelayedScaling
 from fp4jax.quantizers.dge import DifferentiableEstimator
 from fp4jax.quantizers.eden import EDEN, NVFP4_EDEN, EdenFormat
 from fp4jax.quantizers.fallback import OutlierFallback
@@ -14,6 +15,7 @@ __all__ = [
   "NVFP4_EDEN",
   "Composed",
   "Context",
+  "DelayedScaling",
   "DeviationFormat",
   "DifferentiableEstimator",
   "EdenFormat",
