@@ -5,6 +5,7 @@ from fp4jax.quantizers.dge import DifferentiableEstimator
 from fp4jax.quantizers.eden import EDEN, NVFP4_EDEN, EdenFormat
 from fp4jax.quantizers.fallback import OutlierFallback
 from fp4jax.quantizers.occ import OutlierClamp
+from fp4jax.quantizers.q_ema import QEma
 from fp4jax.quantizers.quantizer import Composed, Context, Operand, Quantizer, Read, Source
 from fp4jax.quantizers.quest import MXFP4_QUEST, DeviationFormat, Quest
 from fp4jax.quantizers.transform import FreshHadamard, Hadamard, Transform
@@ -24,6 +25,7 @@ __all__ = [
   "Operand",
   "OutlierClamp",
   "OutlierFallback",
+  "QEma",
   "Quantizer",
   "Quest",
   "Read",
