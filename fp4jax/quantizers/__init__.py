@@ -4,6 +4,7 @@ from fp4jax.quantizers.delayed import DelayedScaling
 from fp4jax.quantizers.dge import DifferentiableEstimator
 from fp4jax.quantizers.eden import EDEN, NVFP4_EDEN, EdenFormat
 from fp4jax.quantizers.fallback import OutlierFallback
+from fp4jax.quantizers.grad_scale import GradScale
 from fp4jax.quantizers.occ import OutlierClamp
 from fp4jax.quantizers.q_ema import QEma
 from fp4jax.quantizers.quantizer import Composed, Context, Operand, Quantizer, Read, Source
@@ -21,6 +22,7 @@ __all__ = [
   "DifferentiableEstimator",
   "EdenFormat",
   "FreshHadamard",
+  "GradScale",
   "Hadamard",
   "Operand",
   "OutlierClamp",
