@@ -10,10 +10,12 @@ from fp4jax.quantizers.q_ema import QEma
 from fp4jax.quantizers.quantizer import Composed, Context, Operand, Quantizer, Read, Source
 from fp4jax.quantizers.quest import MXFP4_QUEST, DeviationFormat, Quest
 from fp4jax.quantizers.transform import FreshHadamard, Hadamard, Transform
+from fp4jax.quantizers.tseng import MXFP4_THREE_QUARTERS, ThreeQuarters
 
 __all__ = [
   "EDEN",
   "MXFP4_QUEST",
+  "MXFP4_THREE_QUARTERS",
   "NVFP4_EDEN",
   "Composed",
   "Context",
@@ -32,5 +34,6 @@ __all__ = [
   "Quest",
   "Read",
   "Source",
+  "ThreeQuarters",
   "Transform",
 ]
