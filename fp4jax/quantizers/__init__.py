@@ -3,6 +3,7 @@
 from fp4jax.quantizers.delayed import DelayedScaling
 from fp4jax.quantizers.dge import DifferentiableEstimator
 from fp4jax.quantizers.eden import EDEN, NVFP4_EDEN, EdenFormat
+from fp4jax.quantizers.error_parts import ErrorParts
 from fp4jax.quantizers.fallback import OutlierFallback
 from fp4jax.quantizers.grad_scale import GradScale
 from fp4jax.quantizers.occ import OutlierClamp
@@ -23,6 +24,7 @@ __all__ = [
   "DeviationFormat",
   "DifferentiableEstimator",
   "EdenFormat",
+  "ErrorParts",
   "FreshHadamard",
   "GradScale",
   "Hadamard",
