@@ -172,11 +172,17 @@ def decompose_slices(
   key: jax.Array | None,
   slices: Slices,
   dtype: DTypeLike = jnp.float32,
+  values: Float[Array, "*s"] | None = None,
 ) -> ErrorDecomposition:
-  """`decompose` where several slices have a scale each. Arguments as `check_arguments` passes."""
+  """`decompose` where several slices have a scale each. Arguments as `check_arguments` passes.
+
+  `values` are what x became, where that is not what `fmt` makes of it: under a scale or a choice of
+  a quantizer's own. Scale bias is then all that sets them apart from the ideal ones.
+  """
   r = qz.round_blocks(x, fmt, axis, rounding, key, slices)
   ideal, in_deadzone = fmt.ideal(r)
-  x, quantized, ideal = (a.astype(dtype) for a in (x, fmt.values(r), ideal))
+  quantized = fmt.values(r) if values is None else values
+  x, quantized, ideal = (a.astype(dtype) for a in (x, quantized, ideal))
   ideal_error = ideal - x
   return ErrorDecomposition(
     x=x,

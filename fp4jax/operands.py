@@ -172,10 +172,10 @@ def read(
   The contracted axis is padded with zeros to what the blocks and transforms of both operands of
   the GEMM need; zeros change neither blocks nor products.
   """
-  gemm = role.split(".")[0]
+  gemm, length = role.split(".")[0], x.shape[axis]
   x = pad(x, axis, contraction_multiple(getattr(recipe, gemm)))
   key, gemm_key = (None, None) if keys is None else (keys.of_role(role), keys.of_gemm(gemm))
-  ctx = Context(key, gemm_key, (state or {}).get(role, ()), slices, tapped)
+  ctx = Context(key, gemm_key, (state or {}).get(role, ()), slices, tapped, length)
   return recipe.operand(role).read(x, axis, ctx)
 
 

@@ -175,3 +175,8 @@ def test_bad_formats_are_refused(fmt, changes, message):
 def test_unknown_names_are_refused():
   with pytest.raises(TypeError):
     dataclasses.replace(fp4jax.MXFP4, scale_rul="rceil")
+
+
+@pytest.mark.parametrize("table, _, dtype", TABLES)
+def test_magnitudes_of_a_grid_are_the_finite_ones(table, _, dtype):
+  assert formats.FloatGrid(dtype).magnitudes == tuple(table)

@@ -38,6 +38,7 @@ class Grid(Protocol):
   smallest: float  # positive magnitude
   first_midpoint: float  # what is smaller rounds to zero
   mantissa_bits: int  # of the largest binade; what "even" rounds amax to
+  magnitudes: tuple[float, ...]  # rising from 0
 
   def round(
     self, x: Float32[Array, "*s"], random_bits: UInt32[Array, "*s"] | None
@@ -59,6 +60,10 @@ class FloatGrid:
   @property
   def _info(self):
     return ml_dtypes.finfo(self.dtype)
+
+  @property
+  def magnitudes(self) -> tuple[float, ...]:
+    return tuple(m for m in _magnitudes(self.dtype) if m <= self.max)
 
   @property
   def name(self) -> str:

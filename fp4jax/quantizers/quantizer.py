@@ -32,6 +32,7 @@ class Context(NamedTuple):
   state: Any = ()
   slices: Slices = WHOLE  # which values one GEMM reads, for scales of a whole slice
   tapped: bool = False  # whether a summary of the error is asked for
+  length: int | None = None  # of the contracted axis, without its padding; None: there is none
 
 
 class Read(NamedTuple):
@@ -138,13 +139,22 @@ class Operand:
     )
     return values[tuple(slice(n) for n in shape)]
 
-  def summary(self, x, axis, ctx) -> Summary | None:
-    """The error of `rounded`, where it is asked for."""
+  def summary(self, x, axis, ctx, values=None) -> Summary | None:
+    """The error of `rounded`, or of other `values`, where it is asked for."""
     if not ctx.tapped:
       return None
-    x = pad_to_blocks(x, self.format, axis).astype(jnp.float32)
+    x, values = (
+      v if v is None else pad_to_blocks(v, self.format, axis).astype(jnp.float32)
+      for v in (x, values)
+    )
     return error_summary(
-      x, self.format, axis, rounding=self.rounding, key=ctx.key, slices=ctx.slices
+      x,
+      self.format,
+      axis,
+      rounding=self.rounding,
+      key=ctx.key,
+      slices=ctx.slices,
+      values=values,
     )
 
 
@@ -210,8 +220,10 @@ def pad(x: Float[Array, "*s"], axis: int, multiple: int) -> Float[Array, "*t"]:
   return jnp.pad(x, padding)
 
 
-def error_summary(x, fmt, axis, *, rounding="nearest", key=None, slices=WHOLE) -> Summary:
+def error_summary(
+  x, fmt, axis, *, rounding="nearest", key=None, slices=WHOLE, values=None
+) -> Summary:
   """A row of a tap: the fields of `ErrorSummary`."""
   key = key if as_rounding(rounding).needs_key else None
-  summary = decompose_slices(x, fmt, axis, rounding, key, slices).summary()
+  summary = decompose_slices(x, fmt, axis, rounding, key, slices, values=values).summary()
   return jnp.stack([getattr(summary, name) for name in SUMMARY_FIELDS])
