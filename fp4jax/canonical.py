@@ -17,13 +17,17 @@ class Canonical(NamedTuple):
 
 
 def canonical(
-  lhs: Array, rhs: Array, dimension_numbers: lax.DotDimensionNumbers, token_multiple: int = 1
+  lhs: Array,
+  rhs: Array,
+  dimension_numbers: lax.DotDimensionNumbers,
+  token_multiple: int | None = None,
 ) -> Canonical:
-  """The operands as lhs (*b, *m, k) and rhs (*b, k, n).
+  """The operands as lhs (*b, *m, k) and rhs (*b, k, n), with *b one axis or none, and *m one.
 
-  Axes of tokens stay apart, for a sharded axis that is merged into another one loses its sharding.
-  But blocks along the tokens are those of all tokens in one row: so many of the last axes are
-  merged that their length is a multiple of `token_multiple`, all of them if it never is.
+  With `token_multiple` axes of batches and tokens stay apart, for a sharded axis that is merged
+  into another one loses its sharding. But blocks along the tokens are those of all tokens in one
+  row: so many of the last axes are merged that their length is a multiple of `token_multiple`, all
+  of them if it never is. XLA sums over several axes in another order than over one.
   """
   (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
   lhs_free = [d for d in range(lhs.ndim) if d not in (*lhs_contract, *lhs_batch)]
@@ -32,8 +36,12 @@ def canonical(
   def sizes(x, dims):
     return tuple(x.shape[d] for d in dims)
 
-  batch, k = sizes(lhs, lhs_batch), math.prod(sizes(lhs, lhs_contract))
-  tokens = tokens_apart(sizes(lhs, lhs_free), token_multiple)
+  batch, tokens = sizes(lhs, lhs_batch), sizes(lhs, lhs_free)
+  if token_multiple is None:
+    batch, tokens = (math.prod(batch),) if batch else (), (math.prod(tokens),)
+  else:
+    tokens = tokens_apart(tokens, token_multiple)
+  k = math.prod(sizes(lhs, lhs_contract))
   n = math.prod(sizes(rhs, rhs_free))
   lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract).reshape(*batch, *tokens, k)
   rhs = rhs.transpose(*rhs_batch, *rhs_contract, *rhs_free).reshape(*batch, k, n)

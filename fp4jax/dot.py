@@ -27,7 +27,7 @@ from fp4jax.implementation import Implementation, choose, device_obstacle
 from fp4jax.linear import linear
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.recipe import Recipe
-from fp4jax.sharding import spread
+from fp4jax.sharding import on_mesh, spread
 
 
 def dot_general(
@@ -116,7 +116,7 @@ class DotGeneral:
     return spread(body, operands, (self.tap, self.state or {}), spec)
 
   def _spread(self, dimension_numbers, result, lhs, rhs, keys, tap, state):
-    multiple = ops.token_multiple(self.recipe)
+    multiple = ops.token_multiple(self.recipe) if on_mesh(lhs, rhs) else None
     lhs, rhs, batch = canonical(lhs, rhs, dimension_numbers, multiple)
     obstacle = self._obstacle(lhs, rhs, result.dtype)
     implementation = choose(self.implementation, obstacle)

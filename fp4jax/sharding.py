@@ -109,6 +109,19 @@ def explicit_mesh(operands: PyTree) -> Mesh | jax.sharding.AbstractMesh | None:
   return found
 
 
+def on_mesh(*operands: PyTree) -> bool:
+  """Whether XLA may divide the operands among devices: not within a shard of `shard_map`.
+
+  Known of what was put on a mesh, and under `jax.set_mesh`.
+  """
+  meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands)]
+  return any(
+    mesh.shape[axis] > 1
+    for mesh in (*meshes, jax.sharding.get_abstract_mesh())
+    for axis in mesh.auto_axes + mesh.explicit_axes
+  )
+
+
 def refuse_shared(name: str, value: PyTree, *operands: PyTree) -> PyTree:
   """`value`, whose cotangent is a value and not a sum, refused where calls share it.
 

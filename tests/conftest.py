@@ -40,6 +40,8 @@ from fp4jax import implementation  # noqa: E402
 # These suffice for two CTAs of four warpgroups. XLA reads their number with the first device.
 os.environ["PJRT_NPROC"] = str(max(16, os.cpu_count()))
 
+jax.config.update("jax_num_cpu_devices", 4)  # for test_sharding; other tests compute on the first
+
 
 @pytest.fixture
 def strict_promotion():
