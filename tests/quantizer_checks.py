@@ -78,7 +78,7 @@ def _check(recipe, grads, tap, state, next_state):
     assert np.isfinite(g).all() and (np.asarray(g) != 0).any()
   if tap is not None:
     live = np.isin(operands.ROLES, list(operands.quantized_roles(recipe)))
-    assert np.isfinite(tap).all()
+    assert not np.isnan(tap).any()  # an SQNR is infinite where nothing is lost
     np.testing.assert_array_equal((np.asarray(tap) != 0).any(1), live)
   assert jax.tree.structure(next_state) == jax.tree.structure(state)
   leaves = list(zip(jax.tree.leaves(state), jax.tree.leaves(next_state), strict=True))
