@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from stateful import Clipped, with_state
 
 from fp4jax import Hadamard, formats, recipes
 from fp4jax.models import LanguageModel, ModelConfig, MoE, Numerics, Policy
@@ -117,6 +118,14 @@ def test_k_is_read_and_kept_as_the_activation_is():
   # dgrad's own pair of transforms still cancels.
   assert recipe_of_qk(HADAMARD).fprop.rhs.transform == Hadamard()
   assert recipe_of_qk(HADAMARD).dgrad.rhs.transform is None
+
+
+def test_a_quantizer_that_rounds_by_an_operand_reads_k_too():
+  recipe = recipe_of_qk(with_state(recipes.HOPPER_FP4, Clipped, "fprop.lhs"))
+  assert recipe.fprop.rhs == recipe.dgrad.rhs == Clipped(recipes.HOPPER_FP4.fprop.lhs)
+  changes = {"fprop.lhs.source": "original"}
+  recipe = recipe_of_qk(with_state(recipes.HOPPER_FP4.replace(changes), Clipped, "fprop.lhs"))
+  assert recipe.dgrad.rhs == Clipped(recipes.HOPPER_FP4.wgrad.lhs)
 
 
 def test_a_recipe_that_stays_as_it_is_keeps_its_name():

@@ -12,8 +12,9 @@ from stateful import Clipped, Shaped, largest, with_state
 from experiments.checkpoints import Checkpoints
 from experiments.config import Experiment, Optimizer
 from experiments.train import TrainState, make_trainer
-from fp4jax import recipes
+from fp4jax import Operand, formats, recipes
 from fp4jax.models import LanguageModel, LayerRule, ModelConfig, Numerics, Policy
+from fp4jax.quantizers import DelayedScaling, GradScale, QEma
 
 MODEL = ModelConfig(
   num_layers=3,
@@ -104,15 +105,17 @@ def test_a_name_called_twice_or_without_its_state_is_refused():
     numerics.matmul("experts.w13", x, w)
 
 
+CONFIG = Experiment(
+  steps=10,
+  model=dataclasses.replace(MODEL, num_layers=2, num_experts=0, d_ff_shared=0),
+  optimizer=Optimizer(learning_rate=0.1, warmup_steps=0),
+)
+
+
 @pytest.fixture(scope="module")
 def trained():
   """A trainer, and the states before and after its third step."""
-  config = Experiment(
-    steps=10,
-    model=dataclasses.replace(MODEL, num_layers=2, num_experts=0, d_ff_shared=0),
-    optimizer=Optimizer(learning_rate=0.1, warmup_steps=0),
-  )
-  trainer = make_trainer(config, 50, Policy(experts=CLIPPED))
+  trainer = make_trainer(CONFIG, 50, Policy(experts=CLIPPED))
   state, states = trainer.init(jnp.int32(0)), []
   for step in range(3):
     states.append(jax.tree.map(jnp.copy, state))
@@ -166,11 +169,36 @@ def test_states_are_saved(trained, tmp_path):
 def test_another_policy_adopts_the_states_that_it_has_too(trained):
   trainer, _, state = trained
   assert jax.tree.all(jax.tree.map(lambda a, b: a is b, trainer.adopt(state), state))
-  config = Experiment(model=dataclasses.replace(MODEL, num_layers=2, num_experts=0, d_ff_shared=0))
   both = with_state(recipes.MXFP4, Clipped, "fprop.rhs", "dgrad.rhs")
-  adopted = make_trainer(config, 50, Policy(experts=both)).adopt(state)
+  adopted = make_trainer(CONFIG, 50, Policy(experts=both)).adopt(state)
   for name in ("experts.w13", "experts.w2"):
     old, new = (s.quantizers["0:2"][name] for s in (state, adopted))
     assert new["fprop.rhs"] is old["fprop.rhs"]
     np.testing.assert_array_equal(new["dgrad.rhs"], [0, 0])
-  assert make_trainer(config, 50, Policy()).adopt(state).quantizers == {}
+  assert make_trainer(CONFIG, 50, Policy()).adopt(state).quantizers == {}
+
+
+RECIPES = {
+  "delayed": recipes.FP8.replace(
+    {f"{role}.lhs": DelayedScaling(history=4) for role in ("fprop", "dgrad", "wgrad")}
+  ),
+  "q_ema": recipes.MXFP4.replace({"fprop.rhs": QEma(recipes.MXFP4.fprop.rhs)}),
+  "grad_scale": recipes.BF16.replace({"dgrad.lhs": GradScale(Operand(formats.FP8_TENSOR))}),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_resumed_step_of_each_quantizer_with_state_is_the_same(recipe, tmp_path):
+  trainer = make_trainer(CONFIG, 50, Policy(experts=recipe))
+  states = [trainer.init(jnp.int32(0))]
+  for step in range(3):
+    before = jax.tree.map(jnp.copy, states[-1])
+    states.append(trainer.step(before, batch(step), jnp.int32(0))[0])
+  Checkpoints(tmp_path, 1).save(2, states[2], {})
+  again = make_trainer(CONFIG, 50, Policy(experts=recipe))
+  _, found, _ = Checkpoints(tmp_path, 1).restore_latest(jax.eval_shape(again.init, jnp.int32(0)))
+  found, scalars = again.step(found, batch(2), jnp.int32(0))
+  jax.tree.map(np.testing.assert_array_equal, found, states[3])
+  assert np.isfinite(scalars["loss"])
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), states[2].quantizers, found.quantizers)
+  assert any(jax.tree.leaves(moved))

@@ -15,7 +15,7 @@ from typing import Any
 
 from fp4jax import recipes
 from fp4jax.formats import BlockFormat
-from fp4jax.quantizers import Operand, Quantizer
+from fp4jax.quantizers import Composed, Operand, Quantizer
 from fp4jax.recipe import Recipe, Residual
 
 _LOOKS_AHEAD = "the output of a causal model would depend on tokens to come"
@@ -50,9 +50,13 @@ def recipe_of_qk(recipe: Recipe) -> Recipe:
 
 def _with_operand(quantizer: Quantizer, changes: dict[str, Any]) -> Quantizer:
   """With changes to the `Operand` that it is, or that it rounds by."""
-  if isinstance(quantizer, Operand):
-    return dataclasses.replace(quantizer, **changes)
-  return dataclasses.replace(quantizer, operand=_with_operand(quantizer.operand, changes))
+  if all(getattr(quantizer, field) == value for field, value in changes.items()):
+    return quantizer
+  if isinstance(quantizer, Composed):
+    return dataclasses.replace(quantizer, operand=_with_operand(quantizer.operand, changes))
+  if not isinstance(quantizer, Operand):
+    raise ValueError(f"scores.qk: {type(quantizer).__name__} can't read k in dgrad with {changes}")
+  return dataclasses.replace(quantizer, **changes)
 
 
 def recipe_of_av(recipe: Recipe) -> Recipe:
