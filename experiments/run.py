@@ -47,7 +47,7 @@ def main(_) -> None:
 
 def run(
   config: Experiment,
-  workdir: str,
+  workdir: str | Path,
   stop: StopSignals | None = None,
   commit: str | None = None,
 ) -> None:
