@@ -1,0 +1,97 @@
+"""JAX_DEBUG_NANS=1 finds a NaN of the user's: none is made here where the numbers have none."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_run import corpus_file, small  # noqa: F401
+
+import fp4jax
+from experiments import config as configs
+from experiments import logs
+from experiments.run import run
+from fp4jax import formats, operands, recipes
+from fp4jax.models import LanguageModel, ModelConfig, Numerics, Policy
+from fp4jax.models.attention import attend
+
+RECIPES = ("bf16", "mxfp4", "hopper_fp4")
+by_recipe = pytest.mark.parametrize("name", RECIPES)
+
+
+@pytest.fixture(autouse=True)
+def debug_nans():
+  with jax.debug_nans(True):
+    yield
+
+
+def normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def with_zeros():
+  """Blocks of zeros, of subnormals and of ordinary values."""
+  x = normal(0, 128, 256)
+  return x.at[:, :128].set(0).at[0, 128:].set(1e-40).at[1].set(1e15)
+
+
+def test_the_switch_is_on():
+  with pytest.raises(FloatingPointError):
+    jnp.zeros(2) / jnp.zeros(2)
+
+
+@pytest.mark.parametrize("fmt", formats.FORMATS.values(), ids=lambda f: f.name)
+def test_formats(fmt):
+  x = with_zeros()
+  q = fp4jax.quantize(x, fmt)
+  assert fp4jax.dequantize(q).shape == x.shape
+  fp4jax.fake_quantize(x, fmt)
+  parts = fp4jax.decompose(x, fmt)
+  assert np.isfinite(parts.summary().relative_rms)
+  jax.jit(lambda x: fp4jax.decompose(x, fmt).summary())(x)
+  key = jax.random.key(0)
+  fp4jax.fake_quantize(x, fmt, rounding="stochastic", key=key)
+  fp4jax.decompose(x, fmt, rounding="stochastic", key=key).summary()
+
+
+@by_recipe
+def test_dot_general(name):
+  x, w = normal(0, 40, 64).at[3:5].set(0), normal(1, 64, 32)
+
+  def loss(x, w, tap):
+    dot = fp4jax.dot_general(recipes.by_name(name), tap=tap)
+    return jnp.sum(dot(x, w, (((1,), (0,)), ((), ()))) ** 2)
+
+  jax.grad(loss, argnums=(0, 1, 2))(x, w, operands.new_tap())
+
+
+@by_recipe
+def test_model(name):
+  """Attention masks with -inf, which is no NaN."""
+  config = ModelConfig(num_layers=1, d_model=32, head_dim=16, num_experts=2, top_k=1, d_ff=32)
+  model = LanguageModel(config, 16, nnx.Rngs(0))
+  graph, params = nnx.split(model)
+  policy = Policy(*[recipes.by_name(name)] * 3)
+  tokens = jnp.arange(20).reshape(2, 10) % 16
+
+  def loss(params, taps):
+    return jnp.mean(nnx.merge(graph, params)(tokens, policy, taps=taps)[0] ** 2)
+
+  jax.jit(jax.grad(loss, argnums=(0, 1)))(params, model.new_taps())
+
+
+@by_recipe
+def test_attention_op_by_op(name):
+  q, k, v = normal(0, 1, 9, 2, 2, 16), normal(1, 1, 9, 2, 16), normal(2, 1, 9, 2, 16)
+  numerics = Numerics(Policy(scores=recipes.by_name(name)))
+  jax.grad(lambda *x: jnp.sum(attend(*x, numerics) ** 2), argnums=(0, 1, 2))(q, k, v)
+
+
+def test_the_runner_with_probes(tmp_path, corpus_file):  # noqa: F811
+  changes = {"data.path": corpus_file, "steps": 2, "eval_every": 1, "probe_every": 1}
+  changes["optimizer.warmup_steps"] = 0
+  config = small(**changes, recipes=configs.Names(RECIPES))
+  run(config, tmp_path)
+  rows = logs.read_rows(tmp_path / "metrics.jsonl")
+  assert {r["recipe"] for r in rows if r["split"] == "train" and r["step"] == 2} == set(RECIPES)
+  assert {r["recipe"] for r in logs.read_rows(tmp_path / "probes.jsonl")} >= {"mxfp4", "hopper_fp4"}
