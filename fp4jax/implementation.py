@@ -7,10 +7,9 @@ Functions that take `implementation=` take one of
     None      "mosaic" where it can run, and gives the numbers that "xla" would give: to the last
               bit in `quantize` and `dequantize`, up to the order of float32 sums in the GEMMs
 
-In two places the GEMMs of "mosaic" differ by more. With recipe BF16, the gradients of float32
-weights are rounded to bf16 on their way. With HOPPER_FP4, wgrad's lhs takes the scale of 128 tokens
-from the largest MXFP4 scale among them, not from their largest value: the same products while the
-scales of 128 tokens lie within 14 binades, beyond which the smallest values are rounded.
+In one place the GEMMs of "mosaic" differ by more. With HOPPER_FP4, wgrad's lhs takes the scale of
+128 tokens from the largest MXFP4 scale among them, not from their largest value: the same products
+while the scales of 128 tokens lie within 14 binades, beyond which the smallest values are rounded.
 """
 
 from typing import Literal, get_args

@@ -108,3 +108,19 @@ def test_what_no_kernel_reads_is_named(changes, message, hopper):
   with pytest.raises(ValueError, match=f'implementation="mosaic": .*{message}'):
     dot = fp4jax.dot_general(recipe, key=key, implementation="mosaic")
     dot(random(64, 128), random(128, 128), MATMUL)
+
+
+def test_bf16_gradients_of_float32_weights_are_not_rounded_to_bf16(hopper):
+  x, w13, w2 = random(48, 128), random(3, 128, 256, seed=1) / 16, random(3, 128, 128, seed=2) / 16
+  weights, experts = jax.lax.top_k(jax.nn.softmax(random(48, 3, seed=3).astype(jnp.float32)), 2)
+
+  def gradients(dtype):
+    f = lambda a, b: moe_ffn(  # noqa: E731
+      x, a, b, experts, weights, recipes.BF16, implementation="mosaic"
+    ).astype(jnp.float32)
+    return jax.grad(lambda a, b: jnp.sum(f(a, b) ** 2), (0, 1))(w13.astype(dtype), w2.astype(dtype))
+
+  for g in gradients(jnp.float32):
+    assert g.dtype == jnp.float32 and (g != g.astype(BF16).astype(jnp.float32)).mean() > 0.9
+  for g in gradients(BF16):
+    assert g.dtype == BF16
