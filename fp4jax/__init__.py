@@ -23,7 +23,8 @@ from fp4jax.grouped import grouped_dot
 from fp4jax.moe_ffn import moe_ffn
 from fp4jax.operands import init_state
 from fp4jax.placement import shardings
-from fp4jax.quantization import QuantizedArray, dequantize, fake_quantize, quantize
+from fp4jax.quantization import dequantize, fake_quantize, quantize
+from fp4jax.quantized_array import QuantizedArray
 from fp4jax.quantizers import Hadamard, Operand
 from fp4jax.recipe import Gemm, Recipe, Residual
 from fp4jax.transforms import hadamard

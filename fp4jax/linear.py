@@ -6,20 +6,19 @@ XLA (`XlaGemms`) or by the Hopper kernels; a `Layout` says how rows of tokens me
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, Shaped
+from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax import operands as ops
 from fp4jax.formats import Format, Slices
 from fp4jax.implementation import Implementation
-from fp4jax.quantizers import Read
+from fp4jax.mosaic.gemms import MosaicGemms
+from fp4jax.operands import Forward, Summaries, for_pull, take_rows
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import refuse_shared, vary, varying_axes
-
-Summaries = dict[str, Float32[Array, " field"] | None]  # rows of a tap, by role
 
 
 class Layout(Protocol):
@@ -49,15 +48,6 @@ class Layout(Protocol):
     self, x: Float[Array, "*t m k"], dy: Float[Array, "*t m n"]
   ) -> Float32[Array, "*b k n"]:
     """Takes what `groups` returned, quantized."""
-
-
-class Forward(NamedTuple):
-  """What fprop leaves for the backward pass, beside its operands."""
-
-  lhs: Read | None = None  # its `saved` for `pull`; terms only where a backward operand reads them
-  rhs: Read | None = None
-  summaries: Summaries | None = None
-  states: dict[str, Any] = {}  # noqa: RUF012
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,17 +133,6 @@ def _summaries(reads):
   return {role: read.summary for role, read in reads.items()}
 
 
-def for_pull(forward: Forward) -> Forward:
-  """What of `forward` the backward pass needs: no operands, which `Tensor.kept_for` keeps."""
-  only_saved = lambda read: read and Read((), factor=(), saved=read.saved)  # noqa: E731
-  return forward._replace(lhs=only_saved(forward.lhs), rhs=only_saved(forward.rhs))
-
-
-def take_rows(x: Shaped[Array, "t ..."], rows: Int[Array, " m"] | None) -> Shaped[Array, "m ..."]:
-  """x[rows], zeros where a row is past the end; x for None."""
-  return x if rows is None else x.at[rows].get(mode="fill", fill_value=0)
-
-
 def make_gemms(
   recipe: Recipe,
   implementation: Implementation,
@@ -166,8 +145,6 @@ def make_gemms(
   """The backend: what forms the products."""
   if implementation == "xla":
     return XlaGemms(recipe, layout, keys, tapped, state)
-  from fp4jax.mosaic.gemms import MosaicGemms
-
   return MosaicGemms(recipe, layout.group_sizes, jnp.dtype(weight_dtype))
 
 

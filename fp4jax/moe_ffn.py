@@ -37,8 +37,9 @@ from fp4jax.arguments import to_arrays
 from fp4jax.formats import Format
 from fp4jax.grouped import Tiles, check_recipe, nan_gradient_unless
 from fp4jax.implementation import Implementation, choose
-from fp4jax.linear import Forward, Summaries, XlaGemms, for_pull, take_rows
+from fp4jax.linear import XlaGemms
 from fp4jax.mosaic import gemms as mosaic
+from fp4jax.operands import Forward, Summaries, for_pull, take_rows
 from fp4jax.quantizers import Source
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import refuse_shared, spec_of, spread, vary, varying_axes

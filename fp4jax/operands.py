@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from fp4jax import quantization as qz
 from fp4jax import recipe as recipe_lib
@@ -22,6 +22,7 @@ from fp4jax.arguments import check_key, check_type, to_arrays
 from fp4jax.decomposition import SUMMARY_FIELDS
 from fp4jax.formats import WHOLE, Format, Slices, is_format
 from fp4jax.formats.format import block_axes
+from fp4jax.quantized_array import QuantizedArray
 from fp4jax.quantizers.quantizer import (
   Context,
   Read,
@@ -111,7 +112,7 @@ class Tensor:
   """What an operand is read from: x, w or dy as it is, as kept, or as fprop read it."""
 
   original: Float[Array, "*s"] | None
-  packed: qz.QuantizedArray | None = None
+  packed: QuantizedArray | None = None
   shape: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
   as_read: Float[Array, "*t"] | None = None
   # The original was made from what is kept, so that it stands for its own residual.
@@ -239,6 +240,29 @@ def gemm(
     precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
     preferred_element_type=jnp.float32,
   )
+
+
+Summaries = dict[str, Summary | None]  # rows of a tap, by role
+
+
+class Forward(NamedTuple):
+  """What fprop leaves for the backward pass, beside its operands."""
+
+  lhs: Read | None = None  # its `saved` for `pull`; terms only where a backward operand reads them
+  rhs: Read | None = None
+  summaries: Summaries | None = None
+  states: dict[str, Any] = {}  # noqa: RUF012
+
+
+def for_pull(forward: Forward) -> Forward:
+  """What of `forward` the backward pass needs: no operands, which `Tensor.kept_for` keeps."""
+  only_saved = lambda read: read and Read((), factor=(), saved=read.saved)  # noqa: E731
+  return forward._replace(lhs=only_saved(forward.lhs), rhs=only_saved(forward.rhs))
+
+
+def take_rows(x: Shaped[Array, "t ..."], rows: Int[Array, " m"] | None) -> Shaped[Array, "m ..."]:
+  """x[rows], zeros where a row is past the end; x for None."""
+  return x if rows is None else x.at[rows].get(mode="fill", fill_value=0)
 
 
 def quantized_roles(recipe: Recipe) -> dict[str, Format]:

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from fp4jax.arguments import check_type
 from fp4jax.formats.format import block_axes
 from fp4jax.formats.packing import codes_per_group
-from fp4jax.quantization import QuantizedArray
+from fp4jax.quantized_array import QuantizedArray
 
 
 def shardings(q: QuantizedArray, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> QuantizedArray:

@@ -7,60 +7,23 @@ y == fake_quantize(x, MXFP4)      # the same values; its gradient is that of the
 
 import dataclasses
 import functools
-import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float
 
 from fp4jax import float_bits as fb
 from fp4jax.arguments import check_axis, check_key, check_type, to_arrays
 from fp4jax.formats.format import WHOLE, Format, Rounded, Slices, block_axes, is_format
 from fp4jax.formats.packing import codes_per_group, pack, unpack
 from fp4jax.formats.roundings import Rounding, as_rounding
-from fp4jax.formats.scales import StoredScale
 from fp4jax.implementation import Implementation, choose
 from fp4jax.mosaic import quantize as mosaic
+from fp4jax.quantized_array import QuantizedArray
 from fp4jax.sharding import explicit_mesh, spec_of, spread
 
 _INPUT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class QuantizedArray:
-  """A tensor in a block format: for most, value = element * block_scale * tensor_scale.
-
-  `codes` has the tensor's shape; codes of less than 8 bits are packed along `axis`, the first in
-  the low bits. `scales` has one entry per block: every blocked axis divided by the block,
-  `(1, ..., 1)` for one block; uint8 codes, or float32 where the format stores float32.
-  `tensor_scale` is the scale of the outer level where the format has one, with as many axes.
-
-  A stack of arrays, `jax.vmap(quantize)(x)`, is a QuantizedArray too, with its axes in front.
-  """
-
-  codes: UInt8[Array, "*packed"]
-  scales: StoredScale
-  tensor_scale: Any
-  fmt: Format = dataclasses.field(metadata={"static": True})
-  axis: int = dataclasses.field(metadata={"static": True})  # negative
-  # Holds nothing, and is differentiated where x was: `dequantize` refuses a gradient by it.
-  trace: Float32[Array, "*t 0"] | None = None
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Shape of the tensor that was quantized."""
-    shape = list(self.codes.shape)
-    shape[self.axis] = shape[self.axis] * 8 // self.fmt.element_bits
-    return tuple(shape)
-
-  @property
-  def nbytes(self) -> int:
-    """Bytes of codes and scales."""
-    parts = jax.tree.leaves((self.codes, self.scales, self.tensor_scale))
-    return sum(math.prod(p.shape) * p.dtype.itemsize for p in parts)
 
 
 def quantize(

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from experiments import kernel_cases as cases
 from experiments.kernel_checks import near, runs_that_differ
 from fp4jax import dequantize, formats, hadamard
-from fp4jax.quantization import QuantizedArray
+from fp4jax.quantized_array import QuantizedArray
 from pallas_kernels import convert, fp8, mxfp4, swiglu, transpose
 from pallas_kernels import dequantize as dequantizer
 

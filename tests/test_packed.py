@@ -9,7 +9,7 @@ import pytest
 
 from experiments.kernel_cases import mxfp4_format
 from fp4jax import dequantize, formats, quantize
-from fp4jax.quantization import QuantizedArray
+from fp4jax.quantized_array import QuantizedArray
 from pallas_kernels import convert, widen
 
 

@@ -15,9 +15,9 @@ from fp4jax import formats
 from fp4jax import operands as ops
 from fp4jax.formats import WHOLE, Format
 from fp4jax.implementation import device_obstacle, dtype_obstacle
-from fp4jax.linear import Forward, take_rows
 from fp4jax.mosaic.quantize import MIN_ROWS, MXFP4
-from fp4jax.quantization import QuantizedArray
+from fp4jax.operands import Forward, take_rows
+from fp4jax.quantized_array import QuantizedArray
 from fp4jax.quantizers import Operand, Source
 from fp4jax.recipe import Recipe
 from fp4jax.swiglu import swiglu, swiglu_backward
