@@ -36,13 +36,11 @@ class Layout(Protocol):
   def groups(self, x: Float[Array, "*b m k"]) -> Float[Array, "*t m k"]:
     """x as wgrad quantizes it along m: no two groups share a block."""
 
-  def fprop(
-    self, x: Float[Array, "*b m k"], w: Float[Array, "*b k n"]
-  ) -> Float32[Array, "*b m n"]: ...
+  def fprop(self, x: Float[Array, "*r k"], w: Float[Array, "*b k n"]) -> Float32[Array, "*r n"]: ...
 
   def dgrad(
-    self, dy: Float[Array, "*b m n"], w: Float[Array, "*b k n"]
-  ) -> Float32[Array, "*b m k"]: ...
+    self, dy: Float[Array, "*r n"], w: Float[Array, "*b k n"]
+  ) -> Float32[Array, "*r k"]: ...
 
   def wgrad(
     self, x: Float[Array, "*t m k"], dy: Float[Array, "*t m n"]
@@ -154,12 +152,12 @@ def linear(
   implementation: Implementation,
   dtype: jnp.dtype,
   layout: Layout,
-  lhs: Float[Array, "*b m k"],
+  lhs: Float[Array, "*r k"],
   rhs: Float[Array, "*b k n"],
   keys: ops.Keys | None,
   tap: ops.Tap | None,
   state: ops.State,
-) -> Float[Array, "*b m n"]:
+) -> Float[Array, "*r n"]:
   """lhs @ rhs in `dtype`, with gradients as `recipe` says."""
   return _fwd(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state)[0]
 

@@ -296,8 +296,13 @@ def contraction_multiple(gemm: Gemm) -> int:
   return math.lcm(gemm.lhs.multiple, gemm.rhs.multiple)
 
 
-def token_multiple(recipe: Recipe) -> int:
-  """What the last axis of tokens must be a multiple of for its blocks to be those of all tokens."""
+def token_multiple(recipe: Recipe) -> int | None:
+  """What the last axis of tokens must be a multiple of for its blocks to be those of all tokens.
+
+  None where a quantizer reads all tokens at once, in one row.
+  """
+  if any(operand.reads_whole_rows for operand in (recipe.wgrad.lhs, recipe.wgrad.rhs)):
+    return None
   multiples = [contraction_multiple(recipe.wgrad)]
   axes = {"fprop.lhs": -1, "dgrad.lhs": -1, "wgrad.lhs": -2, "wgrad.rhs": -2}
   formats = [(recipe.operand(role).format, axis) for role, axis in axes.items()]

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 import fp4jax
-from fp4jax import operands, recipes
+from fp4jax import operands, quantizers, recipes
 from fp4jax.canonical import canonical, tokens_apart
 
 
@@ -95,3 +95,14 @@ def test_blocks_over_two_rows_see_both():
   halves = dw(recipes.FP8, x[0], dy[0]) + dw(recipes.FP8, x[1], dy[1])
   assert np.array_equal(apart, one)
   assert not np.array_equal(halves, one)  # else this shows nothing
+
+
+def test_whole_rows_of_tokens_stay_whole():
+  """A quantile of 256 tokens is not that of two times 128."""
+  clamp = quantizers.OutlierClamp(recipes.MXFP4.wgrad.lhs, compensated=False)
+  recipe = recipes.MXFP4.replace({"wgrad.lhs": clamp})
+  x, dy = tokens(2, 128, 64), tokens(2, 128, 32, seed=1)
+  x = x.at[0].multiply(4)
+  one = dw(recipe, x, dy)
+  assert np.array_equal(dw(recipe, x, dy, mesh=True), one)
+  assert not np.array_equal(dw(recipe, x[0], dy[0]) + dw(recipe, x[1], dy[1]), one)

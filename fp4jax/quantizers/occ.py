@@ -24,6 +24,8 @@ class OutlierClamp(Composed):
   alpha: float = 0.99
   compensated: bool = True
 
+  reads_whole_rows = True
+
   def __post_init__(self):
     if not 0.5 < self.alpha <= 1:
       raise ValueError(f"alpha={self.alpha} is not in (0.5, 1]")

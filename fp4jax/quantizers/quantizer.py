@@ -59,6 +59,7 @@ class Quantizer(Protocol):
   transform: Transform | None
   needs_key: bool
   multiple: int  # of the contracted axis
+  reads_whole_rows: bool  # more than blocks, slices and single values: all of the contracted axis
 
   def init(self, shape: tuple[int, ...]) -> Any:
     """The first state, for an operand of that shape."""
@@ -83,6 +84,8 @@ class Operand:
   rounding: str | Rounding = "nearest"
   transform: Transform | None = None
   source: Source = "original"
+
+  reads_whole_rows = False
 
   def __post_init__(self):
     if not self.is_quantized:
@@ -162,6 +165,7 @@ class Composed:
   """For a dataclass with an `operand: Operand`, by which it rounds: what it does not change."""
 
   operand: Operand
+  reads_whole_rows = False
 
   @property
   def format(self):
