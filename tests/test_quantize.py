@@ -1,6 +1,7 @@
 """Codes, scales and values against the oracles, bit for bit; packing; identities; refusals."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -384,12 +385,16 @@ def test_shape_bytes_and_pytree(fmt):
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("shape", [(0, 128), (128, 0), (2, 0, 128), (0, 0)])
 def test_nothing_quantizes_to_nothing(fmt, shape):
-  x = np.zeros(shape, np.float32)
-  for axis in (-1, -2):
+  @functools.partial(jax.jit, static_argnums=1)
+  def run(x, axis):
     q = quantize(x, fmt, axis)
+    return q, dequantize(q), fake_quantize(x, fmt, axis)
+
+  for axis in (-1, -2):
+    q, *values = run(np.zeros(shape, np.float32), axis)
     assert q.shape == shape and q.codes.size == 0
     assert np.isfinite(q.scales).all() and q.tensor_scale in (None, 1)
-    assert dequantize(q).shape == fake_quantize(x, fmt, axis).shape == shape
+    assert [v.shape for v in values] == [shape, shape]
 
 
 # Identities.
