@@ -16,6 +16,7 @@ from fp4jax.formats.hif4 import HIF4
 from fp4jax.formats.macro_block import MXFP4_MBS_D, MXFP4_MBS_S
 from fp4jax.formats.mx import MXFP4, MXFP8
 from fp4jax.formats.mxfp6 import MXFP6_E2M3, MXFP6_E3M2
+from fp4jax.formats.mxint8 import MXINT8
 from fp4jax.formats.nvfp4 import NVFP4
 from fp4jax.formats.radix4 import RADIX4_EVEN, RADIX4_ODD
 from fp4jax.formats.roundings import ROUNDINGS, Rounding, Stochastic
@@ -37,6 +38,7 @@ FORMATS = {
     MXFP4_E3M0,
     MXFP6_E2M3,
     MXFP6_E3M2,
+    MXINT8,
     RADIX4_EVEN,
     RADIX4_ODD,
     NVFP4_UE5M3,
@@ -68,6 +70,7 @@ __all__ = [
   "MXFP6_E2M3",
   "MXFP6_E3M2",
   "MXFP8",
+  "MXINT8",
   "NVFP4",
   "NVFP4_4O6",
   "NVFP4_UE5M3",
