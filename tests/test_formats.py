@@ -180,3 +180,18 @@ def test_unknown_names_are_refused():
 @pytest.mark.parametrize("table, _, dtype", TABLES)
 def test_magnitudes_of_a_grid_are_the_finite_ones(table, _, dtype):
   assert formats.FloatGrid(dtype).magnitudes == tuple(table)
+
+
+def test_what_is_no_grid_is_told_what_it_lacks():
+  class Half:
+    name, bits = "half a grid", 4
+
+  with pytest.raises(TypeError, match=r"element_dtype=.*Half.* nor a Grid, for it lacks .*'round'"):
+    dataclasses.replace(fp4jax.MXFP4, element_dtype=Half())
+  small = formats.TableGrid("small", (0, 0.5, 1, 1.5))
+  with pytest.raises(
+    ValueError, match=r"E8M0 scales reach 2\^127 where the largest element is 1.5"
+  ):
+    dataclasses.replace(fp4jax.MXFP4, element_dtype=small)
+  tensor = dataclasses.replace(fp4jax.FP8_BLOCK, element_dtype=small, name="small")
+  assert abs(float(fp4jax.fake_quantize(jnp.full(128, 1e38), tensor)[0]) / 1e38 - 1) < 2.0**-22

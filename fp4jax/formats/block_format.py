@@ -19,6 +19,7 @@ from fp4jax.formats.scales import (
   CODECS,
   RULES,
   Limit,
+  PowerOfTwo,
   PowerOfTwoRule,
   Rule,
   ScaleCodec,
@@ -78,9 +79,14 @@ class BlockFormat:
     ):
       value = getattr(self, field)
       if not isinstance(value, kind):
-        dtype = jnp.dtype(value)
+        dtype = _as_dtype(field, value, kind)
         _check(field, dtype, allowed)
         object.__setattr__(self, field, dtype)  # A name equals its dtype, but has another hash.
+    if type(self.codec) is PowerOfTwo and self.grid.max < 2:
+      raise ValueError(
+        f"E8M0 scales reach 2^127 where the largest element is {self.grid.max}, below 2, and such a"
+        " scale has no float32 reciprocal; use a codec that ends at 2^126"
+      )
     taken = [name for name, rule in RULES.items() if self.codec.takes(rule)]
     if isinstance(self.scale_rule, str):
       _check("scale_rule", self.scale_rule, taken)
@@ -225,6 +231,17 @@ def _is_block_shape(shape):
   if not isinstance(shape, tuple) or len(shape) not in (1, 2):
     return False
   return all(isinstance(n, int | np.integer) and n > 0 for n in shape) and shape[-1] % 2 == 0
+
+
+def _as_dtype(field, value, kind):
+  try:
+    return jnp.dtype(value)
+  except TypeError:
+    asked = [*kind.__annotations__, *(name for name in vars(kind) if name[0] != "_")]
+    missing = sorted({name for name in asked if not hasattr(value, name)})
+    raise TypeError(
+      f"{field}={value!r} is neither a dtype nor a {kind.__name__}, for it lacks {missing}"
+    ) from None
 
 
 def _check(field, value, allowed):
