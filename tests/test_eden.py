@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import format_laws as laws
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import quantizer_oracles as oracle
-from quantizer_checks import KEY, MATMUL, check_everywhere, random, recipe_of
+from quantizer_checks import KEY, MATMUL, check_everywhere, recipe_of
 
 import fp4jax
 from fp4jax import NVFP4, Operand
@@ -52,16 +53,6 @@ def test_zeros_and_tiny_blocks():
   assert (values[1] == 0).all() and (values[2, :16] == 0).all()
   assert (values[2, 16:] != 0).any()
   np.testing.assert_array_equal(fp4jax.fake_quantize(x[1:2], NVFP4_EDEN), np.zeros((1, 256)))
-
-
-def test_a_nan_stays_in_its_block_and_blocks_lie_along_any_axis():
-  x = gaussian(4, 256)
-  clean = np.asarray(fp4jax.fake_quantize(x, NVFP4_EDEN))
-  np.testing.assert_array_equal(fp4jax.fake_quantize(x.T.copy(), NVFP4_EDEN, 0), clean.T)
-  x[1, 3] = np.nan
-  values = np.asarray(fp4jax.fake_quantize(x, NVFP4_EDEN))
-  assert np.isnan(values[1, :16]).all() and np.isfinite(values[1, 16:]).all()
-  np.testing.assert_array_equal(np.delete(values, 1, 0), np.delete(clean, 1, 0))
 
 
 def draws_of(x, operand, n=8000):
@@ -133,11 +124,13 @@ def test_groups_are_checked():
     fp4jax.fake_quantize(gaussian(4, 64), NVFP4_EDEN)
 
 
-def test_stores():
-  x = random(8, 256)
-  packed = fp4jax.quantize(x, NVFP4_EDEN, rounding="stochastic", key=KEY)
-  same = fp4jax.fake_quantize(x, NVFP4_EDEN, rounding="stochastic", key=KEY)
-  np.testing.assert_array_equal(fp4jax.dequantize(packed), same)
+def test_laws_of_a_format():
+  """But one: draws decide scales, not elements. A NaN's block also leaves its group's growth."""
+  laws.lies_along_every_axis(NVFP4_EDEN, laws.gaussian((256, 128)))
+  laws.is_the_same_compiled(NVFP4_EDEN, laws.gaussian((32, 256)))
+  laws.loses_no_octave(NVFP4_EDEN, 1 / 4)
+  laws.decomposes(NVFP4_EDEN, laws.gaussian((32, 128)))
+  laws.keeps_nan_in_its_block(BY_16, 16)
 
 
 def test_works_everywhere():

@@ -1,7 +1,9 @@
 """QuEST against NumPy: its values, its mask, and the published errors."""
 
+import format_laws as laws
 import jax
 import numpy as np
+import oracles
 import pytest
 import quantizer_oracles as oracle
 from quantizer_checks import MATMUL, check_everywhere, random, recipe_of
@@ -102,22 +104,24 @@ def test_backward_operands_in_another_space_are_refused():
     recipe_of(fprop_lhs=Quest(), fprop_rhs=Quest())
 
 
-def test_stores():
-  """Packed and loaded again, the values are the same: a scale is an E8M0 byte."""
-  x = random(8, 64)
-  packed = fp4jax.quantize(x, MXFP4_QUEST)
-  np.testing.assert_array_equal(fp4jax.dequantize(packed), fp4jax.fake_quantize(x, MXFP4_QUEST))
-  assert packed.nbytes == 8 * 64 * 4.25 / 8
+def test_a_constant_block_is_lost():
+  """It has no deviation; neither has, rotated, a value alone at the first place of a block."""
+  x = np.full((1, 32), 3.0, np.float32)
+  assert np.abs(fp4jax.fake_quantize(x, MXFP4_QUEST)).max() < 1e-7
+  spikes = 3 * np.eye(2, 32, dtype=np.float32)
+  read = Quest().read(spikes, -1, Context())
+  assert np.abs(read.terms[0][0]).max() < 1e-7 and not read.saved[0].any()
+  np.testing.assert_allclose(np.abs(read.terms[0][1]), 3 / 32**0.5, rtol=0.06)
+  assert read.saved[1].all()
 
 
-def test_a_nan_stays_in_its_block_and_blocks_lie_along_any_axis():
-  x = random(4, 64)
-  clean = np.asarray(fp4jax.fake_quantize(x, MXFP4_QUEST))
-  np.testing.assert_array_equal(fp4jax.fake_quantize(x.T.copy(), MXFP4_QUEST, 0), clean.T)
-  x[1, 3] = np.nan
-  values = np.asarray(fp4jax.fake_quantize(x, MXFP4_QUEST))
-  assert np.isnan(values[1, :32]).all() and np.isfinite(np.delete(values, 1, 0)).all()
-  assert np.isfinite(values[1, 32:]).all()
+def test_laws_of_a_format():
+  """But one: a block of the largest values is constant."""
+  laws.lies_along_every_axis(MXFP4_QUEST, laws.gaussian((256, 64)))
+  laws.is_the_same_compiled(MXFP4_QUEST, oracles.corpus()[::8])
+  laws.decomposes(MXFP4_QUEST, laws.gaussian((32, 64)))
+  laws.keeps_nan_in_its_block(MXFP4_QUEST, 32)
+  laws.has_unbiased_draws(MXFP4_QUEST, laws.gaussian((32, 64)))
 
 
 def test_works_everywhere():

@@ -29,7 +29,8 @@ class EdenFormat:
   """NVFP4 whose block scales are refit: times sum x^2 / sum x q over `group` values, then rounded.
 
   Stochastic rounding rounds those scales, never the elements. The slice's scale maps its amax to
-  255.99 * 6.07. A block whose first scale rounds to zero takes 1.
+  255.99 * 6.07. A block whose first scale rounds to zero takes 1; one with a NaN counts in no
+  growth.
   """
 
   name: str = dataclasses.field(compare=False)

@@ -23,7 +23,9 @@ class DeviationFormat:
 
   The scale is 2^e with e the nearest integer to log2(2.92247856 / 6 * deviation + 1e-8), which
   gives the errors that the paper prints; the published code takes the integer below ("floor").
-  Values beyond 6 scales are clipped: about 0.8 % of a Gaussian's, 5.3 % with "floor".
+  Values beyond 6 scales are clipped: about 0.8 % of a Gaussian's, 5.3 % with "floor". A constant
+  block has no deviation and becomes zero, and so does, once rotated, a value alone at the first
+  place of a block.
   """
 
   name: str = dataclasses.field(compare=False)
