@@ -54,8 +54,13 @@ def test_dot_general(recipe, hopper):
 
   def run(implementation):
     dot = fp4jax.dot_general(recipe, implementation=implementation)
-    y, pull = jax.vjp(lambda x, w: dot(x, w, MATMUL), x, w)
-    return y, *pull(dy)
+
+    @jax.jit
+    def gradients(x, w, dy):
+      y, pull = jax.vjp(lambda x, w: dot(x, w, MATMUL), x, w)
+      return y, *pull(dy)
+
+    return gradients(x, w, dy)
 
   expected = run("xla")
   assert not hopper
@@ -76,8 +81,13 @@ def test_moe_ffn(recipe, hopper):
 
   def run(implementation):
     f = lambda *a: moe_ffn(*a[:3], experts, a[3], recipe, implementation=implementation)  # noqa: E731
-    y, pull = jax.vjp(f, x, w13, w2, weights)
-    return y, *pull(dout)
+
+    @jax.jit
+    def gradients(x, w13, w2, weights, dout):
+      y, pull = jax.vjp(f, x, w13, w2, weights)
+      return y, *pull(dout)
+
+    return gradients(x, w13, w2, weights, dout)
 
   expected = run("xla")
   assert not hopper
