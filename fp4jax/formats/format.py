@@ -75,6 +75,7 @@ class Format(Protocol):
 
   name: str
   block_shape: tuple[int, ...] | None  # (32,), (128, 128), or None for one block per slice
+  has_tensor_scale: bool  # whether blocks of one slice depend on one another by a scale of it
   element_bits: int
   bits_per_value: float  # the value's share of the scales included
   scale_rule: Any  # how the scale is chosen, for tables

@@ -43,6 +43,7 @@ class EdenFormat:
 
   base = NVFP4
   scale_rule = "eden"
+  has_tensor_scale = True
   block_shape = NVFP4.block_shape
   element_bits = NVFP4.element_bits
   bits_per_value = NVFP4.bits_per_value

@@ -37,6 +37,7 @@ class DeviationFormat:
     names.settle(self)
 
   base = MXFP4
+  has_tensor_scale = False
   block_shape = MXFP4.block_shape
   element_bits = MXFP4.element_bits
   bits_per_value = MXFP4.bits_per_value
