@@ -54,8 +54,9 @@ def ldexp(element: Float32[Array, "*s"], exponent: Int32[Array, "*s"]) -> Float3
   normal = (element * exp2(exponent - half)) * exp2(half)
   lifted = jnp.abs(element) * exp2(exponent + 149)
   sign = to_bits(element) & ~ABS_MASK
-  subnormal = from_bits(lifted.astype(jnp.int32) | sign)
-  return jnp.where(lifted < 2.0**23, subnormal, normal)
+  subnormal = lifted.astype(jnp.int32) | sign
+  # Chosen as bits: those of what is not chosen may be a NaN's.
+  return from_bits(jnp.where(lifted < 2.0**23, subnormal, to_bits(normal)))
 
 
 def round_to_grid(

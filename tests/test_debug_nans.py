@@ -40,14 +40,18 @@ def test_the_switch_is_on():
     jnp.zeros(2) / jnp.zeros(2)
 
 
-@pytest.mark.parametrize("fmt", formats.FORMATS.values(), ids=lambda f: f.name)
+# Each codec once, and each format that is a class of its own; op by op costs seconds a format.
+NAMES = ("MXFP4", "NVFP4", "FP8_BLOCK", "HIF4", "MXFP4_MBS_S")
+
+
+@pytest.mark.parametrize("fmt", [formats.FORMATS[name] for name in NAMES], ids=NAMES)
 def test_formats(fmt):
   x = with_zeros()
   q = fp4jax.quantize(x, fmt)
   assert fp4jax.dequantize(q).shape == x.shape
   fp4jax.fake_quantize(x, fmt)
   parts = fp4jax.decompose(x, fmt)
-  assert np.isfinite(parts.summary().relative_rms)
+  assert np.isfinite(parts.summary().sqnr_db)
   jax.jit(lambda x: fp4jax.decompose(x, fmt).summary())(x)
   key = jax.random.key(0)
   fp4jax.fake_quantize(x, fmt, rounding="stochastic", key=key)
