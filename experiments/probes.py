@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from fp4jax import operands
@@ -13,7 +14,7 @@ _FORWARD = ("fprop", "residual")
 
 
 def probe_rows(
-  taps: dict[str, np.ndarray], policy: Policy, num_layers: int
+  taps: dict[str, np.ndarray | jax.Array], policy: Policy, num_layers: int
 ) -> list[dict[str, Any]]:
   """Rows in the order in which the pass computes them: forward, then backward from the last layer.
 

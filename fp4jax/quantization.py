@@ -186,10 +186,7 @@ def _straight_through_jvp(fmt, axis, rounding, dtype, primals, tangents):
 def check_arguments(x, fmt, axis, rounding, key) -> tuple[jax.Array, int]:
   """Refuses what no format can round; x as a jax.Array, and the axis counted from the end."""
   if not is_format(fmt):
-    raise TypeError(
-      f"fmt has type {type(fmt).__name__}, not BlockFormat such as fp4jax.MXFP4"
-      " or fp4jax.FORMATS['HIF4']"
-    )
+    raise TypeError(f"fmt has type {type(fmt).__name__}, not BlockFormat such as fp4jax.MXFP4")
   (x,) = to_arrays(x=x)
   if x.dtype not in _INPUT_DTYPES:
     raise TypeError(f"x is {x.dtype}; quantize takes float32, bfloat16 or float16")
