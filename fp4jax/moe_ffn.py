@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from fp4jax import operands as ops
 from fp4jax.arguments import to_arrays
 from fp4jax.formats import Format
-from fp4jax.grouped import Tiles, check_recipe, nan_gradient_unless
+from fp4jax.grouped import Tiles, check_recipe
 from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import XlaGemms
 from fp4jax.mosaic import gemms as mosaic
@@ -175,8 +175,6 @@ def _spread(recipe, implementation, known, x, w13, w2, weights, experts, keys, t
   implementation = choose(implementation, mosaic.obstacle(recipe, watched, len(x), widths, x=x))
   order = Order.of(experts, num_experts, 1 if implementation == "xla" else mosaic.BLOCK)
   valid = jnp.all(experts < num_experts)
-  if not known:
-    x, w13, w2, weights = nan_gradient_unless(valid, (x, w13, w2, weights))
   return _ffn(recipe, implementation, known, x, w13, w2, weights, valid, order, keys, taps, states)
 
 
@@ -227,7 +225,7 @@ def _fwd(recipe, implementation, known, x, w13, w2, weights, valid, order, keys,
     a.kept_for("fprop", of_second.lhs) if as_read else None,
     (keep_weights(w13, w13_read, of_first), keep_weights(w2, w2_read, of_second)),
     (jnp.empty(0, w13.dtype), jnp.empty(0, w2.dtype)),
-    (weights, order, keys, states),
+    (weights, valid, order, keys, states),
     tuple(f.summaries if t else None for f, t in zip((of_first, of_second), tapped, strict=True)),
     tuple(for_pull(f)._replace(summaries=None) for f in (of_first, of_second)),
   )
@@ -238,7 +236,7 @@ def _fwd(recipe, implementation, known, x, w13, w2, weights, valid, order, keys,
 
 
 def _bwd(recipe, implementation, known, saved, dout):
-  x, h, a_read, (w13, w2), likes, (weights, order, keys, states), summaries, forwards = saved
+  x, h, a_read, (w13, w2), likes, (weights, valid, order, keys, states), summaries, forwards = saved
   w13_like, w2_like = likes
   tapped, dtype = [s is not None for s in summaries], dout.dtype
   dtypes = w13_like.dtype, w2_like.dtype
@@ -250,6 +248,8 @@ def _bwd(recipe, implementation, known, saved, dout):
   weight = take_rows(weights.reshape(-1, 1), order.choice_of_row)
   divisible = jnp.abs(weight) >= SMALLEST_DIVISOR
   before, after = jnp.where(divisible, weight, 1), jnp.where(divisible, 1, weight)
+  if not known:  # Here and not in dx, where a select would keep XLA from fusing what follows.
+    before = jnp.where(valid, before, jnp.nan)
   dy = second.gradient((take_rows(dout, token).astype(jnp.float32) * before).astype(dtype))
   g, dgrad_2, dgrad_states_2 = second.dgrad(dy, w2.cast(dtype), forwards[1])
 
@@ -262,6 +262,7 @@ def _bwd(recipe, implementation, known, saved, dout):
   dw13, wgrad_1, wgrad_states_1 = first.wgrad(x, dh, forwards[0], token)
   dx = dx.astype(dtype)[order.row_of_choice].reshape(*weights.shape, -1)
   dx = jnp.sum(dx.astype(jnp.float32), axis=1).astype(dtype)
+  dw13, dw2 = (dw if known else jnp.where(valid, dw, jnp.nan) for dw in (dw13, dw2))
 
   backward = (dgrad_1 | wgrad_1, dgrad_2 | wgrad_2)
   taps = tuple(s and ops.tap_of(s | b) for s, b in zip(summaries, backward, strict=True))
