@@ -142,8 +142,8 @@ def moe_ffn(
     implementation: see `fp4jax.implementation`; taps and states are read by "xla" alone.
   Raises:
     ValueError: shapes that do not fit, an expert that does not exist (under jit the result is NaN
-      instead, and so are its gradients), a stochastic recipe without keys, or what makes
-      `implementation` impossible.
+      instead, and so are its gradients, but that of a token none of whose experts exists: 0), a
+      stochastic recipe without keys, or what makes `implementation` impossible.
     TypeError: what is no recipe, or no array of the dtypes above.
   """
   ops.check_recipe_and_keys(recipe, keys, TWO_KEYS)
