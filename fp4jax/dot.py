@@ -164,7 +164,7 @@ class _OneMatrix:
 
   batch: int = dataclasses.field(metadata={"static": True})  # axes in front
 
-  rows_in = rows_out = None
+  rows_in = rows_out = valid = None
 
   @property
   def slices(self) -> Slices:

@@ -79,17 +79,14 @@ def grouped_dot(
 
 def _spread(recipe, implementation, known, lhs, rhs, group_sizes, keys, tap, state):
   sizes, valid = _read_sizes(group_sizes, lhs.shape[0])
-  tiles = Tiles.of(sizes, lhs.shape[0])
+  tiles = Tiles.of(sizes, lhs.shape[0], None if known else valid)
   widths = {"k": rhs.shape[1], "n": rhs.shape[2]}
   watched = (tap, state or None)
   obstacle = mosaic.obstacle(recipe, watched, lhs.shape[0], widths, lhs=lhs, rhs=rhs)
   implementation = choose(implementation, obstacle)
   layout = tiles if implementation == "xla" else tiles.slots()
-  if not known:
-    lhs, rhs = nan_gradient_unless(valid, (lhs, rhs))
   dtype = jnp.result_type(lhs, rhs)
-  out = linear(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state)
-  return out if known else jnp.where(valid, out, jnp.nan)
+  return linear(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state)
 
 
 def _result_spec(lhs, rhs):
@@ -114,18 +111,6 @@ def _read_sizes(sizes: Int[Array, " e"], rows: int) -> tuple[Int32[Array, " e"],
   )
   valid = total <= rows
   return jnp.where(valid, sizes, 0), valid
-
-
-@jax.custom_vjp
-def nan_gradient_unless(valid: Bool[Array, ""], tree):
-  """The tree; where not `valid`, every gradient of it is NaN."""
-  return tree
-
-
-nan_gradient_unless.defvjp(
-  lambda valid, tree: (tree, valid),
-  lambda valid, g: (None, jax.tree.map(lambda g: jnp.where(valid, g, jnp.nan), g)),
-)
 
 
 def _check_sizes(sizes, rows):
@@ -169,9 +154,12 @@ class Tiles:
   used: Bool[Array, " m"]
   expert_of_row: Int[Array, " m"]  # any past the last group
   group_sizes: Int[Array, " e"]
+  valid: Bool[Array, ""] | None  # see `Layout`
 
   @classmethod
-  def of(cls, group_sizes: Int[Array, " e"], rows: int) -> "Tiles":
+  def of(
+    cls, group_sizes: Int[Array, " e"], rows: int, valid: Bool[Array, ""] | None = None
+  ) -> "Tiles":
     experts = group_sizes.shape[0]
     tiles = rows // TILE + experts  # enough for any sizes: each group wastes < 1
     row_end = jnp.cumsum(group_sizes)
@@ -188,7 +176,9 @@ class Tiles:
     used = row < row_end[-1]
     owner = jnp.minimum(_group_of(row, row_end), experts - 1)
     slot_of_row = jnp.where(used, tile_start[owner] * TILE + row - row_start[owner], 0)
-    return cls(expert, row_of_slot.ravel(), filled.ravel(), slot_of_row, used, owner, group_sizes)
+    return cls(
+      expert, row_of_slot.ravel(), filled.ravel(), slot_of_row, used, owner, group_sizes, valid
+    )
 
   def slots(self) -> mosaic.Slots:
     """The same as the kernels read it, whose tiles are as long."""
@@ -196,6 +186,7 @@ class Tiles:
       rows_in=jnp.where(self.filled, self.row_of_slot, self.used.size),
       rows_out=jnp.where(self.used, self.slot_of_row, self.filled.size),
       group_sizes=-(-self.group_sizes // TILE) * TILE,
+      valid=self.valid,
     )
 
   rows_in = rows_out = None

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from fp4jax import operands as ops
 from fp4jax.formats import Format, Slices
@@ -29,6 +29,7 @@ class Layout(Protocol):
   group_slices: Slices  # of what `groups` returns
   rows_in: Int[Array, " r"] | None  # the row of x in each row of the products; None: as they are
   rows_out: Int[Array, " m"] | None  # where each row of x lies among those
+  valid: Bool[Array, ""] | None  # False: what `linear` returns is NaN, and its gradients
 
   def rows(self, x: Float[Array, "*b m k"]) -> Float[Array, "*b m k"]:
     """x with the rows zeroed that belong to no product."""
@@ -127,6 +128,14 @@ class XlaGemms:
     return {role: read.state for role, read in reads.items() if role in self.state}
 
 
+def nan_unless(valid: Bool[Array, ""] | None, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+  """x; NaN where not `valid`. None: nothing can be wrong with x.
+
+  Before the cast of a product, not after it: there a select keeps XLA from fusing what follows.
+  """
+  return x if valid is None else jnp.where(valid, x, jnp.nan)
+
+
 def _summaries(reads):
   return {role: read.summary for role, read in reads.items()}
 
@@ -177,7 +186,8 @@ def _fwd(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state):
     None if tap is None else forward.summaries,
     for_pull(forward)._replace(summaries=None),
   )
-  return take_rows(out, layout.rows_out).astype(dtype), saved
+  out = nan_unless(layout.valid, take_rows(out, layout.rows_out))
+  return out.astype(dtype), saved
 
 
 def _bwd(recipe, implementation, dtype, saved, dy):
@@ -189,10 +199,11 @@ def _bwd(recipe, implementation, dtype, saved, dy):
   dx, of_dgrad, dgrad_states = gemms.dgrad(dy, w, forward)
   dw, of_wgrad, wgrad_states = gemms.wgrad(x, dy, forward, layout.rows_in)
   tap = ops.tap_of(summaries | of_dgrad | of_wgrad) if tapped else None
-  dx = take_rows(dx, layout.rows_out).astype(lhs_like.dtype)
+  dx = nan_unless(layout.valid, take_rows(dx, layout.rows_out)).astype(lhs_like.dtype)
+  dw = nan_unless(layout.valid, dw).astype(rhs_like.dtype)
   states = forward.states | dgrad_states | wgrad_states
   tap, states = vary((tap, states), axes)
-  return None, dx, dw.astype(rhs_like.dtype), None, tap, states
+  return None, dx, dw, None, tap, states
 
 
 linear.defvjp(_fwd, _bwd)

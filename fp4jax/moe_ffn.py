@@ -37,7 +37,7 @@ from fp4jax.arguments import to_arrays
 from fp4jax.formats import Format
 from fp4jax.grouped import Tiles, check_recipe
 from fp4jax.implementation import Implementation, choose
-from fp4jax.linear import XlaGemms
+from fp4jax.linear import XlaGemms, nan_unless
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.operands import Forward, Summaries, for_pull, take_rows
 from fp4jax.quantizers import Source
@@ -142,8 +142,8 @@ def moe_ffn(
     implementation: see `fp4jax.implementation`; taps and states are read by "xla" alone.
   Raises:
     ValueError: shapes that do not fit, an expert that does not exist (under jit the result is NaN
-      instead, and so are its gradients, but that of a token none of whose experts exists: 0), a
-      stochastic recipe without keys, or what makes `implementation` impossible.
+      instead, and so are its gradients), a stochastic recipe without keys, or what makes
+      `implementation` impossible.
     TypeError: what is no recipe, or no array of the dtypes above.
   """
   ops.check_recipe_and_keys(recipe, keys, TWO_KEYS)
@@ -174,8 +174,8 @@ def _spread(recipe, implementation, known, x, w13, w2, weights, experts, keys, t
   watched = (*taps, *(state or None for state in states))
   implementation = choose(implementation, mosaic.obstacle(recipe, watched, len(x), widths, x=x))
   order = Order.of(experts, num_experts, 1 if implementation == "xla" else mosaic.BLOCK)
-  valid = jnp.all(experts < num_experts)
-  return _ffn(recipe, implementation, known, x, w13, w2, weights, valid, order, keys, taps, states)
+  valid = None if known else jnp.all(experts < num_experts)
+  return _ffn(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, states)
 
 
 def _read_experts(experts: Int[Array, "token k"], num_experts: int) -> Int32[Array, "token k"]:
@@ -186,14 +186,12 @@ def _read_experts(experts: Int[Array, "token k"], num_experts: int) -> Int32[Arr
   return jnp.where((experts < 0) | (experts >= num_experts), num_experts, experts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _ffn(recipe, implementation, known, x, w13, w2, weights, valid, order, keys, taps, states):
-  return _fwd(recipe, implementation, known, x, w13, w2, weights, valid, order, keys, taps, states)[
-    0
-  ]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ffn(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, states):
+  return _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, states)[0]
 
 
-def _fwd(recipe, implementation, known, x, w13, w2, weights, valid, order, keys, taps, states):
+def _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, states):
   operands = x, w13, w2, weights, order
   taps, states = refuse_shared("taps", taps, operands), refuse_shared("states", states, operands)
   tapped, dtype, residual = [tap is not None for tap in taps], x.dtype, recipe.residual
@@ -229,13 +227,11 @@ def _fwd(recipe, implementation, known, x, w13, w2, weights, valid, order, keys,
     tuple(f.summaries if t else None for f, t in zip((of_first, of_second), tapped, strict=True)),
     tuple(for_pull(f)._replace(summaries=None) for f in (of_first, of_second)),
   )
-  if known:
-    return out, saved
   # Here and not after `_ffn`, where differentiating a select would save its zeros.
-  return jnp.where(valid, out, jnp.nan), saved
+  return nan_unless(valid, out), saved
 
 
-def _bwd(recipe, implementation, known, saved, dout):
+def _bwd(recipe, implementation, saved, dout):
   x, h, a_read, (w13, w2), likes, (weights, valid, order, keys, states), summaries, forwards = saved
   w13_like, w2_like = likes
   tapped, dtype = [s is not None for s in summaries], dout.dtype
@@ -248,8 +244,6 @@ def _bwd(recipe, implementation, known, saved, dout):
   weight = take_rows(weights.reshape(-1, 1), order.choice_of_row)
   divisible = jnp.abs(weight) >= SMALLEST_DIVISOR
   before, after = jnp.where(divisible, weight, 1), jnp.where(divisible, 1, weight)
-  if not known:  # Here and not in dx, where a select would keep XLA from fusing what follows.
-    before = jnp.where(valid, before, jnp.nan)
   dy = second.gradient((take_rows(dout, token).astype(jnp.float32) * before).astype(dtype))
   g, dgrad_2, dgrad_states_2 = second.dgrad(dy, w2.cast(dtype), forwards[1])
 
@@ -261,8 +255,8 @@ def _bwd(recipe, implementation, known, saved, dout):
   dx, dgrad_1, dgrad_states_1 = first.dgrad(dh, w13.cast(dtype), forwards[0])
   dw13, wgrad_1, wgrad_states_1 = first.wgrad(x, dh, forwards[0], token)
   dx = dx.astype(dtype)[order.row_of_choice].reshape(*weights.shape, -1)
-  dx = jnp.sum(dx.astype(jnp.float32), axis=1).astype(dtype)
-  dw13, dw2 = (dw if known else jnp.where(valid, dw, jnp.nan) for dw in (dw13, dw2))
+  dx = jnp.sum(dx.astype(jnp.float32), axis=1)
+  dx, dw13, dw2, dweights = (nan_unless(valid, g) for g in (dx, dw13, dw2, dweights))
 
   backward = (dgrad_1 | wgrad_1, dgrad_2 | wgrad_2)
   taps = tuple(s and ops.tap_of(s | b) for s, b in zip(summaries, backward, strict=True))
@@ -270,7 +264,7 @@ def _bwd(recipe, implementation, known, saved, dout):
     forwards[0].states | dgrad_states_1 | wgrad_states_1,
     forwards[1].states | dgrad_states_2 | wgrad_states_2,
   )
-  gradients = dx, dw13.astype(w13_like.dtype), dw2.astype(w2_like.dtype), dweights
+  gradients = dx.astype(dtype), dw13.astype(w13_like.dtype), dw2.astype(w2_like.dtype), dweights
   return *gradients, None, None, None, *vary((taps, states), varying_axes(dout))
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from fp4jax import names
+from fp4jax.formats.based import Based
 from fp4jax.formats.block_format import BlockFormat
 from fp4jax.formats.format import WHOLE, Rounded
 from fp4jax.formats.grids import E2M1, E4M3, FloatGrid
@@ -27,7 +28,7 @@ class _E4M3To256(SmallFloat):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FourOverSix:
+class FourOverSix(Based):
   """The candidate with the smaller squared error to nearest, for each block; 6 if they are equal.
 
   Stochastic rounding rounds under the scale so chosen. The ideal scale is amax / 6, as NVFP4's.
@@ -42,8 +43,6 @@ class FourOverSix:
     names.settle(self)
 
   scale_rule = "four over six"
-  element_bits = 4
-  has_tensor_scale = True
 
   def to(self, target: float) -> BlockFormat:
     """The format that puts amax on `target`."""
@@ -57,12 +56,8 @@ class FourOverSix:
     )
 
   @property
-  def bits_per_value(self) -> float:
-    return self.to(6.0).bits_per_value
-
-  @property
-  def dequantized_dtype(self) -> jnp.dtype:
-    return self.to(6.0).dequantized_dtype
+  def base(self) -> BlockFormat:
+    return self.to(6.0)
 
   def round(self, x, axis, random_bits=None, slices=WHOLE) -> Rounded:
     candidates = self.to(6.0), self.to(4.0)
@@ -78,21 +73,6 @@ class FourOverSix:
       error_4 < error_6, getattr(four, field), getattr(six, field)
     )
     return six._replace(**{field: choose(field) for field in ("elements", "scales", "scaled")})
-
-  def values(self, r: Rounded):
-    return self.to(6.0).values(r)
-
-  def ideal(self, r: Rounded):
-    return self.to(6.0).ideal(r)
-
-  def clipped(self, r: Rounded):
-    return self.to(6.0).clipped(r)
-
-  def store(self, r: Rounded):
-    return self.to(6.0).store(r)
-
-  def load(self, codes, scales, slice_scale):
-    return self.to(6.0).load(codes, scales, slice_scale)
 
 
 NVFP4_4O6 = FourOverSix(name="NVFP4_4O6")

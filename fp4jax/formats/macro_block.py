@@ -18,8 +18,9 @@ from jaxtyping import Array, Float32, Int32, UInt8
 
 from fp4jax import float_bits as fb
 from fp4jax import names
+from fp4jax.formats.based import Based
 from fp4jax.formats.block_format import BlockFormat
-from fp4jax.formats.format import WHOLE, Ideal, Rounded, block_view, view_shape
+from fp4jax.formats.format import WHOLE, Rounded, block_view, view_shape
 from fp4jax.formats.mx import MXFP4
 from fp4jax.formats.search import squared_error
 
@@ -29,7 +30,7 @@ _LARGEST_BITS = fb.EXPONENT_MASK - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MacroBlockFormat:
+class MacroBlockFormat(Based):
   """Blocks of `base`, a format with power-of-two scales, under a factor per `macro_block` values.
 
   `factor` says how m8 is found. "static" takes the leading mantissa bits of 6 / amax, which puts
@@ -64,10 +65,6 @@ class MacroBlockFormat:
   @property
   def block_shape(self) -> tuple[int]:
     return (self.macro_block,)
-
-  @property
-  def element_bits(self) -> int:
-    return self.base.element_bits
 
   @property
   def bits_per_value(self) -> float:
@@ -119,12 +116,6 @@ class MacroBlockFormat:
 
   def values(self, r: Rounded):
     return _unscale(self.base.values(r._replace(slice_scale=None)), r.slice_scale)
-
-  def ideal(self, r: Rounded) -> Ideal:
-    return self.base.ideal(r)
-
-  def clipped(self, r: Rounded):
-    return self.base.clipped(r)
 
   def store(self, r: Rounded):
     codes, scales, _ = self.base.store(r._replace(slice_scale=None))

@@ -9,7 +9,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Float32, Int
+from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int
 
 from fp4jax import formats
 from fp4jax import operands as ops
@@ -96,6 +96,7 @@ class Slots(NamedTuple):
   rows_in: Int[Array, " slot"] | None  # None: as they are
   rows_out: Int[Array, " m"] | None
   group_sizes: Int[Array, " e"]  # in slots
+  valid: Bool[Array, ""] | None = None
 
   slices = weight_slices = group_slices = WHOLE  # no kernel's format has a scale of a slice
 

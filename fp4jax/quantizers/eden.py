@@ -14,6 +14,7 @@ from jaxtyping import Array, Float32
 from fp4jax import float_bits as fb
 from fp4jax import names
 from fp4jax.formats import NVFP4, WHOLE
+from fp4jax.formats.based import Based
 from fp4jax.formats.format import Rounded
 from fp4jax.formats.scales import slice_scale
 from fp4jax.quantizers.quantizer import Operand
@@ -25,7 +26,7 @@ _SCALES_UP_TO = 255.99  # leaves E4M3 room for growth
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EdenFormat:
+class EdenFormat(Based):
   """NVFP4 whose block scales are refit: times sum x^2 / sum x q over `group` values, then rounded.
 
   Stochastic rounding rounds those scales, never the elements. The slice's scale maps its amax to
@@ -43,11 +44,6 @@ class EdenFormat:
 
   base = NVFP4
   scale_rule = "eden"
-  has_tensor_scale = True
-  block_shape = NVFP4.block_shape
-  element_bits = NVFP4.element_bits
-  bits_per_value = NVFP4.bits_per_value
-  dequantized_dtype = NVFP4.dequantized_dtype
 
   def round(self, x, axis, random_bits=None, slices=WHOLE) -> Rounded:
     axis %= x.ndim
@@ -84,21 +80,6 @@ class EdenFormat:
 
     product = sum_of(x * q)
     return sum_of(x * x) / jnp.where(product > 0, product, 1)
-
-  def values(self, r: Rounded):
-    return self.base.values(r)
-
-  def ideal(self, r: Rounded):
-    return self.base.ideal(r)
-
-  def clipped(self, r: Rounded):
-    return self.base.clipped(r)
-
-  def store(self, r: Rounded):
-    return self.base.store(r)
-
-  def load(self, codes, scales, slice_scale):
-    return self.base.load(codes, scales, slice_scale)
 
 
 NVFP4_EDEN = EdenFormat(name="NVFP4_EDEN")

@@ -9,6 +9,7 @@ from fp4jax import float_bits as fb
 from fp4jax import names
 from fp4jax import quantization as qz
 from fp4jax.formats import MXFP4, WHOLE
+from fp4jax.formats.based import Based
 from fp4jax.formats.format import Rounded
 from fp4jax.quantizers.quantizer import Composed, Operand, pad_to_blocks
 from fp4jax.quantizers.transform import Hadamard
@@ -18,7 +19,7 @@ _EPSILON = 1e-8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeviationFormat:
+class DeviationFormat(Based):
   """MXFP4 whose scale comes from the standard deviation of a block, its mean removed.
 
   The scale is 2^e with e the nearest integer to log2(2.92247856 / 6 * deviation + 1e-8), which
@@ -37,11 +38,6 @@ class DeviationFormat:
     names.settle(self)
 
   base = MXFP4
-  has_tensor_scale = False
-  block_shape = MXFP4.block_shape
-  element_bits = MXFP4.element_bits
-  bits_per_value = MXFP4.bits_per_value
-  dequantized_dtype = MXFP4.dequantized_dtype
 
   @property
   def scale_rule(self) -> str:
@@ -68,21 +64,6 @@ class DeviationFormat:
       scale = scale * 2**0.5
     code = jnp.clip(fb.to_bits(scale) >> 23, 0, 254)  # E8M0's bias is that of float32
     return jnp.where(finite, code, 255).astype(jnp.uint8)
-
-  def values(self, r: Rounded):
-    return self.base.values(r)
-
-  def ideal(self, r: Rounded):
-    return self.base.ideal(r)
-
-  def clipped(self, r: Rounded):
-    return self.base.clipped(r)
-
-  def store(self, r: Rounded):
-    return self.base.store(r)
-
-  def load(self, codes, scales, slice_scale):
-    return self.base.load(codes, scales, slice_scale)
 
 
 MXFP4_QUEST = DeviationFormat(name="MXFP4_QUEST")
