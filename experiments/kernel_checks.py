@@ -1,6 +1,7 @@
 """Whether kernels compute what they should, and repeat themselves bit for bit."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -123,7 +124,7 @@ def check_case(case: Case, actual: Any, expected: Any) -> bool:
   return same
 
 
-def near(actual: tuple[Array, ...], expected: tuple[Array, ...]) -> bool:
+def near(actual: Sequence[Array], expected: Sequence[Array]) -> bool:
   """Whether results of SwiGLU's kernels, pairs of codes and scales, differ by exp's last bit alone.
 
   It moves few values to the neighbouring bf16, and fewer to another E4M3 code.

@@ -111,17 +111,29 @@ class WorkDir:
 
 
 def _definitions(names: Iterable[str]) -> dict[str, Any]:
-  """Every field of the recipes but their citations, as in recipes.json: dtypes by name."""
-  fields = {name: dataclasses.asdict(recipes.by_name(name)) for name in names}
+  """Every field of the recipes but their names and citations, as in recipes.json."""
+  fields = {name: _plain(recipes.by_name(name)) for name in names}
   for recipe in fields.values():
     del recipe["name"], recipe["citation"]
-  return json.loads(json.dumps(fields, default=lambda dtype: jnp.dtype(dtype).name))
+  return fields
+
+
+def _plain(value: Any) -> Any:
+  """For JSON: a dataclass by its type and fields, a dtype by its name."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return {"type": type(value).__name__} | fields
+  if isinstance(value, tuple | list):
+    return [_plain(v) for v in value]
+  plain = value is None or isinstance(value, str | int | float)
+  return value if plain else jnp.dtype(value).name
 
 
 def _differences(was, now, path):
   """`config.model.num_layers: 2 there, 6 here`."""
   if isinstance(was, dict) and isinstance(now, dict):
     for name in {**was, **now}:
-      yield from _differences(was.get(name), now.get(name), f"{path}.{name}")
+      if name != "type" or name in was:  # recipes.json did not always tell types
+        yield from _differences(was.get(name), now.get(name), f"{path}.{name}")
   elif was != now:
     yield f"{path}: {was!r} there, {now!r} here"

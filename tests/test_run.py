@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stateful import Clipped, Shaped, with_state
 
 from experiments import config as configs
 from experiments import data, logs, probes
@@ -68,13 +68,8 @@ def corpus_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def command(corpus_file, tmp_path_factory):
-  """Starts the runner as a user does; compiled programs are kept between the processes."""
-  cache = str(tmp_path_factory.mktemp("compiled"))
-  environment = os.environ | {
-    "JAX_COMPILATION_CACHE_DIR": cache,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
+def command(corpus_file):
+  """Starts the runner as a user does."""
 
   def start(workdir, *arguments, small_config=True):
     values = SMALL | {"data.path": corpus_file, "recipes": "bf16,mxfp4_rht_sr"}
@@ -83,7 +78,6 @@ def command(corpus_file, tmp_path_factory):
     return subprocess.Popen(
       [*line, f"--workdir={workdir}", *overrides, *arguments],
       cwd=ROOT,
-      env=environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
@@ -257,7 +251,7 @@ MINE = recipes.MXFP4.replace({"name": "mine"})
     ({"dgrad.lhs.rounding": "stochastic"}, "dgrad.lhs.rounding: 'nearest' there, 'stochastic'"),
     (
       {f"wgrad.{o}.transform": recipes.MXFP4_RHT_SR.wgrad.lhs.transform for o in ("lhs", "rhs")},
-      "wgrad.rhs.transform: None there, {'block': 32, 'seed': 0} here",
+      "wgrad.rhs.transform: None there, {'type': 'Hadamard', 'block': 32, 'seed': 0} here",
     ),
     (
       {"residual.lhs": formats.MXFP4, "wgrad.lhs.source": "residual"},
@@ -274,6 +268,21 @@ def test_a_redefined_recipe_is_refused(tmp_path, monkeypatch, changes, message):
   monkeypatch.setitem(recipes.RECIPES, "mine", MINE.replace(changes))
   with pytest.raises(ValueError, match=rf"(?s)defined differently.*\n  recipes\.mine\.{message}"):
     WorkDir(tmp_path, config)
+
+
+def test_a_quantizer_of_another_type_is_refused_though_its_fields_are_the_same(
+  tmp_path, monkeypatch
+):
+  config = small(recipes=configs.Names(["bf16", "mine"]))
+  for quantizer in (Clipped, Shaped):
+    monkeypatch.setitem(recipes.RECIPES, "mine", with_state(MINE, quantizer, "fprop.rhs"))
+    if quantizer is Clipped:
+      WorkDir(tmp_path, config).begin({})
+  with pytest.raises(ValueError, match=r"fprop\.rhs\.type: 'Clipped' there, 'Shaped' here"):
+    WorkDir(tmp_path, config)
+  recorded = (tmp_path / "recipes.json").read_text()
+  (tmp_path / "recipes.json").write_text(recorded.replace('"type": "Clipped",', ""))  # an older one
+  WorkDir(tmp_path, config)
 
 
 def test_a_workdir_of_before_recipes_were_recorded_is_opened_with_a_warning(tmp_path, caplog):
