@@ -160,8 +160,12 @@ def decompose(
   x, axis = qz.check_arguments(x, fmt, axis, rounding, key)
   if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
     raise ValueError("dtype=float64 needs jax.config.update('jax_enable_x64', True)")
-  body = lambda x, key: decompose_slices(x, fmt, axis, rounding, key, WHOLE, dtype)  # noqa: E731
-  return spread(body, (x, key), spec=spec_of(x))
+  options = fmt, axis, rounding, jnp.dtype(dtype)
+  return spread(_decompose, options, (x, key), spec=spec_of(x))
+
+
+def _decompose(fmt, axis, rounding, dtype, x, key):
+  return decompose_slices(x, fmt, axis, rounding, key, WHOLE, dtype)
 
 
 def decompose_slices(

@@ -108,51 +108,55 @@ class DotGeneral:
     for name, value in unsupported.items():
       if value is not None:
         raise ValueError(f"dot_general with a recipe does not support {name}={value!r}")
-    result = _result_of_lax(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding)
+    axes, result = _as_lax(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding)
     key = self.key if recipe.is_stochastic else None
     operands = lhs, rhs, ops.Keys.of(key, lhs, rhs)
-    body = functools.partial(self._spread, dimension_numbers, result)
+    options = recipe, self.implementation, axes, result.shape, result.dtype
     spec = result.sharding and result.sharding.spec
-    return spread(body, operands, (self.tap, self.state or {}), spec)
-
-  def _spread(self, dimension_numbers, result, lhs, rhs, keys, tap, state):
-    multiple = ops.token_multiple(self.recipe) if on_mesh(lhs, rhs) else None
-    lhs, rhs, batch = canonical(lhs, rhs, dimension_numbers, multiple)
-    obstacle = self._obstacle(lhs, rhs, result.dtype)
-    implementation = choose(self.implementation, obstacle)
-    if implementation == "mosaic":
-      lhs, rhs = lhs.reshape(-1, lhs.shape[-1]), rhs[None]
-      layout = mosaic.Slots.of_one_matrix(len(lhs))
-    else:
-      layout = _OneMatrix(batch)
-    out = linear(self.recipe, implementation, result.dtype, layout, lhs, rhs, keys, tap, state)
-    return out.reshape(result.shape)
-
-  def _obstacle(self, lhs, rhs, dtype):
-    """Why the kernels can't compute lhs (*b, m, k) @ rhs (*b, k, n) in `dtype`."""
-    if why := device_obstacle():
-      return why
-    if rhs.ndim > 2:
-      return "the kernels take no batch axes"
-    if not any(is_format(quantizer.format) for _, quantizer in self.recipe.operands()):
-      return f"recipe {self.recipe.name!r} quantizes nothing: XLA's own matmul serves it"
-    if dtype != jnp.bfloat16:
-      return f"the kernels return bfloat16, not {dtype.name}"
-    m, (k, n) = math.prod(lhs.shape[:-1]), rhs.shape
-    watched = (self.tap, self.state or None)
-    return mosaic.obstacle(self.recipe, watched, m, {"k": k, "n": n}, lhs=lhs, rhs=rhs)
+    return spread(_dot_general, options, operands, (self.tap, self.state or {}), spec)
 
 
-def _result_of_lax(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding):
-  """Shape, dtype, sharding of `lax.dot_general`; refuses the axes and shardings that it refuses."""
+def _dot_general(
+  recipe, implementation, dimension_numbers, shape, dtype, lhs, rhs, keys, tap, state
+):
+  multiple = ops.token_multiple(recipe) if on_mesh(lhs, rhs) else None
+  lhs, rhs, batch = canonical(lhs, rhs, dimension_numbers, multiple)
+  obstacle = _obstacle(recipe, (tap, state or None), lhs, rhs, dtype)
+  implementation = choose(implementation, obstacle)
+  if implementation == "mosaic":
+    lhs, rhs = lhs.reshape(-1, lhs.shape[-1]), rhs[None]
+    layout = mosaic.Slots.of_one_matrix(len(lhs))
+  else:
+    layout = _OneMatrix(batch)
+  out = linear(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state)
+  return out.reshape(shape)
+
+
+def _obstacle(recipe, watched, lhs, rhs, dtype):
+  """Why the kernels can't compute lhs (*b, m, k) @ rhs (*b, k, n) in `dtype`."""
+  if why := device_obstacle():
+    return why
+  if rhs.ndim > 2:
+    return "the kernels take no batch axes"
+  if not any(is_format(quantizer.format) for _, quantizer in recipe.operands()):
+    return f"recipe {recipe.name!r} quantizes nothing: XLA's own matmul serves it"
+  if dtype != jnp.bfloat16:
+    return f"the kernels return bfloat16, not {dtype.name}"
+  m, (k, n) = math.prod(lhs.shape[:-1]), rhs.shape
+  return mosaic.obstacle(recipe, watched, m, {"k": k, "n": n}, lhs=lhs, rhs=rhs)
+
+
+def _as_lax(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding):
+  """The axes as tuples, and shape, dtype, sharding of `lax.dot_general`, which refuses the rest."""
   try:
+    axes = tuple(tuple(map(tuple, pair)) for pair in dimension_numbers)
     dot = functools.partial(
       lax.dot_general,
-      dimension_numbers=tuple(tuple(map(tuple, axes)) for axes in dimension_numbers),
+      dimension_numbers=axes,
       preferred_element_type=preferred_element_type,
       out_sharding=out_sharding,
     )
-    return jax.eval_shape(dot, lhs, rhs)
+    return axes, jax.eval_shape(dot, lhs, rhs)
   except (TypeError, ValueError) as error:
     raise TypeError(f"lhs {lhs.shape}, rhs {rhs.shape}, {dimension_numbers=}: {error}") from None
 

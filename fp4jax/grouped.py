@@ -6,7 +6,6 @@ and neither a block along the tokens nor a Hadamard group ever reaches into anot
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +72,11 @@ def grouped_dot(
     _check_sizes(np.asarray(group_sizes), lhs.shape[0])
   key = key if recipe.is_stochastic else None
   operands = lhs, rhs, group_sizes, ops.Keys.of(key, (lhs, group_sizes), rhs)
-  body = functools.partial(_spread, recipe, implementation, known)
-  return spread(body, operands, (tap, state or {}), _result_spec(lhs, rhs))
+  options = recipe, implementation, known
+  return spread(_grouped_dot, options, operands, (tap, state or {}), _result_spec(lhs, rhs))
 
 
-def _spread(recipe, implementation, known, lhs, rhs, group_sizes, keys, tap, state):
+def _grouped_dot(recipe, implementation, known, lhs, rhs, group_sizes, keys, tap, state):
   sizes, valid = _read_sizes(group_sizes, lhs.shape[0])
   tiles = Tiles.of(sizes, lhs.shape[0], None if known else valid)
   widths = {"k": rhs.shape[1], "n": rhs.shape[2]}

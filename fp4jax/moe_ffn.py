@@ -162,12 +162,12 @@ def moe_ffn(
     ops.Keys.of(keys[0], (x, experts), w13, w2, weights, keys[1]),
     ops.Keys.of(keys[1], (x, experts, w13), w2, weights, keys[0]),
   )
-  body = functools.partial(_spread, recipe, implementation, known)
+  options = recipe, implementation, known
   operands, states = (x, w13, w2, weights, experts, keys), tuple(state or {} for state in states)
-  return spread(body, operands, (taps, states), spec_of(x))
+  return spread(_moe_ffn, options, operands, (taps, states), spec_of(x))
 
 
-def _spread(recipe, implementation, known, x, w13, w2, weights, experts, keys, taps, states):
+def _moe_ffn(recipe, implementation, known, x, w13, w2, weights, experts, keys, taps, states):
   num_experts = w13.shape[0]
   experts = _read_experts(experts, num_experts)
   widths = {"d": x.shape[1], "f": w2.shape[1]}

@@ -62,15 +62,15 @@ def quantize(
     raise ValueError(
       f"axis {axis} of shape {x.shape} is {what}; {fmt.element_bits}-bit codes are packed {how}"
     )
-  body = functools.partial(_quantize, fmt, axis, rounding, implementation)
+  options = fmt, axis, rounding, implementation
   spec = None
   if (mesh := explicit_mesh(x)) is not None:
     from fp4jax.placement import specs  # which imports this module
 
-    spec = specs(
-      jax.eval_shape(body, jax.ShapeDtypeStruct(x.shape, x.dtype), key), mesh, spec_of(x)
-    )
-  return spread(body, (x, key), spec=spec)
+    body = functools.partial(_quantize, *options)
+    packed = jax.eval_shape(body, jax.ShapeDtypeStruct(x.shape, x.dtype), key)
+    spec = specs(packed, mesh, spec_of(x))
+  return spread(_quantize, options, (x, key), spec=spec)
 
 
 def _quantize(fmt, axis, rounding, implementation, x, key):
@@ -113,8 +113,7 @@ def dequantize(
   check_type("q", q, QuantizedArray)
   if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
     raise TypeError(f"dtype={jnp.dtype(dtype).name} is no float: codes would be cut off")
-  body = functools.partial(_dequantize, jnp.dtype(dtype), implementation)
-  return spread(body, (q,), spec=spec_of(q.codes))
+  return spread(_dequantize, (jnp.dtype(dtype), implementation), (q,), spec=spec_of(q.codes))
 
 
 def _dequantize(dtype, implementation, q):
@@ -153,8 +152,11 @@ def fake_quantize(
 ) -> Float[Array, "*s"]:
   """`dequantize(quantize(...))` in x's dtype; its gradient is passed straight through."""
   x, axis = check_arguments(x, fmt, axis, rounding, key)
-  body = lambda x, key: straight_through(x, fmt, axis, rounding, key, WHOLE, x.dtype)  # noqa: E731
-  return spread(body, (x, key), spec=spec_of(x))
+  return spread(_fake_quantize, (fmt, axis, rounding), (x, key), spec=spec_of(x))
+
+
+def _fake_quantize(fmt, axis, rounding, x, key):
+  return straight_through(x, fmt, axis, rounding, key, WHOLE, x.dtype)
 
 
 def straight_through(

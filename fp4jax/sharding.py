@@ -22,7 +22,7 @@ key is one that `fold_in_axes` made.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 from jax import lax
@@ -55,27 +55,33 @@ def vary(tree: PyTree, axes: Axes) -> PyTree:
 
 def spread(
   body: Callable[..., PyTree[Array]],
+  options: tuple[Hashable, ...],
   operands: tuple[PyTree, ...],
   states: tuple[PyTree, ...] = (),
   spec: PyTree[PartitionSpec] | None = None,
 ) -> PyTree[Array]:
-  """`body(*operands, *states)` on the mesh where the operands lie.
+  """`body(*options, *operands, *states)` on the mesh where the operands lie.
 
   Inside `shard_map` operands are cast to vary over the same axes; Explicit axes are Auto for the
-  body. Call it outside the custom_vjp, so that autodiff transposes the casts.
+  body. Call it outside the custom_vjp, so that autodiff transposes the casts. A call that nothing
+  traces runs as one compiled program, kept for the next call with equal options.
 
   Args:
+    body: a function of a module, so that the next call finds the program.
     states: taps and states, which are not cast; see `refuse_shared`.
     spec: how Explicit axes divide the result, one for all its arrays or for each; None: not at all.
   """
   operands = (*vary(operands, varying_axes(operands)), *states)
   mesh = explicit_mesh(operands)
   if mesh is None:
-    return body(*operands)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands))
+    names = tuple(getattr(option, "name", None) for option in options)  # no part of equality
+    run = functools.partial(body, *options) if traced else compiled(body, options, names)
+    return run(*operands)
   spec = PartitionSpec() if spec is None else spec
   abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
   auto = jax.sharding.auto_axes(
-    body,
+    functools.partial(body, *options),
     axes=abstract.explicit_axes,
     out_sharding=jax.tree.map(functools.partial(_named, mesh), spec),
   )
@@ -83,6 +89,12 @@ def spread(
     # `shard_map` can't keep arrays of Auto axes for its backward pass; what was passed it can.
     auto = jax.checkpoint(auto)
   return auto(*operands)
+
+
+@functools.lru_cache(1024)
+def compiled(body, options, names):
+  """`body` with its options, as one program per shapes of its operands."""
+  return jax.jit(functools.partial(body, *options))
 
 
 def _named(mesh, spec):

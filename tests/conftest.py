@@ -33,7 +33,7 @@ annotations.check(CHECKED)  # before anything imports them
 from fake_kernels import fake_kernels  # noqa: E402
 
 import pallas_kernels  # noqa: E402
-from fp4jax import implementation  # noqa: E402
+from fp4jax import implementation, sharding  # noqa: E402
 
 # An emulated warpgroup that waits at a barrier keeps the XLA thread that it runs on. XLA has one
 # thread per core, so that a small machine may have none left for the warpgroup that is waited for.
@@ -62,11 +62,13 @@ def hopper(monkeypatch):
 
     return call
 
+  sharding.compiled.cache_clear()  # programs of the CPU are none of Hopper's
   monkeypatch.setattr(implementation, "compute_capability", lambda: "9.0")
   for name, kernels in fake_kernels().items():
     counting = {k: counted(k, f) for k, f in vars(kernels).items()}
     monkeypatch.setattr(pallas_kernels, name, types.SimpleNamespace(**counting), raising=False)
-  return calls
+  yield calls
+  sharding.compiled.cache_clear()
 
 
 def pytest_collection_modifyitems(items):

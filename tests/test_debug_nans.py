@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from test_run import corpus_file, small  # noqa: F401
 
 import fp4jax
@@ -12,7 +11,7 @@ from experiments import config as configs
 from experiments import logs
 from experiments.run import run
 from fp4jax import formats, operands, recipes
-from fp4jax.models import LanguageModel, ModelConfig, Numerics, Policy
+from fp4jax.models import Numerics, Policy
 from fp4jax.models.attention import attend
 
 RECIPES = ("bf16", "mxfp4", "hopper_fp4")
@@ -47,15 +46,12 @@ NAMES = ("MXFP4", "NVFP4", "FP8_BLOCK", "HIF4", "MXFP4_MBS_S")
 @pytest.mark.parametrize("fmt", [formats.FORMATS[name] for name in NAMES], ids=NAMES)
 def test_formats(fmt):
   x = with_zeros()
-  q = fp4jax.quantize(x, fmt)
-  assert fp4jax.dequantize(q).shape == x.shape
-  fp4jax.fake_quantize(x, fmt)
-  parts = fp4jax.decompose(x, fmt)
-  assert np.isfinite(parts.summary().sqnr_db)
+  with jax.disable_jit():
+    q = fp4jax.quantize(x, fmt)
+    assert fp4jax.dequantize(q).shape == x.shape
+    assert np.isfinite(fp4jax.decompose(x, fmt).summary().sqnr_db)
+    fp4jax.fake_quantize(x, fmt, rounding="stochastic", key=jax.random.key(0))
   jax.jit(lambda x: fp4jax.decompose(x, fmt).summary())(x)
-  key = jax.random.key(0)
-  fp4jax.fake_quantize(x, fmt, rounding="stochastic", key=key)
-  fp4jax.decompose(x, fmt, rounding="stochastic", key=key).summary()
 
 
 @by_recipe
@@ -70,22 +66,8 @@ def test_dot_general(name):
 
 
 @by_recipe
-def test_model(name):
-  """Attention masks with -inf, which is no NaN."""
-  config = ModelConfig(num_layers=1, d_model=32, head_dim=16, num_experts=2, top_k=1, d_ff=32)
-  model = LanguageModel(config, 16, nnx.Rngs(0))
-  graph, params = nnx.split(model)
-  policy = Policy(*[recipes.by_name(name)] * 3)
-  tokens = jnp.arange(20).reshape(2, 10) % 16
-
-  def loss(params, taps):
-    return jnp.mean(nnx.merge(graph, params)(tokens, policy, taps=taps)[0] ** 2)
-
-  jax.jit(jax.grad(loss, argnums=(0, 1)))(params, model.new_taps())
-
-
-@by_recipe
 def test_attention_op_by_op(name):
+  """It masks with -inf, which is no NaN."""
   q, k, v = normal(0, 1, 9, 2, 2, 16), normal(1, 1, 9, 2, 16), normal(2, 1, 9, 2, 16)
   numerics = Numerics(Policy(scores=recipes.by_name(name)))
   jax.grad(lambda *x: jnp.sum(attend(*x, numerics) ** 2), argnums=(0, 1, 2))(q, k, v)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import fp4jax
-from fp4jax import quantize, recipes
+from fp4jax import quantize, recipes, sharding
 
 MATMUL = (((1,), (0,)), ((), ()))
 
@@ -60,3 +60,14 @@ def test_a_changed_value_has_a_name_that_says_so():
   assert recipes.MXFP4.replace({"wgrad.lhs.format": rceil}).name.endswith("=MXFP4[rceil]]")
   for name, recipe in recipes.RECIPES.items():
     assert recipe.name == name
+
+
+def test_a_call_that_nothing_traces_is_compiled_once_for_each_name():
+  other = dataclasses.replace(fp4jax.MXFP4, name="other")
+  x = jnp.ones(32)
+  for fmt in (fp4jax.MXFP4, other):
+    assert quantize(x, fmt).fmt.name == fmt.name
+  before = sharding.compiled.cache_info()
+  quantize(2 * x, fp4jax.MXFP4)
+  after = sharding.compiled.cache_info()
+  assert after.hits == before.hits + 1 and after.misses == before.misses

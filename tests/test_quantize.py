@@ -90,9 +90,10 @@ def assert_is_oracle(q, x):
 def test_mx_is_the_oracle(fmt):
   q = jit_quantize(CORPUS, fmt)
   assert_is_oracle(q, CORPUS)
-  eager = quantize(CORPUS, fmt)
-  assert_same_bits(dequantize(eager), jit_dequantize(q))
-  jax.tree.map(np.testing.assert_array_equal, eager, q)
+  with jax.disable_jit():
+    op_by_op = quantize(CORPUS, fmt)
+    assert_same_bits(dequantize(op_by_op), jit_dequantize(q))
+  jax.tree.map(np.testing.assert_array_equal, op_by_op, q)
 
 
 @pytest.mark.parametrize("fmt", MX, ids=rule_id)
@@ -447,7 +448,8 @@ def test_fake_quantize_is_quantize_and_dequantize(fmt):
     expected = jit_dequantize(jit_quantize(x, fmt, axis))
     assert_same_bits(jit_fake_quantize(x, fmt, axis), expected)
   if fmt in (fp4jax.MXFP4, fp4jax.NVFP4, fp4jax.FP8_BLOCK):
-    assert_same_bits(fake_quantize(x, fmt, axis), expected)  # op by op
+    with jax.disable_jit():
+      assert_same_bits(fake_quantize(x, fmt, axis), expected)
   key = jax.random.key(0)
   drawn = jit_dequantize(jit_quantize(x, fmt, rounding="stochastic", key=key))
   assert_same_bits(jit_fake_quantize(x, fmt, rounding="stochastic", key=key), drawn)
