@@ -11,6 +11,7 @@ from fp4jax import quantization as qz
 from fp4jax.formats import MXFP4, WHOLE
 from fp4jax.formats.based import Based
 from fp4jax.formats.format import Rounded
+from fp4jax.formats.search import ordered_sum, squared_error
 from fp4jax.quantizers.quantizer import Composed, Operand, pad_to_blocks
 from fp4jax.quantizers.transform import Hadamard
 
@@ -53,13 +54,16 @@ class DeviationFormat(Based):
     return r._replace(elements=elements, scales=scales, scaled=scaled, random_bits=random_bits)
 
   def _scales(self, r: Rounded, within: int):
+    """No product meets a sum that is not exact, so that no fused multiply-add changes a scale."""
     finite = r.amax < fb.EXPONENT_MASK
-    amax = fb.from_bits(jnp.where(finite, r.amax, 0))
-    unit = jnp.where(amax > 2.0**-100, amax, 1.0)  # so that no square leaves float32
-    x = jnp.copysign(fb.from_bits(r.magnitude), r.elements) / unit
-    mean = jnp.mean(x, within, keepdims=True)
-    deviation = jnp.sqrt(jnp.mean((x - mean) ** 2, within, keepdims=True)) * unit
-    scale = _CLIP / 6 * deviation + _EPSILON
+    amax = jnp.where(finite, r.amax, 0)
+    exponent, n = jnp.maximum(127 - (amax >> 23), -126), r.elements.shape[within]
+    x = jnp.copysign(fb.from_bits(r.magnitude), r.elements) * fb.exp2(exponent)
+    mean = ordered_sum(x, (within,)) * (1 / n)
+    one = jnp.full_like(amax, 127 << 23)
+    variance = squared_error(x - mean, one, (within,)) * (1 / n)
+    deviation = jnp.sqrt(variance) * fb.exp2(-exponent)
+    scale = jnp.minimum(_CLIP / 6 * deviation, 2.0**127) + _EPSILON
     if self.exponent == "nearest":
       scale = scale * 2**0.5
     code = jnp.clip(fb.to_bits(scale) >> 23, 0, 254)  # E8M0's bias is that of float32
