@@ -11,7 +11,7 @@ calls tokens is m, the free axes of lhs. On several devices: `fp4jax.sharding`.
 import dataclasses
 import functools
 import math
-from typing import Never
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,18 @@ from jaxtyping import Array
 
 from fp4jax import operands as ops
 from fp4jax.canonical import canonical
-from fp4jax.formats import WHOLE, Slices, is_format
+from fp4jax.formats import is_format
 from fp4jax.implementation import Implementation, choose, device_obstacle
 from fp4jax.linear import linear
 from fp4jax.mosaic import gemms as mosaic
+from fp4jax.products import OneMatrix
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import on_mesh, spread
 
 
 def dot_general(
   recipe: Recipe,
-  *operands: Never,
+  *operands: Any,
   key: jax.Array | None = None,
   tap: ops.Tap | None = None,
   state: ops.State | None = None,
@@ -127,7 +128,7 @@ def _dot_general(
     lhs, rhs = lhs.reshape(-1, lhs.shape[-1]), rhs[None]
     layout = mosaic.Slots.of_one_matrix(len(lhs))
   else:
-    layout = _OneMatrix(batch)
+    layout = OneMatrix(batch)
   out = linear(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state)
   return out.reshape(shape)
 
@@ -159,41 +160,3 @@ def _as_lax(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding):
     return axes, jax.eval_shape(dot, lhs, rhs)
   except (TypeError, ValueError) as error:
     raise TypeError(f"lhs {lhs.shape}, rhs {rhs.shape}, {dimension_numbers=}: {error}") from None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _OneMatrix:
-  """The layout of a plain matmul: every row meets the same weights. Tokens may be several axes."""
-
-  batch: int = dataclasses.field(metadata={"static": True})  # axes in front
-
-  rows_in = rows_out = valid = None
-
-  @property
-  def slices(self) -> Slices:
-    """Each entry of a batch is a GEMM of its own."""
-    return Slices(self.batch) if self.batch else WHOLE
-
-  weight_slices = group_slices = slices
-
-  def rows(self, x):
-    return x
-
-  def groups(self, x):
-    return x
-
-  def fprop(self, x, w):
-    return self._product(x, w, [-1], [-2])
-
-  def dgrad(self, dy, w):
-    return self._product(dy, w, [-1], [-1])
-
-  def wgrad(self, x, dy):
-    tokens = range(self.batch, x.ndim - 1)
-    return self._product(x, dy, tokens, tokens)
-
-  def _product(self, lhs, rhs, lhs_axes, rhs_axes):
-    contract = tuple(a % lhs.ndim for a in lhs_axes), tuple(a % rhs.ndim for a in rhs_axes)
-    batch = tuple(range(self.batch))
-    return ops.gemm(lhs, rhs, (contract, (batch, batch)))

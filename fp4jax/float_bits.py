@@ -34,7 +34,7 @@ def exp2(exponent: Int32[Array, "*s"]) -> Float32[Array, "*s"]:
   return from_bits((jnp.clip(exponent, -126, 127) + _BIAS) << 23)
 
 
-def multiply(magnitude: Int32[Array, "*s"], factor: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+def multiply(magnitude: Int32[Array, "*s"], factor: Float32[Array, "*#s"]) -> Float32[Array, "*s"]:
   """|x| * factor, reading subnormal |x| exactly; factor is zero or normal.
 
   A subnormal |x| is its mantissa field times 2^-149, and that field converts to a normal float. Its
@@ -45,7 +45,7 @@ def multiply(magnitude: Int32[Array, "*s"], factor: Float32[Array, "*s"]) -> Flo
   return jnp.where(magnitude < SMALLEST_NORMAL, subnormal, from_bits(magnitude) * factor)
 
 
-def ldexp(element: Float32[Array, "*s"], exponent: Int32[Array, "*s"]) -> Float32[Array, "*s"]:
+def ldexp(element: Float32[Array, "*s"], exponent: Int32[Array, "*#s"]) -> Float32[Array, "*s"]:
   """element * 2^exponent, exact into the subnormals; element is on a grid of at most 8 bits.
 
   A subnormal result is the integer element * 2^(exponent + 149) taken as bits.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Integer
 
 from fp4jax import operands as ops
 from fp4jax.arguments import to_arrays
@@ -20,6 +20,7 @@ from fp4jax.formats import Slices, is_format
 from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import linear
 from fp4jax.mosaic import gemms as mosaic
+from fp4jax.products import gemm
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import spec_of, spread
 
@@ -95,7 +96,9 @@ def _result_spec(lhs, rhs):
   return PartitionSpec(rows, None if shared else columns)
 
 
-def _read_sizes(sizes: Int[Array, " e"], rows: int) -> tuple[Int32[Array, " e"], Bool[Array, ""]]:
+def _read_sizes(
+  sizes: Integer[Array, " e"], rows: int
+) -> tuple[Int32[Array, " e"], Bool[Array, ""]]:
   """Sizes in int32, all zero where they are not valid, and whether they are.
 
   No sum leaves int32, whatever the sizes: it stays at rows + 1 once it is there.
@@ -218,12 +221,12 @@ class Tiles:
   def wgrad(
     self, x: Float[Array, "tile row k"], dy: Float[Array, "tile row n"]
   ) -> Float32[Array, "e k n"]:
-    by_tile = ops.gemm(x, dy, (((1,), (1,)), ((0,), (0,))))
+    by_tile = gemm(x, dy, (((1,), (1,)), ((0,), (0,))))
     experts = self.group_sizes.size
     return jax.ops.segment_sum(by_tile, self.expert, experts, indices_are_sorted=True)
 
   def _rows_times_weights(self, rows, weights, contract):
-    out = ops.gemm(self.groups(rows), weights[self.expert], (((2,), (contract,)), ((0,), (0,))))
+    out = gemm(self.groups(rows), weights[self.expert], (((2,), (contract,)), ((0,), (0,))))
     return self.rows(out.reshape(-1, out.shape[-1])[self.slot_of_row])
 
 

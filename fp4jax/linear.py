@@ -6,47 +6,19 @@ XLA (`XlaGemms`) or by the Hopper kernels; a `Layout` says how rows of tokens me
 
 import dataclasses
 import functools
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from fp4jax import operands as ops
-from fp4jax.formats import Format, Slices
+from fp4jax.formats import Format
 from fp4jax.implementation import Implementation
 from fp4jax.mosaic.gemms import MosaicGemms
 from fp4jax.operands import Forward, Summaries, for_pull, take_rows
+from fp4jax.products import Layout, XlaLayout, multiply
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import refuse_shared, vary, varying_axes
-
-
-class Layout(Protocol):
-  """How rows of tokens meet weights: all of them one matrix, or each expert's rows its own."""
-
-  slices: Slices  # which rows one GEMM reads
-  weight_slices: Slices
-  group_slices: Slices  # of what `groups` returns
-  rows_in: Int[Array, " r"] | None  # the row of x in each row of the products; None: as they are
-  rows_out: Int[Array, " m"] | None  # where each row of x lies among those
-  valid: Bool[Array, ""] | None  # False: what `linear` returns is NaN, and its gradients
-
-  def rows(self, x: Float[Array, "*b m k"]) -> Float[Array, "*b m k"]:
-    """x with the rows zeroed that belong to no product."""
-
-  def groups(self, x: Float[Array, "*b m k"]) -> Float[Array, "*t m k"]:
-    """x as wgrad quantizes it along m: no two groups share a block."""
-
-  def fprop(self, x: Float[Array, "*r k"], w: Float[Array, "*b k n"]) -> Float32[Array, "*r n"]: ...
-
-  def dgrad(
-    self, dy: Float[Array, "*r n"], w: Float[Array, "*b k n"]
-  ) -> Float32[Array, "*r k"]: ...
-
-  def wgrad(
-    self, x: Float[Array, "*t m k"], dy: Float[Array, "*t m n"]
-  ) -> Float32[Array, "*b k n"]:
-    """Takes what `groups` returned, quantized."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +29,7 @@ class XlaGemms:
   """
 
   recipe: Recipe
-  layout: Layout
+  layout: XlaLayout
   keys: ops.Keys | None
   tapped: bool
   state: ops.State
@@ -85,7 +57,7 @@ class XlaGemms:
       "residual.rhs": ops.residual_summary(w, self.tapped, slices[1]),
     }
     states = self._states({"fprop.lhs": lhs, "fprop.rhs": rhs})
-    return ops.multiply(lhs, rhs, self.layout.fprop), Forward(lhs, rhs, summaries, states)
+    return multiply(lhs, rhs, self.layout.fprop), Forward(lhs, rhs, summaries, states)
 
   def gradient(self, dy: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """dy as `dgrad` and `wgrad` take it."""
@@ -98,7 +70,7 @@ class XlaGemms:
     lhs = self._read("dgrad.lhs", dy, -1, self.layout.slices)
     rhs = w.read(self.recipe.dgrad.rhs.source)
     rhs = self._read("dgrad.rhs", rhs, -1, self.layout.weight_slices)
-    dx = ops.multiply(lhs, rhs, self.layout.dgrad)
+    dx = multiply(lhs, rhs, self.layout.dgrad)
     dx = ops.pull(self.recipe, "fprop.lhs", forward.lhs, dx, -1, self.keys)
     reads = {"dgrad.lhs": lhs, "dgrad.rhs": rhs}
     return dx[..., : w.shape[-2]], _summaries(reads), self._states(reads)
@@ -109,14 +81,14 @@ class XlaGemms:
     dy: Float[Array, "*b m n"],
     forward: Forward,
     rows: Int[Array, " m"] | None = None,
-  ) -> tuple[Float32[Array, "*b k n"], Summaries, ops.State]:
+  ) -> tuple[Float32[Array, "... k n"], Summaries, ops.State]:
     """dw = x.T @ dy, pulled through fprop.rhs."""
     source = self.recipe.wgrad.lhs.source
     rows = None if source == "fprop" else rows  # fprop read them where they lie
     x_groups = self.layout.groups(take_rows(x.read(source), rows))
     lhs = self._read("wgrad.lhs", x_groups, -2, self.layout.group_slices)
     rhs = self._read("wgrad.rhs", self.layout.groups(dy), -2, self.layout.group_slices)
-    dw = ops.multiply(lhs, rhs, self.layout.wgrad)
+    dw = multiply(lhs, rhs, self.layout.wgrad)
     dw = ops.pull(self.recipe, "fprop.rhs", forward.rhs, dw, -2, self.keys)
     reads = {"wgrad.lhs": lhs, "wgrad.rhs": rhs}
     return dw[..., : x.shape[-1], :], _summaries(reads), self._states(reads)

@@ -24,13 +24,13 @@ backward pass see one a. y is not kept: with g = dout @ w2.T from dgrad, a weigh
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
 from fp4jax import operands as ops
 from fp4jax.arguments import to_arrays
@@ -50,6 +50,7 @@ SMALLEST_DIVISOR = 2.0**-64
 TWO_KEYS = "keys=, such as jax.random.split(jax.random.key(0)), others each step"
 
 
+@runtime_checkable
 class Gemms(Protocol):
   """The three GEMMs of one grouped linear layer, each with its rows of the tap; see `XlaGemms`."""
 
@@ -120,7 +121,7 @@ def moe_ffn(
   weights: ArrayLike,
   recipe: Recipe,
   *,
-  keys: tuple[jax.Array | None, jax.Array | None] = (None, None),
+  keys: tuple[jax.Array | None, jax.Array | None] | jax.Array = (None, None),
   taps: tuple[ops.Tap | None, ops.Tap | None] = (None, None),
   states: tuple[ops.State | None, ops.State | None] = (None, None),
   implementation: Implementation | None = None,
@@ -178,7 +179,7 @@ def _moe_ffn(recipe, implementation, known, x, w13, w2, weights, experts, keys, 
   return _ffn(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, states)
 
 
-def _read_experts(experts: Int[Array, "token k"], num_experts: int) -> Int32[Array, "token k"]:
+def _read_experts(experts: Integer[Array, "token k"], num_experts: int) -> Int32[Array, "token k"]:
   """Experts in int32; one that does not exist is `num_experts`, whatever its dtype made of it."""
   if experts.dtype.itemsize >= 4:
     experts = jnp.where((experts < 0) | (experts >= num_experts), num_experts, experts)

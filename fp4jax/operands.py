@@ -1,17 +1,16 @@
 """The operands of a recipe's GEMMs, shared by `dot_general`, `grouped_dot` and `moe_ffn`.
 
 Where an operand is read from, its key and its state, its row of the tap; `read` hands it to the
-quantizer of its role, and `multiply` forms the product of two.
+quantizer of its role.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
@@ -204,42 +203,6 @@ def whole(read: Read) -> Float[Array, "*s"]:
   for term in others:
     total += term.astype(jnp.float32)
   return total * read.factor
-
-
-def multiply(
-  lhs: Read, rhs: Read, product: Callable[[Array, Array], Float32[Array, "*s"]]
-) -> Float32[Array, "*s"]:
-  """The product of two operands: of all their terms, and of exact ones with unrounded operands."""
-  pairs = [(a, b) for a in lhs.terms for b in rhs.terms]
-  pairs += [(a, rhs.original) for a in lhs.exact]
-  rest = lhs.original
-  for a in lhs.exact:  # what they met already
-    rest = rest - a
-  pairs += [(rest, b) for b in rhs.exact]
-  out = product(*pairs[0])
-  for pair in pairs[1:]:
-    out += product(*pair)
-  for factor in (lhs.factor, rhs.factor):
-    if not (isinstance(factor, float) and factor == 1):
-      out *= factor
-  return out
-
-
-def gemm(
-  lhs: Float[Array, "*r"], rhs: Float[Array, "*t"], dimension_numbers: lax.DotDimensionNumbers
-) -> Float32[Array, "*s"]:
-  """The product of two arrays, accumulated in float32.
-
-  In bf16 where both are exact in it (their products are exact in float32), else in float32.
-  """
-  dtype = lhs.dtype if lhs.dtype == rhs.dtype else jnp.dtype(jnp.float32)
-  return lax.dot_general(
-    lhs.astype(dtype),
-    rhs.astype(dtype),
-    dimension_numbers,
-    precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-    preferred_element_type=jnp.float32,
-  )
 
 
 Summaries = dict[str, Summary | None]  # rows of a tap, by role

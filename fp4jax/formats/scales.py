@@ -20,7 +20,7 @@ from fp4jax.formats.grids import E4M3, FloatGrid, Grid
 E8M0 = jnp.dtype(ml_dtypes.float8_e8m0fnu)
 FP32 = jnp.dtype(np.float32)
 
-StoredScale = UInt8[Array, "*s"] | UInt32[Array, "*s"] | Float32[Array, "*s"]
+StoredScale = UInt8[Array, "..."] | UInt32[Array, "..."] | Float32[Array, "..."]
 _E8M0_BIAS = 127
 _E8M0_NAN = 255
 

@@ -102,7 +102,7 @@ class LanguageModel(nnx.Module):
     policy: Policy,
     *,
     key: jax.Array | None = None,
-    taps: dict[str, operands.Tap] | None = None,
+    taps: dict[str, Float32[Array, "... role field"]] | None = None,
     states: States | None = None,
   ) -> tuple[Float32[Array, "b t vocab"], dict[str, Float32[Array, ""]]]:
     """Logits, and the routing losses averaged over layers (none without experts).
@@ -137,7 +137,7 @@ class LanguageModel(nnx.Module):
     losses = jax.tree.map(lambda *parts: jnp.concatenate(parts), *losses)
     return logits, {name: jnp.mean(loss) for name, loss in losses.items()}
 
-  def new_taps(self) -> dict[str, operands.Tap]:
+  def new_taps(self) -> dict[str, Float32[Array, "... role field"]]:
     """A tap for each GEMM by name; those of the blocks have a leading layer axis."""
     tap = operands.new_tap()
     layers = jnp.broadcast_to(tap, (self.num_layers, *tap.shape))

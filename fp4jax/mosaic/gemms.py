@@ -13,7 +13,7 @@ from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int
 
 from fp4jax import formats
 from fp4jax import operands as ops
-from fp4jax.formats import WHOLE, Format
+from fp4jax.formats import Format
 from fp4jax.implementation import device_obstacle, dtype_obstacle
 from fp4jax.mosaic.quantize import MIN_ROWS, MXFP4
 from fp4jax.operands import Forward, take_rows
@@ -97,8 +97,6 @@ class Slots(NamedTuple):
   rows_out: Int[Array, " m"] | None
   group_sizes: Int[Array, " e"]  # in slots
   valid: Bool[Array, ""] | None = None
-
-  slices = weight_slices = group_slices = WHOLE  # no kernel's format has a scale of a slice
 
   @classmethod
   def of_one_matrix(cls, rows: int) -> "Slots":
