@@ -255,9 +255,10 @@ def _bwd(recipe, implementation, saved, dout):
 
   dx, dgrad_1, dgrad_states_1 = first.dgrad(dh, w13.cast(dtype), forwards[0])
   dw13, wgrad_1, wgrad_states_1 = first.wgrad(x, dh, forwards[0], token)
-  dx = dx.astype(dtype)[order.row_of_choice].reshape(*weights.shape, -1)
-  dx = jnp.sum(dx.astype(jnp.float32), axis=1)
+  # Not the sum over choices: a select there keeps XLA from fusing what follows.
   dx, dw13, dw2, dweights = (nan_unless(valid, g) for g in (dx, dw13, dw2, dweights))
+  dx = dx.astype(dtype)[order.row_of_choice].reshape(*weights.shape, -1)
+  dx = jnp.sum(dx.astype(jnp.float32), axis=1).astype(dtype)
 
   backward = (dgrad_1 | wgrad_1, dgrad_2 | wgrad_2)
   taps = tuple(s and ops.tap_of(s | b) for s, b in zip(summaries, backward, strict=True))
@@ -265,7 +266,7 @@ def _bwd(recipe, implementation, saved, dout):
     forwards[0].states | dgrad_states_1 | wgrad_states_1,
     forwards[1].states | dgrad_states_2 | wgrad_states_2,
   )
-  gradients = dx.astype(dtype), dw13.astype(w13_like.dtype), dw2.astype(w2_like.dtype), dweights
+  gradients = dx, dw13.astype(w13_like.dtype), dw2.astype(w2_like.dtype), dweights
   return *gradients, None, None, None, *vary((taps, states), varying_axes(dout))
 
 

@@ -150,3 +150,28 @@ def test_a_gradient_through_codes_is_refused():
     assert np.isfinite(jax.grad(frozen)(jnp.ones((1, 128)))).all()
     packed = quantize(jnp.ones((1, 128)), fmt)  # codes of a checkpoint are constants
     assert np.isfinite(jax.grad(lambda x, q=packed: (x * dequantize(q)).sum())(jnp.ones(128))).all()
+
+
+@pytest.mark.parametrize("function", ["grouped_dot", "moe_ffn"])
+def test_looking_for_bad_sizes_and_experts_changes_no_bit(function):
+  """A select can keep XLA from fusing bfloat16 casts with what a model does next."""
+  normal = lambda i, *s: jax.random.normal(jax.random.key(i), s).astype(jnp.bfloat16)  # noqa: E731
+  x, w, w13, w2 = (
+    normal(0, 96, 64),
+    normal(1, 4, 64, 64),
+    normal(2, 4, 64, 64),
+    normal(3, 4, 32, 64),
+  )
+  experts = np.random.default_rng(0).integers(0, 4, (96, 2))
+
+  def loss(x, index):
+    h = (x.astype(jnp.float32) * 1.01).astype(jnp.bfloat16)
+    if function == "grouped_dot":
+      y = grouped_dot(h, w, index, recipes.BF16)
+    else:
+      y = moe_ffn(h, w13, w2, index, jnp.full((96, 2), 0.3), recipes.BF16)
+    return jnp.sum(y.astype(jnp.float32) ** 2)
+
+  index = np.array([30, 0, 50, 10]) if function == "grouped_dot" else experts
+  traced = jax.jit(jax.grad(loss))(x, index)
+  np.testing.assert_array_equal(traced, jax.jit(jax.grad(lambda x: loss(x, index)))(x))
