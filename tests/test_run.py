@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def corpus_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def command(corpus_file):
-  """Starts the runner as a user does."""
+  """Starts the runner as a user does; its programs are compiled for few steps."""
+  environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
   def start(workdir, *arguments, small_config=True):
     values = SMALL | {"data.path": corpus_file, "recipes": "bf16,mxfp4_rht_sr"}
@@ -78,6 +80,7 @@ def command(corpus_file):
     return subprocess.Popen(
       [*line, f"--workdir={workdir}", *overrides, *arguments],
       cwd=ROOT,
+      env=environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
