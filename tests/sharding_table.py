@@ -1,4 +1,4 @@
-"""Each function and recipe over 4 devices, against one device: `python tests/sharding_table.py`.
+"""Each function and recipe over 4 devices, against one: `.venv/bin/python tests/sharding_table.py`.
 
 Tokens are divided among the devices, weights are whole on each. Of jit the numbers are those of one
 call on one device; of shard_map those of a call per shard on one device, weights' gradients added.
