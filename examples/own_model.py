@@ -1,6 +1,6 @@
 """Recipes in your own model: plain JAX, Flax, a mixture of experts, a recipe of your own.
 
-.venv/bin/python -m examples.own_model    # or, after `pip install .`, as a script anywhere
+.venv/bin/python examples/own_model.py
 """
 
 import dataclasses

@@ -29,6 +29,8 @@ from fp4jax.quantizers import Hadamard, Operand
 from fp4jax.recipe import Gemm, Recipe, Residual
 from fp4jax.transforms import hadamard
 
+__version__ = "0.1.0"
+
 __all__ = [
   "FORMATS",
   "FP8_BLOCK",
