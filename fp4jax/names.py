@@ -34,6 +34,19 @@ def settle(value: Any) -> None:
     _set(value, given.root, given.root, given.owner)
 
 
+def brief(value: Any) -> str:
+  """A value in a few words: by its name, or by its type and the fields that are not the default."""
+  if isinstance(name := getattr(value, "name", None), str):
+    return name
+  if not dataclasses.is_dataclass(value) or isinstance(value, type):
+    return getattr(value, "__name__", repr(value))
+  fields = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
+  told = [
+    f"{f.name}={brief(v)}" for f, v in fields if f.default is dataclasses.MISSING or v != f.default
+  ]
+  return f"{type(value).__name__}({', '.join(told)})"
+
+
 def _set(value, text, root, owner):
   name = Name(text)
   name.root, name.owner = root, owner

@@ -68,7 +68,7 @@ class Residual:
         raise ValueError(f"residual.{field.name}={fmt!r} is neither a BlockFormat nor None")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe:
   """The numerics of a linear layer, with the source that they are taken from.
 
@@ -112,6 +112,13 @@ class Recipe:
       )
     self._check_space("fprop.lhs", "dgrad.rhs")  # dx = dy @ w.T lies where dgrad read w
     self._check_space("fprop.rhs", "wgrad.lhs")
+
+  def __repr__(self):
+    """A line per operand, and one for what is kept."""
+    lines = [f"{role}  {names.brief(quantizer)}" for role, quantizer in self.operands()]
+    if self.residual != Residual():
+      lines.append(f"residual   {names.brief(self.residual)}")
+    return "\n  ".join([f"Recipe {self.name}", *lines])
 
   def _check_space(self, forward: str, backward: str) -> None:
     """What maps its gradient in the space of its transform needs a gradient of that space."""

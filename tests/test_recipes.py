@@ -208,3 +208,13 @@ def test_a_recipe_needs_all_its_parts():
   gemm = recipes.BF16.fprop
   with pytest.raises(TypeError, match="citation"):
     Recipe(name="mine", fprop=gemm, dgrad=gemm, wgrad=gemm)
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES.values(), ids=recipes.RECIPES)
+def test_a_recipe_is_printed_on_a_few_lines(recipe):
+  lines = repr(recipe).splitlines()
+  assert lines[0] == f"Recipe {recipe.name}" and len(lines) <= 8 and max(map(len, lines)) <= 100
+  for role, quantizer in recipe.operands():
+    (line,) = [line for line in lines if line.startswith(f"  {role}  ")]
+    assert ("source='residual'" in line) == (quantizer.source == "residual")
+    assert ("rounding='stochastic'" in line) == (quantizer.rounding == "stochastic")
