@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, PyTree
 
 from experiments.config import Experiment, Quantize
 from experiments.optimizers import make_optimizer
 from fp4jax import operands
 from fp4jax.implementation import Implementation
 from fp4jax.models import LanguageModel, LayerRule, Policy
+from fp4jax.models.matrix import Matrix
 from fp4jax.models.policy import KINDS
 from fp4jax.recipe import Recipe
 
@@ -76,10 +77,10 @@ def schedule_of(config: Experiment, run: str) -> tuple[tuple[int, Policy], ...]:
 
 def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer:
   """Functions that train `config.model` under `policy`; nothing is compiled before first use."""
-  optimizer = make_optimizer(config.optimizer, config.steps)
   make_model = functools.partial(LanguageModel, config.model, vocab_size)
   model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
   graph, _ = nnx.split(model)
+  optimizer = make_optimizer(config.optimizer, config.steps, matrices(model))
   taps = jax.tree.map(jnp.zeros_like, jax.eval_shape(model.new_taps))
 
   def init(seed):
@@ -162,6 +163,13 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     saved_bytes,
     adopt,
   )
+
+
+def matrices(model: LanguageModel) -> PyTree[bool]:
+  """Of each parameter, whether it is a `Matrix`."""
+  is_variable = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
+  found = jax.tree.map(lambda v: isinstance(v, Matrix), nnx.state(model), is_leaf=is_variable)
+  return nnx.to_pure_dict(found)
 
 
 def parameter_counts(config: Experiment, vocab_size: int) -> dict[str, int]:

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from experiments.config import Experiment, Optimizer, StableSpam
 from experiments.optimizers import OPTIMIZERS, learning_rate, make_optimizer
 from experiments.optimizers.stable_spam import scale_by_stable_spam
-from experiments.train import make_trainer
-from fp4jax.models import ModelConfig, Policy
+from experiments.train import make_trainer, matrices
+from fp4jax.models import LanguageModel, ModelConfig, Policy
 
 STEPS = 30
 
@@ -58,9 +59,10 @@ SHAPES = {
   ("embedding",): ((10, 6), ()),
   ("norm",): ((6,), ()),
   ("blocks", "w2"): ((2, 3, 4, 6), (2, 3)),  # layers, experts
-  ("blocks", "w_qkv"): ((2, 6, 8), (2,)),
+  ("blocks", "qkv"): ((2, 6, 8), (2,)),
   ("blocks", "norm"): ((2, 6), (2,)),
 }
+DECAYED = {path: path[-1] in ("w_head", "w2", "qkv") for path in SHAPES}
 
 
 def nested(by_path):
@@ -88,11 +90,12 @@ def test_stable_spam_is_the_published_code_tensor_by_tensor(final_scale):
   config = Optimizer(
     name="stable_spam", learning_rate=0.01, warmup_steps=3, weight_decay=0.3, stable_spam=settings
   )
-  optimizer, rates = make_optimizer(config, STEPS), learning_rate(config, STEPS)
+  optimizer = make_optimizer(config, STEPS, nested(DECAYED))
+  rates = learning_rate(config, STEPS)
   rng = np.random.default_rng(0)
   start = {p: rng.standard_normal(shape).astype(np.float32) for p, (shape, _) in SHAPES.items()}
   apart = {
-    (path, index): PublishedStableSpam(start[path][index], 0.3 * (path[-1][0] == "w"), settings)
+    (path, index): PublishedStableSpam(start[path][index], 0.3 * DECAYED[path], settings)
     for path, (_, stack) in SHAPES.items()
     for index in np.ndindex(stack)
   }
@@ -112,6 +115,84 @@ def test_stable_spam_is_the_published_code_tensor_by_tensor(final_scale):
     np.testing.assert_allclose(leaf[index], tensor.weight, atol=2e-6, err_msg=f"{path} {index}")
     moved = np.abs(tensor.weight - start[path][index]).max()
     assert moved > 0.02
+
+
+def test_adamw_is_the_published_algorithm():
+  """Loshchilov and Hutter, arXiv 1711.05101, behind a clip of the norm of all gradients."""
+  config = Optimizer(
+    learning_rate=0.01, warmup_steps=3, weight_decay=0.3, b1=0.8, b2=0.9, clip_norm=100.0
+  )
+  optimizer = make_optimizer(config, STEPS, nested(DECAYED))
+  rng = np.random.default_rng(0)
+  weights = {p: rng.standard_normal(shape) for p, (shape, _) in SHAPES.items()}
+  params = jax.tree.map(jnp.float32, nested(weights))
+  m, v = ({p: np.zeros(shape) for p, (shape, _) in SHAPES.items()} for _ in range(2))
+  state, update, clipped = optimizer.init(params), jax.jit(optimizer.update), 0
+  for step in range(STEPS):
+    rate = 0.01 * step / 3 if step < 3 else 0.01 * cosine((step - 3) / (STEPS - 3), 0.1)
+    g = gradients(rng, step)
+    updates, state = update(jax.tree.map(jnp.asarray, nested(g)), state, params)
+    params = optax.apply_updates(params, updates)
+    norm = math.sqrt(sum((np.float64(x) ** 2).sum() for x in g.values()))
+    clipped += norm > 100
+    for p, x in g.items():
+      x = np.float64(x) * min(1, 100 / norm)
+      m[p], v[p] = 0.8 * m[p] + 0.2 * x, 0.9 * v[p] + 0.1 * x**2
+      adam = m[p] / (1 - 0.8 ** (step + 1)) / (np.sqrt(v[p] / (1 - 0.9 ** (step + 1))) + 1e-8)
+      weights[p] = weights[p] - rate * (adam + 0.3 * DECAYED[p] * weights[p])
+  assert 5 < clipped < STEPS
+  # 30 steps of at most 0.04, each to some ulps of float32.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), params, nested(weights))
+
+
+def cosine(at, end):
+  """From 1 to `end`."""
+  return end + (1 - end) * (1 + math.cos(math.pi * at)) / 2
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_floor():
+  config = Optimizer(learning_rate=0.5, warmup_steps=10, final_fraction=0.2)
+  rates = [float(learning_rate(config, 110)(step)) for step in range(111)]
+  expected = [0.5 * step / 10 for step in range(10)]
+  expected += [0.5 * cosine(step / 100, 0.2) for step in range(101)]
+  np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_experts", [0, 4])
+def test_weight_decay_shrinks_the_matrices_of_the_model(num_experts):
+  config = ModelConfig(num_layers=1, num_experts=num_experts, d_ff_shared=32 if num_experts else 0)
+  model = nnx.eval_shape(lambda: LanguageModel(config, 50, nnx.Rngs(0)))
+  found = {
+    "/".join(str(key.key) for key in path)
+    for path, decayed in jax.tree_util.tree_leaves_with_path(matrices(model))
+    if decayed
+  }
+  expected = {"w_head", "blocks/attention/w_qkv", "blocks/attention/w_out"}
+  expected |= {"blocks/feed_forward/w13", "blocks/feed_forward/w2"}
+  if num_experts:
+    expected |= {"blocks/feed_forward/w_router"}
+    expected |= {"blocks/feed_forward/shared/w13", "blocks/feed_forward/shared/w2"}
+  assert found == expected
+
+
+def test_routing_losses_enter_with_their_weights():
+  """The gradient is linear in them."""
+  model = ModelConfig(
+    num_layers=1, d_model=16, num_heads=1, num_kv_heads=1, head_dim=16, num_experts=4, d_ff=16
+  )
+  tokens, seed = np.random.default_rng(0).integers(0, 50, (2, 17)).astype(np.int32), jnp.int32(0)
+
+  def gradient(balance, z):
+    weights = Optimizer(load_balance_weight=balance, router_z_weight=z)
+    trainer = make_trainer(Experiment(model=model, optimizer=weights), 50, Policy())
+    found = trainer.gradients(trainer.init(seed), tokens, seed)
+    return np.asarray(found["blocks"]["feed_forward"]["w_router"], np.float64)
+
+  none, balance, z = gradient(0.0, 0.0), gradient(1.0, 0.0), gradient(0.0, 1.0)
+  size = np.abs(none).max()
+  assert np.abs(balance - none).max() > 0.1 * size and np.abs(z - none).max() > 0.1 * size
+  expected = none + 0.5 * (balance - none) + 0.25 * (z - none)
+  np.testing.assert_allclose(gradient(0.5, 0.25), expected, atol=2e-2 * np.abs(expected).max())
 
 
 def run(gradients, **settings):

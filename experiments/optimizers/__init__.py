@@ -1,10 +1,12 @@
 """Optimizers by name, `--config.optimizer.name=stable_spam`.
 
-Each is a function of the settings, the learning rate of each step and the number of steps. It may
-use elementwise operations and reductions over single tensors alone: these work under any sharding.
+Each is a function of the settings, the learning rate of each step, the number of steps, and which
+parameters weight decay shrinks. It may use elementwise operations and reductions over single
+tensors alone: these work under any sharding.
 """
 
 import optax
+from jaxtyping import PyTree
 
 from experiments.config import Optimizer
 from experiments.optimizers.adamw import adamw
@@ -13,10 +15,12 @@ from experiments.optimizers.stable_spam import stable_spam
 OPTIMIZERS = {"adamw": adamw, "stable_spam": stable_spam}
 
 
-def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+  config: Optimizer, steps: int, decayed: PyTree[bool]
+) -> optax.GradientTransformation:
   if config.name not in OPTIMIZERS:
     raise ValueError(f"optimizer.name={config.name!r} is not one of {', '.join(OPTIMIZERS)}")
-  return OPTIMIZERS[config.name](config, learning_rate(config, steps), steps)
+  return OPTIMIZERS[config.name](config, learning_rate(config, steps), steps, decayed)
 
 
 def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:

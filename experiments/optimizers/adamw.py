@@ -1,15 +1,15 @@
 """AdamW behind a clip of the global norm."""
 
-from typing import Any
-
-import jax
 import optax
+from jaxtyping import PyTree
 
 from experiments.config import Optimizer
 
 
-def adamw(config: Optimizer, schedule: optax.Schedule, steps: int) -> optax.GradientTransformation:
-  """Clipped AdamW that decays matrices only."""
+def adamw(
+  config: Optimizer, schedule: optax.Schedule, steps: int, decayed: PyTree[bool]
+) -> optax.GradientTransformation:
+  """Clipped AdamW."""
   del steps
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
@@ -21,8 +21,3 @@ def adamw(config: Optimizer, schedule: optax.Schedule, steps: int) -> optax.Grad
       mask=decayed,
     ),
   )
-
-
-def decayed(params: Any) -> Any:
-  """True for each tensor that weight decay shrinks: those whose name begins with w."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: str(path[-1].key).startswith("w"), params)

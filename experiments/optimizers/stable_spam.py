@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, PyTree
 
 from experiments.config import Optimizer, StableSpam
-from experiments.optimizers.adamw import decayed
 
 
 class State(NamedTuple):
@@ -43,7 +42,7 @@ class State(NamedTuple):
 
 
 def stable_spam(
-  config: Optimizer, schedule: optax.Schedule, steps: int
+  config: Optimizer, schedule: optax.Schedule, steps: int, decayed: PyTree[bool]
 ) -> optax.GradientTransformation:
   """Stable-SPAM with AdamW's weight decay; the global norm is not clipped."""
   return optax.chain(

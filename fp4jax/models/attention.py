@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from fp4jax.models.matrix import Matrix
 from fp4jax.models.policy import Numerics, Weights
 
 
@@ -29,8 +30,8 @@ class Attention(nnx.Module):
     self.rope_theta = rope_theta
     fan_in = nnx.initializers.lecun_normal()
     qkv = (num_heads + 2 * num_kv_heads) * head_dim
-    self.w_qkv = nnx.Param(fan_in(rngs.params(), (d_model, qkv), jnp.float32))
-    self.w_out = nnx.Param(
+    self.w_qkv = Matrix(fan_in(rngs.params(), (d_model, qkv), jnp.float32))
+    self.w_out = Matrix(
       out_scale * fan_in(rngs.params(), (num_heads * head_dim, d_model), jnp.float32)
     )
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax import operands
 from fp4jax.models import attention, moe
+from fp4jax.models.matrix import Matrix
 from fp4jax.models.policy import Numerics, Policy, Weights
 
 
@@ -92,7 +93,7 @@ class LanguageModel(nnx.Module):
     make_blocks = nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
     self.blocks = make_blocks(rngs.split(config.num_layers))
     self.norm = nnx.RMSNorm(config.d_model, rngs=rngs)
-    self.w_head = nnx.Param(
+    self.w_head = Matrix(
       nnx.initializers.lecun_normal()(rngs.params(), (config.d_model, vocab_size), jnp.float32)
     )
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from fp4jax.models.matrix import Matrix
 from fp4jax.models.policy import Numerics, Weights
 from fp4jax.swiglu import swiglu
 
@@ -46,8 +47,8 @@ class FeedForward(nnx.Module):
   ):
     fan_in = nnx.initializers.lecun_normal()
     self.names = (prefix + "w13", prefix + "w2")
-    self.w13 = nnx.Param(fan_in(rngs.params(), (d_model, 2 * d_ff), jnp.float32))
-    self.w2 = nnx.Param(out_scale * fan_in(rngs.params(), (d_ff, d_model), jnp.float32))
+    self.w13 = Matrix(fan_in(rngs.params(), (d_model, 2 * d_ff), jnp.float32))
+    self.w2 = Matrix(out_scale * fan_in(rngs.params(), (d_ff, d_model), jnp.float32))
 
   @property
   def gemms(self) -> Weights:
@@ -75,13 +76,11 @@ class MoE(nnx.Module):
       raise ValueError(f"{top_k=} is not in 1..{num_experts=}")
     self.top_k = top_k
     fan_in = nnx.initializers.lecun_normal(batch_axis=0)
-    self.w_router = nnx.Param(
+    self.w_router = Matrix(
       nnx.initializers.lecun_normal()(rngs.params(), (d_model, num_experts), jnp.float32)
     )
-    self.w13 = nnx.Param(fan_in(rngs.params(), (num_experts, d_model, 2 * d_ff), jnp.float32))
-    self.w2 = nnx.Param(
-      out_scale * fan_in(rngs.params(), (num_experts, d_ff, d_model), jnp.float32)
-    )
+    self.w13 = Matrix(fan_in(rngs.params(), (num_experts, d_model, 2 * d_ff), jnp.float32))
+    self.w2 = Matrix(out_scale * fan_in(rngs.params(), (num_experts, d_ff, d_model), jnp.float32))
     self.shared = (
       FeedForward(d_model, d_ff_shared, out_scale, rngs, "experts.shared_") if d_ff_shared else None
     )
