@@ -103,7 +103,8 @@ class XlaGemms:
 def nan_unless(valid: Bool[Array, ""] | None, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
   """x; NaN where not `valid`. None: nothing can be wrong with x.
 
-  Before the cast of a product, not after it: there a select keeps XLA from fusing what follows.
+  A select can keep XLA from fusing a cast with what follows, which changes bits: it belongs where
+  `test_looking_for_bad_sizes_and_experts_changes_no_bit` finds none.
   """
   return x if valid is None else jnp.where(valid, x, jnp.nan)
 

@@ -1,6 +1,7 @@
 """Fixtures that any test may ask for."""
 
 import hashlib
+import importlib.util
 import os
 import platform
 import types
@@ -25,10 +26,11 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Compiling is most of a first run. LLVM's first level of optimization takes two thirds of the time
-# of its third, and keeps what changes bits: the fused multiply-adds.
-os.environ.setdefault(
-  "XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=4"
-)
+# of its third, and keeps what changes bits: the fused multiply-adds. A GPU's tests run as users do.
+if not importlib.util.find_spec("jax_plugins"):
+  os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=4"
+  )
 
 import jax  # noqa: E402, reads the environment
 
