@@ -129,7 +129,7 @@ def test_adamw_is_the_published_algorithm():
   m, v = ({p: np.zeros(shape) for p, (shape, _) in SHAPES.items()} for _ in range(2))
   state, update, clipped = optimizer.init(params), jax.jit(optimizer.update), 0
   for step in range(STEPS):
-    rate = 0.01 * step / 3 if step < 3 else 0.01 * cosine((step - 3) / (STEPS - 3), 0.1)
+    rate = 0.01 * (step + 1) / 3 if step < 2 else 0.01 * cosine((step - 2) / (STEPS - 3), 0.1)
     g = gradients(rng, step)
     updates, state = update(jax.tree.map(jnp.asarray, nested(g)), state, params)
     params = optax.apply_updates(params, updates)
@@ -152,10 +152,15 @@ def cosine(at, end):
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor():
   config = Optimizer(learning_rate=0.5, warmup_steps=10, final_fraction=0.2)
-  rates = [float(learning_rate(config, 110)(step)) for step in range(111)]
-  expected = [0.5 * step / 10 for step in range(10)]
+  rates = [float(learning_rate(config, 110)(step)) for step in range(110)]
+  expected = [0.5 * step / 10 for step in range(1, 10)]
   expected += [0.5 * cosine(step / 100, 0.2) for step in range(101)]
   np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
+def test_the_first_step_moves_the_weights():
+  for warmup in (0, 5):
+    assert learning_rate(Optimizer(warmup_steps=warmup), 20)(0) > 0
 
 
 @pytest.mark.parametrize("num_experts", [0, 4])
