@@ -23,7 +23,8 @@ from fp4jax.recipe import Recipe
 
 # Folded into a step's key, so that evaluation does not draw what training draws.
 _EVALUATION = zlib.crc32(b"evaluation")
-Scalars = dict[str, Float32[Array, ""]]
+# Losses and the gradient norm; with experts, `expert_load` by layer and expert.
+Scalars = dict[str, Float32[Array, "..."]]
 Tokens = Int32[Array, "batch length_and_one"]
 
 
@@ -100,7 +101,7 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     return dataclasses.replace(state, quantizers=quantizers)
 
   def losses(params, quantizers, tokens, key, taps=None):
-    """Mean cross-entropy in nats a token, and the routing losses."""
+    """Mean cross-entropy in nats per token, and what the model says of its routing."""
     logits, routing = nnx.merge(graph, params)(
       tokens[:, :-1], policy, key=key, taps=taps, states=quantizers
     )
@@ -113,7 +114,8 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
       "load_balance_loss": config.optimizer.load_balance_weight,
       "router_z_loss": config.optimizer.router_z_weight,
     }
-    return loss + sum(weights[name] * value for name, value in routing.items()), (loss, routing)
+    auxiliary = sum(weight * routing[name] for name, weight in weights.items() if name in routing)
+    return loss + auxiliary, (loss, routing)
 
   def step(state, tokens, seed):
     key = _key(seed, state.step)
@@ -121,13 +123,14 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     (_, (loss, routing)), (grads, quantizers) = jax.value_and_grad(
       total_loss, argnums=(0, 1), has_aux=True
     )(state.params, state.quantizers, tokens, key)
-    norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    new = TrainState(state.step + 1, params, opt_state, quantizers)
-    # A step that diverged changes nothing, so that its cause can still be looked at.
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    with jax.named_scope("optimizer"):
+      norm = optax.tree.norm(grads)
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+      new = TrainState(state.step + 1, params, opt_state, quantizers)
+      # A step that diverged changes nothing, so that its cause can still be looked at.
+      finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+      new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     return new, {"loss": loss, "grad_norm": norm} | routing
 
   def gradients(state, tokens, seed):

@@ -46,6 +46,7 @@ def test_route_weights_the_largest_probabilities():
   chosen = np.take_along_axis(p, best, 1)
   # softmax in float32: a few ulp
   np.testing.assert_allclose(routing.weights, chosen / chosen.sum(1, keepdims=True), rtol=1e-5)
+  np.testing.assert_allclose(routing.load, np.bincount(best.ravel(), minlength=6) / 150, rtol=1e-6)
   np.testing.assert_allclose(routing.z_loss, np.mean(np.log(np.exp(logits).sum(1)) ** 2), rtol=1e-5)
 
 
@@ -133,9 +134,12 @@ def test_model_is_causal_and_its_scan_is_its_blocks_in_a_row(num_experts):
   config = dataclasses.replace(CONFIG, num_experts=num_experts)
   model = LanguageModel(config, 50, nnx.Rngs(0))
   tokens = jax.random.randint(jax.random.key(1), (2, 10), 0, 50)
-  logits, losses = model(tokens, FP32)
+  logits, routing = model(tokens, FP32)
   assert logits.shape == (2, 10, 50) and logits.dtype == jnp.float32
-  assert set(losses) == ({"load_balance_loss", "router_z_loss"} if num_experts else set())
+  found = {"load_balance_loss", "router_z_loss", "expert_load"}
+  assert set(routing) == (found if num_experts else set())
+  if num_experts:
+    assert routing["expert_load"].shape == (CONFIG.num_layers, 4)
 
   changed, _ = model(tokens.at[:, 6].add(1), FP32)
   np.testing.assert_array_equal(logits[:, :6], changed[:, :6])

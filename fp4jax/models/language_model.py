@@ -60,15 +60,19 @@ class Block(nnx.Module):
 
   def __call__(
     self, x: Float[Array, "b t d"], numerics: Numerics
-  ) -> tuple[Float[Array, "b t d"], dict[str, Float32[Array, ""]]]:
-    x = x + self.attention(_norm(self.attention_norm, x), numerics)
-    normed = _norm(self.feed_forward_norm, x)
-    if not isinstance(self.feed_forward, moe.MoE):
-      return x + self.feed_forward(normed, numerics), {}
-    out, routing = self.feed_forward(normed, numerics)
-    return x + out, {
+  ) -> tuple[Float[Array, "b t d"], dict[str, Float32[Array, "..."]]]:
+    with jax.named_scope("attention"):
+      x = x + self.attention(_norm(self.attention_norm, x), numerics)
+    with jax.named_scope("feed_forward"):
+      normed = _norm(self.feed_forward_norm, x)
+      if not isinstance(self.feed_forward, moe.MoE):
+        return x + self.feed_forward(normed, numerics), {}
+      out, routing = self.feed_forward(normed, numerics)
+      x = x + out
+    return x, {
       "load_balance_loss": routing.load_balance_loss,
       "router_z_loss": routing.z_loss,
+      "expert_load": routing.load,
     }
 
 
@@ -105,8 +109,9 @@ class LanguageModel(nnx.Module):
     key: jax.Array | None = None,
     taps: dict[str, Float32[Array, "... role field"]] | None = None,
     states: States | None = None,
-  ) -> tuple[Float32[Array, "b t vocab"], dict[str, Float32[Array, ""]]]:
-    """Logits, and the routing losses averaged over layers (none without experts).
+  ) -> tuple[Float32[Array, "b t vocab"], dict[str, Float32[Array, "..."]]]:
+    """Logits, and of the routing (nothing without experts) the losses, averaged over layers, and
+    the share of the choices by layer and expert.
 
     Args:
       tokens: ids below the vocabulary's size.
@@ -120,7 +125,7 @@ class LanguageModel(nnx.Module):
     keys = None if key is None else jax.random.split(key, self.num_layers + 1)
     block_taps = None if taps is None else {k: v for k, v in taps.items() if v.ndim == 3}
     inputs = (blocks, None if keys is None else keys[:-1], block_taps)
-    n, losses, states = self.num_layers, [], states or {}
+    n, routing, states = self.num_layers, [], states or {}
     for first, stop in policy.segments(self._block_gemms, n):
 
       def block(x, inputs, layer=first):
@@ -131,12 +136,16 @@ class LanguageModel(nnx.Module):
       if stop - first < n:  # a slice of everything would be a copy
         segment = jax.tree.map(operator.itemgetter(slice(first, stop)), inputs)
       x, of_blocks = lax.scan(block, x, (segment, states.get(_layers(first, stop), {})))
-      losses.append(of_blocks)
-    x = _norm(self.norm, x)
+      routing.append(of_blocks)
     head = Numerics(policy, None if keys is None else keys[-1], taps, states.get("head"), n, n)
-    logits = head.matmul("head.logits", x, self.w_head[...]).astype(jnp.float32)
-    losses = jax.tree.map(lambda *parts: jnp.concatenate(parts), *losses)
-    return logits, {name: jnp.mean(loss) for name, loss in losses.items()}
+    with jax.named_scope("head"):
+      x = _norm(self.norm, x)
+      logits = head.matmul("head.logits", x, self.w_head[...]).astype(jnp.float32)
+    routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routing)
+    return logits, {
+      name: of_layers if name == "expert_load" else jnp.mean(of_layers)
+      for name, of_layers in routing.items()
+    }
 
   def new_taps(self) -> dict[str, Float32[Array, "... role field"]]:
     """A tap for each GEMM by name; those of the blocks have a leading layer axis."""

@@ -17,6 +17,7 @@ class Routing(NamedTuple):
 
   experts: Int[Array, "token k"]
   weights: Float32[Array, "token k"]  # of one token sum to 1
+  load: Float32[Array, " e"]  # share of the choices that fall on each expert
   load_balance_loss: Float32[Array, ""]
   z_loss: Float32[Array, ""]
 
@@ -24,17 +25,18 @@ class Routing(NamedTuple):
 def route(logits: Float32[Array, "token e"], top_k: int) -> Routing:
   """Top-k softmax routing.
 
-  The load-balancing loss is that of arXiv 2101.03961, e * sum_i (share of the choices that fall on
-  expert i) * (mean probability of i), 1 when balanced; the z loss that of arXiv 2202.08906.
+  The load-balancing loss is that of arXiv 2101.03961, e * sum_i load_i * (mean probability of i),
+  1 when balanced; the z loss that of arXiv 2202.08906.
   """
   num_experts = logits.shape[-1]
   probabilities = jax.nn.softmax(logits, axis=-1)
   weights, experts = jax.lax.top_k(probabilities, top_k)
-  share = jnp.bincount(experts.ravel(), length=num_experts) / experts.size
+  load = jnp.bincount(experts.ravel(), length=num_experts) / experts.size
   return Routing(
     experts,
     weights / jnp.sum(weights, axis=-1, keepdims=True),
-    num_experts * jnp.sum(share * jnp.mean(probabilities, axis=0)),
+    load,
+    num_experts * jnp.sum(load * jnp.mean(probabilities, axis=0)),
     jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2),
   )
 
