@@ -81,7 +81,8 @@ class Optimizer:
   name: str = "adamw"
   learning_rate: float = 3e-3
   warmup_steps: int = 20
-  final_fraction: float = 0.1  # of the peak, at the last step
+  # Of the peak, at the last step; at 1 a finished workdir can be given more steps.
+  final_fraction: float = 0.1
   b1: float = 0.9  # of adamw
   b2: float = 0.95  # of adamw
   weight_decay: float = 0.1
@@ -233,6 +234,20 @@ def _validate_final(config: Experiment) -> None:
     )
   for name in config.recipes:
     config.recipes_of(name)
+
+
+def why_not_longer(config: Experiment) -> str | None:
+  """Why a run of `config` is not the beginning of one with more steps; None: it is."""
+  optimizer, spam = config.optimizer, config.optimizer.stable_spam
+  if not config.checkpoint_every:
+    return "checkpoint_every=0 keeps no state to go on from"
+  if optimizer.final_fraction != 1:
+    return f"optimizer.final_fraction={optimizer.final_fraction} ends the fall of the learning rate"
+  if config.final_recipe is not None:
+    return f"final_recipe={config.final_recipe} has trained the last of them"
+  if optimizer.name == "stable_spam" and spam.final_scale != 1:
+    return f"optimizer.stable_spam.final_scale={spam.final_scale} ends a cosine over the steps"
+  return None
 
 
 def to_dict(config: Experiment) -> dict[str, Any]:

@@ -9,20 +9,20 @@ import io
 import json
 import math
 import os
-import shutil
 import socket
-import statistics
 import struct
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import tqdm
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
+
+_BEGIN_AGAIN = "; mend it, or remove its folder to train that run again"
 
 
 class JsonLines:
@@ -39,9 +39,9 @@ class JsonLines:
     if offset is None:
       offset = written.rfind(b"\n") + 1
     if not 0 <= offset <= len(written):
-      raise ValueError(f"{self._path} has {len(written)} bytes, cannot be cut to {offset=}")
+      raise ValueError(f"{self._path} has {len(written)} bytes, less than {offset}{_BEGIN_AGAIN}")
     if offset and written[offset - 1 : offset] != b"\n":
-      raise ValueError(f"{self._path} has no line end before {offset=}")
+      raise ValueError(f"{self._path} has no line end before byte {offset}{_BEGIN_AGAIN}")
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._file = _open_append(self._path)
     if offset < len(written):
@@ -92,11 +92,24 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     try:
       row = json.loads(line)
     except ValueError as error:
-      raise ValueError(f"{path}, line {number} is damaged: {error}") from error
+      raise ValueError(f"{path}, line {number} is damaged: {error}{_BEGIN_AGAIN}") from error
     if not isinstance(row, dict):
       raise ValueError(f"{path}, line {number} is damaged: {line[:60]!r} is no object")
     rows.append(row)
   return rows
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
+  """The object in a JSON file, None without a file."""
+  try:
+    value = json.loads(Path(path).read_bytes())
+  except FileNotFoundError:
+    return None
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is damaged: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} is damaged: {value!r:.60} is not an object")
+  return value
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -163,105 +176,58 @@ class TensorBoard:
 
 
 class Progress:
-  """One line about the run in hand and the time left of the whole job.
+  """A bar over the tokens of every run that this process has to train, with the run in hand.
 
-  On a terminal the line is rewritten in place, elsewhere printed now and then and as a run ends.
-  `total_steps` are those this process has to take, all runs together, without those of before a
-  resume; the first `compiling_runs` runs compile in their first step; `tokens_per_step` is
-  batch_size * sequence_length.
+  `run` is recipe-seed. On a terminal the line is rewritten in place, elsewhere one is printed every
+  10 s.
   """
 
-  def __init__(
-    self,
-    total_steps: int,
-    compiling_runs: int,
-    tokens_per_step: int,
-    stream: TextIO | None = None,  # standard error
-    clock: Callable[[], float] = time.monotonic,
-  ):
-    self._left = total_steps
-    self._compiling_runs = compiling_runs
-    self._first_s: list[float] = []  # of each such run, to the end of its first step
-    self._later_s, self._later_steps = 0.0, 0  # of the other steps of all runs
+  def __init__(self, total_steps: int, tokens_per_step: int, stream: TextIO | None = None):
+    stream = sys.stderr if stream is None else stream
+    terminal = stream.isatty()
     self._tokens_per_step = tokens_per_step
-    self._stream = sys.stderr if stream is None else stream
-    self._clock = clock
-    self._terminal = self._stream.isatty()
-    self._every_s = 0.1 if self._terminal else 10.0
-    self._printed = clock()
-    self._line = ""
+    self._bar = tqdm.tqdm(
+      total=total_steps * tokens_per_step,
+      unit=" tokens",
+      unit_scale=True,
+      file=stream if terminal else _Lines(stream),
+      mininterval=0.1 if terminal else 10,
+      dynamic_ncols=terminal,
+      bar_format="{desc}{percentage:3.0f}%|{bar:20}| {rate_fmt}, {remaining} left",
+    )
 
   def start(self, run: str, steps: int, step: int = 0) -> None:
-    """Begins the run named `run` (recipe/seed) of `steps` steps, of which `step` are done."""
+    """Begins the run of that name, of whose `steps` steps `step` are done."""
     self._run, self._steps, self._step = run, steps, step
-    self._told = self._clock()
-    self._timed = None  # the run's first step compiles, so its speed counts from there
 
   def update(self, step: int, loss: float) -> None:
-    """Tells that `step` steps of the run are done; prints when a line is due."""
-    now = self._clock()
-    seconds, steps = now - self._told, step - self._step
-    self._told, self._step = now, step
-    self._left -= steps
-    tokens_per_s = None
-    if self._timed is None:
-      self._timed = now, step
-      if len(self._first_s) < self._compiling_runs:
-        self._first_s.append(seconds)
-    else:
-      self._later_s += seconds
-      self._later_steps += steps
-      if now > self._timed[0]:
-        tokens_per_s = self._tokens_per_step * (step - self._timed[1]) / (now - self._timed[0])
-    self._line = progress_line(
-      self._run, step, self._steps, loss, tokens_per_s, self._seconds_left()
-    )
-    if now - self._printed >= self._every_s:
-      self._printed = now
-      self._print(end="")
+    """Tells that `step` steps of the run are done."""
+    at = f"{step:{len(str(self._steps))}d}/{self._steps}"
+    self._bar.set_description_str(f"{self._run}  step {at}  loss {loss:.4f}  ", refresh=False)
+    self._bar.update((step - self._step) * self._tokens_per_step)
+    self._step = step
 
   def end(self) -> None:
-    """Ends the run, also one that diverged before its last step: its last line stays."""
-    self._left -= self._steps - self._step
-    if self._line:
-      self._printed = self._clock()
-      self._print(end="\n")
-      self._line = ""
+    """Ends the run, also one that diverged before its last step."""
+    self._bar.total -= (self._steps - self._step) * self._tokens_per_step
+    self._bar.refresh()
 
-  def _seconds_left(self) -> float | None:
-    """None before there is a step that did not compile."""
-    if not self._later_steps:
-      return None
-    to_compile = self._compiling_runs - len(self._first_s)
-    compiling_s = to_compile and to_compile * statistics.fmean(self._first_s)
-    return self._later_s / self._later_steps * self._left + compiling_s
+  def close(self) -> None:
+    self._bar.close()
 
-  def _print(self, end: str) -> None:
-    if self._terminal:  # a wrapped line could not be rewritten
-      width = shutil.get_terminal_size().columns - 1
-      self._stream.write("\r" + self._line[:width].ljust(width) + end)
-    else:
-      self._stream.write(self._line + "\n")
+
+class _Lines:
+  """What tqdm writes to rewrite its line, as lines of a file."""
+
+  def __init__(self, stream: TextIO):
+    self._stream = stream
+
+  def write(self, text: str) -> None:
+    if line := text.strip():
+      self._stream.write(line + "\n")
+
+  def flush(self) -> None:
     self._stream.flush()
-
-
-def progress_line(
-  run: str,
-  step: int,
-  steps: int,
-  loss: float,
-  tokens_per_s: float | None,
-  seconds_left: float | None,
-) -> str:
-  """`mxfp4/0  step  40/100  loss 3.2145  12,345 tokens/s  1:02:03 left`."""
-  speed = "-" if tokens_per_s is None else f"{tokens_per_s:,.0f}"
-  left = "-"
-  if seconds_left is not None:
-    minutes, seconds = divmod(max(round(seconds_left), 0), 60)
-    hours, minutes = divmod(minutes, 60)
-    left = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-  at = f"{step:{len(str(steps))}d}/{steps}"
-  return f"{run}  step {at}  loss {loss:.4f}  {speed} tokens/s  {left} left"
 
 
 def _open_append(path: Path) -> io.FileIO:

@@ -15,7 +15,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.config import Experiment
 from experiments.optimizers import learning_rate
 from experiments.train import Trainer
-from experiments.workdir import Offsets, Run
+from experiments.workdir import LOGS, Run
 
 
 class Interrupted(Exception):
@@ -31,18 +31,15 @@ def train_run(
   config: Experiment,
   corpus: data.Corpus,
   phases: Sequence[tuple[int, Trainer]],
-  open_logs: Callable[[Offsets], dict[str, logs.JsonLines]],
-  offsets: Offsets,
   progress: logs.Progress,
   asked_to_stop: Callable[[], int | None],
-) -> Offsets:
-  """Trains `run` to its end and returns the length of the logs there.
+) -> None:
+  """Trains `run` to its end.
 
   `phases` are trainers with the step from which each trains, the first at 0: what is measured after
   a step runs under the policy of the next one, after the last step under the last policy.
-  `offsets` is where its rows begin: what stands behind them, or behind the checkpoint from which
-  the run resumes, is from a process that died, and is cut off. `asked_to_stop` tells the number of
-  the signal that did.
+  Rows behind the checkpoint from which the run resumes are from a process that died, and are cut
+  off. `asked_to_stop` tells the number of the signal that did.
   """
   if stop := asked_to_stop():
     raise Interrupted(f"stopped before {run.name}; the same command goes on from there", stop)
@@ -61,12 +58,17 @@ def train_run(
     checkpoints = closing(Checkpoints(run.folder / "checkpoints", config.checkpoints_kept))
     restored = checkpoints.restore_latest(lambda step: jax.eval_shape(trainer_of(step).init, seed))
     if restored is None:
-      start, state = 0, trainer_of(0).init(seed)
+      if (step := run.finished_at()) is not None:
+        raise ValueError(
+          f"{run.folder} has no checkpoint of its last step, {step}, to go on from; "
+          "remove the folder to train that run from its first"
+        )
+      start, state, offsets = 0, trainer_of(0).init(seed), dict.fromkeys(LOGS, 0)
     else:
       start, state, metadata = restored
       offsets = metadata["offsets"]
       logging.info("%s resumes from its checkpoint of step %d", run.name, start)
-    rows = {name: closing(log) for name, log in open_logs(offsets).items()}
+    rows = {name: closing(log) for name, log in run.open_logs(offsets).items()}
     board = closing(logs.TensorBoard(run.folder / "tensorboard", start + 1 if restored else None))
 
     def write(log: str, step: int, row: dict) -> None:
@@ -87,30 +89,32 @@ def train_run(
         write("probes", step, row)
       return found
 
-    def save(step: int) -> Offsets:
+    def save(step: int) -> None:
       lengths = {name: log.sync() for name, log in rows.items()}
       if config.checkpoint_every and checkpoints.latest_step() != step:
         checkpoints.save(step, state, {"offsets": lengths})
-      return lengths
 
     progress.start(run.name, config.steps, start)
     if start == 0:
       evaluate(0)
-    batch = train[start]
+      if config.probe_every:
+        probe(0, validation[0])
+    batch, diverged = train[start], False
     for step in range(start, config.steps):
-      if config.probe_every and step % config.probe_every == 0:
-        probe(step, validation[0])
       began = time.perf_counter()
       state, scalars = trainer_of(step).step(state, batch, seed)
       following = train[step + 1]  # gathered while the device computes
-      scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
+      scalars = jax.device_get(scalars)
       step_time = time.perf_counter() - began
+      load = scalars.pop("expert_load", None)
+      scalars = {name: float(value) for name, value in scalars.items()}
       if not (math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])):
         where = probes.first_non_finite(probe(step, batch)) if config.probe_every else None
         where = where and {"step": step} | where
         write("metrics", step, {"split": "event", "event": "diverged", "probe": where})
         logging.warning("%s diverged at step %d: %s", run.name, step, scalars)
-        offsets = save(step)
+        diverged, done = True, step
+        save(step)
         break
       done = step + 1
       last = done == config.steps
@@ -125,12 +129,14 @@ def train_run(
       progress.update(done, scalars["loss"])
       if done % config.eval_every == 0 or last:
         evaluate(done)
-      if config.probe_every and last:
+        if load is not None:
+          write("metrics", done, {"split": "routing", "load": np.round(load, 6).tolist()})
+      if config.probe_every and (done % config.probe_every == 0 or last):
         probe(done, validation[0])
       batch = following
       stop = asked_to_stop()
       if last or stop or (config.checkpoint_every and done % config.checkpoint_every == 0):
-        offsets = save(done)
+        save(done)
       if stop and not last:
         raise Interrupted(
           f"{run.name} saved its state after step {done} and stopped; "
@@ -141,5 +147,4 @@ def train_run(
           stop,
         )
     progress.end()
-  run.finish(offsets)
-  return offsets
+  run.finish(done, diverged)

@@ -67,32 +67,27 @@ def run(
   batch, length = config.data.batch_size, config.data.sequence_length
   # Of the recipe that a run begins with.
   costs = {name: saved_activation_bytes(p[0][1], batch, length) for name, p in phases.items()}
-  folder.begin(
+  environment = (
     describe_environment(commit)
     | parameter_counts(config, corpus.vocab_size)
     | {"corpus": corpus.describe(), "saved_activation_bytes_per_token": costs}
   )
-  runs, offsets = folder.unfinished()
-  compiling = len({this.recipe for this in runs})
-  progress = logs.Progress(len(runs) * config.steps, compiling, batch * length)
-  try:
-    with stop.after_step():
-      for this in runs:
-        offsets = train_run(
-          this,
-          config,
-          corpus,
-          phases[this.recipe],
-          folder.open_logs,
-          offsets,
-          progress,
-          lambda: stop.number,
-        )
-  except BaseException:
-    with contextlib.suppress(OSError):  # a full disk, say: what went wrong first is what counts
-      _report(folder)
-    raise
-  print(f"report: {_report(folder)}")
+  with folder.begin(environment):
+    runs = folder.unfinished()
+    steps = sum(config.steps - (this.finished_at() or 0) for this in runs)
+    try:
+      with (
+        stop.after_step(),
+        contextlib.closing(logs.Progress(steps, batch * length)) as progress,
+      ):
+        for this in runs:
+          train_run(this, config, corpus, phases[this.recipe], progress, lambda: stop.number)
+    except BaseException:
+      # After a full disk, say: what went wrong first is what counts.
+      with contextlib.suppress(OSError, ValueError):
+        _report(folder)
+      raise
+    print(f"report: {_report(folder)}")
 
 
 def _report(folder: WorkDir) -> Path:

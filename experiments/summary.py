@@ -5,7 +5,6 @@ Works on a run that is still going or was killed: what can't be known yet is Non
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import statistics
@@ -46,11 +45,11 @@ def read_records(workdir: str | os.PathLike) -> Records:
     raise FileNotFoundError(f"{workdir} holds no config.json: not the workdir of a run")
   run = ("recipe", "seed", "step")
   return Records(
-    config=_read_object(workdir / "config.json"),
-    environment=_read_object(workdir / "environment.json"),
-    metrics=_read_rows(workdir / "metrics.jsonl", (*run, "split")),
-    probes=_read_rows(workdir / "probes.jsonl", (*run, "layer", "module", "gemm", "operand")),
-    timing=_read_rows(workdir / "timing.jsonl", run),
+    config=logs.read_json(workdir / "config.json"),
+    environment=logs.read_json(workdir / "environment.json") or {},
+    metrics=_read_rows(workdir, "metrics", (*run, "split")),
+    probes=_read_rows(workdir, "probes", (*run, "layer", "module", "gemm", "operand")),
+    timing=_read_rows(workdir, "timing", run),
   )
 
 
@@ -149,25 +148,17 @@ def lost_to_scale(rows: Iterable[Row]) -> float | None:
   return sum(e * share for e, share in zip(errors, lost, strict=True)) / sum(errors)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-  if not path.exists():
-    return {}
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is damaged: {error}") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path} is damaged: {value!r:.60} is no object")
-  return value
-
-
-def _read_rows(path: Path, needed: tuple[str, ...]) -> list[Row]:
-  rows = logs.read_rows(path)
-  for number, row in enumerate(rows, 1):
-    missing = [name for name in needed if row.get(name) is None]
-    if missing:
-      raise ValueError(f"{path}, line {number} has no {', '.join(missing)}: {repr(row)[:80]}")
-  return rows
+def _read_rows(workdir: Path, log: str, needed: tuple[str, ...]) -> list[Row]:
+  """Of every run; an earlier version kept one file for all of them."""
+  found = []
+  for path in (workdir / f"{log}.jsonl", *sorted(workdir.glob(f"runs/*/{log}.jsonl"))):
+    rows = logs.read_rows(path)
+    for number, row in enumerate(rows, 1):
+      missing = [name for name in needed if row.get(name) is None]
+      if missing:
+        raise ValueError(f"{path}, line {number} has no {', '.join(missing)}: {repr(row)[:80]}")
+    found += rows
+  return found
 
 
 def _curves(metrics: list[Row], recipe: str, split: str) -> dict[int, dict[int, float | None]]:

@@ -1,25 +1,27 @@
 """The folder of one experiment: what belongs to it, and how far it has come.
 
-config.json  recipes.json  environment.json  metrics.jsonl  probes.jsonl  timing.jsonl
-runs/<recipe>-<seed>/checkpoints/  tensorboard/  finished.json
-report.html  summary.json
+config.json  recipes.json  environment.json  summary.json  report.html
+runs/<recipe>-<seed>/  metrics.jsonl  probes.jsonl  timing.jsonl  checkpoints/  tensorboard/
+                       finished.json
 """
 
+import contextlib
 import dataclasses
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax.numpy as jnp
 from absl import logging
 
 from experiments import logs
-from experiments.config import Experiment, to_dict
+from experiments.config import Experiment, to_dict, why_not_longer
 from fp4jax import recipes
 
 LOGS = ("metrics", "probes", "timing")
 Offsets = dict[str, int]  # bytes of each log
+_GROW = ("recipes", "seeds", "bf16_seeds", "steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,31 +36,39 @@ class Run:
   def name(self) -> str:
     return f"{self.recipe}-{self.seed}"
 
-  def finished_offsets(self) -> Offsets | None:
-    """Length of the logs when this run ended; None while it has not."""
-    path = self.folder / "finished.json"
-    return json.loads(path.read_text())["offsets"] if path.exists() else None
+  def finished_at(self) -> int | None:
+    """The step at which this run ended or diverged; None while it has not."""
+    found = logs.read_json(self.folder / "finished.json")
+    return found and found["step"]
 
-  def finish(self, offsets: Offsets) -> None:
-    logs.write_json(self.folder / "finished.json", {"offsets": offsets})
+  def is_finished(self, steps: int) -> bool:
+    found = logs.read_json(self.folder / "finished.json")
+    return found is not None and (found["diverged"] or found["step"] >= steps)
+
+  def finish(self, step: int, diverged: bool) -> None:
+    logs.write_json(self.folder / "finished.json", {"step": step, "diverged": diverged})
+
+  def open_logs(self, offsets: Offsets) -> dict[str, logs.JsonLines]:
+    return {name: logs.JsonLines(self.folder / f"{name}.jsonl", offsets[name]) for name in LOGS}
 
 
 class WorkDir:
-  """Opened only by the config, with the recipes and on the corpus that it began with.
+  """Opened by the config, with the recipes and on the corpus that it began with, or by one that
+  asks for more: other recipes, more seeds, more steps where the first steps stay the same.
 
-  A workdir of before recipes.json is opened with a warning: its recipes are taken to be unchanged.
+  A workdir from before recipes.json is opened with a warning: its recipes are taken to be
+  unchanged.
   """
 
   def __init__(self, path: str | Path, config: Experiment):
+    """Raises ValueError if the folder belongs to another experiment; writes nothing."""
     self.path = Path(path)
+    self._config = config
+    if self.path.exists() and not self.path.is_dir():
+      raise ValueError(f"the workdir {path} is a file, not a folder")
     used = [*config.recipes, *filter(None, [config.final_recipe])]
-    self._wanted = {"config": to_dict(config), "recipes": _definitions(used)}
-    if (self.path / "config.json").exists():
-      self._refuse_differences("config", "another config")
-      if (self.path / "recipes.json").exists():
-        self._refuse_differences("recipes", "recipes defined differently")
-      else:
-        logging.warning("%s does not tell how its recipes were defined: taken to be as now", path)
+    self._recipes = _definitions(used)
+    self._check()
     self.runs = [
       Run(recipe, seed, self.path / "runs" / f"{recipe}-{seed}")
       for seed in range(max(map(config.seeds_of, config.recipes)))
@@ -66,48 +76,102 @@ class WorkDir:
       if seed < config.seeds_of(recipe)
     ]
 
-  def begin(self, environment: dict[str, Any]) -> None:
+  @contextlib.contextmanager
+  def begin(self, environment: dict[str, Any]) -> Iterator[None]:
     """Writes what was configured and environment.json, or adds this session to that of the first.
+    No other process can begin until the context ends.
 
     Raises:
-      ValueError: the corpus, or the tokenizer, is not the one that the runs began with.
+      ValueError: another process trains here; the corpus, or the tokenizer, is not the one that
+        the runs began with.
     """
     self.path.mkdir(parents=True, exist_ok=True)
-    environment_path = self.path / "environment.json"
-    if environment_path.exists():
-      first = json.loads(environment_path.read_text())
-      for name in ("tokenizer_sha256", "sha256"):
-        was, now = first["corpus"][name], environment["corpus"][name]
-        if was != now:
-          what = "tokenizer" if name == "tokenizer_sha256" else "corpus"
-          raise ValueError(f"{self.path} began with the {what} {was}, not {now}")
-      again = {k: v for k, v in environment.items() if k != "corpus"}
-      environment = first | {"resumed": [*first.get("resumed", []), again]}
-    logs.write_json(environment_path, environment)
-    for name in ("recipes", "config"):  # no config.json of today is without recipes.json
-      logs.write_json(self.path / f"{name}.json", self._wanted[name])
+    lock = filelock.FileLock(self.path / ".lock", blocking=False)
+    try:
+      lock.acquire()
+    except filelock.Timeout:
+      raise ValueError(f"another process trains in {self.path}; wait until it ends") from None
+    with lock:
+      found = self._check()  # the process before this one may have written since
+      if found is None:
+        found = to_dict(self._config), {}, {}
+      config, definitions, first = found
+      logs.write_json(self.path / "environment.json", _joined(first, environment, self.path))
+      logs.write_json(self.path / "recipes.json", definitions | self._recipes)
+      logs.write_json(self.path / "config.json", _grown(config, self._config))
+      yield
 
-  def _refuse_differences(self, name: str, other: str) -> None:
-    found = json.loads((self.path / f"{name}.json").read_text())
-    differences = list(_differences(found, self._wanted[name], name))
-    if differences:
+  def unfinished(self) -> list[Run]:
+    return [run for run in self.runs if not run.is_finished(self._config.steps)]
+
+  def _check(self) -> tuple[dict, dict, dict] | None:
+    """What config.json, recipes.json and environment.json hold; None in a new workdir."""
+    found = [logs.read_json(self.path / f"{name}.json") for name in _FILES]
+    config, definitions, environment = found
+    if config is None:
+      return None
+    if (self.path / "metrics.jsonl").exists():
+      raise ValueError(
+        f"{self.path} is of an earlier version, with one metrics.jsonl for all runs: its report "
+        "can be written again, but its training can't go on; choose another --workdir"
+      )
+    wanted = to_dict(self._config)
+    both = wanted | {name: config.get(name) for name in _GROW}
+    self._refuse(_differences(config, both, "config"), "another config")
+    if definitions is None:
+      logging.warning(
+        "%s does not tell how its recipes were defined: taken to be as now", self.path
+      )
+    shared = {name: own for name, own in self._recipes.items() if name in (definitions or {})}
+    was = {name: definitions[name] for name in shared}
+    self._refuse(_differences(was, shared, "recipes"), "recipes defined differently")
+    self._check_steps(config["steps"])
+    return config, definitions or {}, environment or {}
+
+  def _check_steps(self, was: int) -> None:
+    now = self._config.steps
+    if now < was:
+      raise ValueError(f"{self.path} has runs of steps={was}, which steps={now} can't shorten")
+    reason = why_not_longer(self._config) if now > was else None
+    if reason:
+      raise ValueError(
+        f"{self.path} has runs of steps={was}, which can't go on to steps={now}: {reason}; "
+        "choose another --workdir"
+      )
+
+  def _refuse(self, differences: Iterable[str], other: str) -> None:
+    if differences := list(differences):
       raise ValueError(
         f"{self.path} belongs to {other}; choose another --workdir, or undo\n  "
         + "\n  ".join(differences)
       )
 
-  def unfinished(self) -> tuple[list[Run], Offsets]:
-    """The runs still to do in order, and the length of the logs where the first of them begins."""
-    offsets = dict.fromkeys(LOGS, 0)
-    for i, run in enumerate(self.runs):
-      done = run.finished_offsets()
-      if done is None:
-        return self.runs[i:], offsets
-      offsets = done
-    return [], offsets
 
-  def open_logs(self, offsets: Offsets) -> dict[str, logs.JsonLines]:
-    return {name: logs.JsonLines(self.path / f"{name}.jsonl", offsets[name]) for name in LOGS}
+_FILES = ("config", "recipes", "environment")
+
+
+def _grown(was: dict[str, Any], config: Experiment) -> dict[str, Any]:
+  """`config` with the recipes and seeds of both."""
+  recipes = list(dict.fromkeys([*was["recipes"], *config.recipes]))
+  seeds = max(was["seeds"], config.seeds)
+  of_bf16 = max(was["bf16_seeds"] or was["seeds"], config.seeds_of("bf16"))
+  grown = {"recipes": recipes, "seeds": seeds}
+  return to_dict(config) | grown | {"bf16_seeds": None if of_bf16 == seeds else of_bf16}
+
+
+def _joined(first: dict[str, Any], now: dict[str, Any], path: Path) -> dict[str, Any]:
+  """environment.json of a workdir that began with `first`."""
+  if not first:
+    return now
+  for name in ("tokenizer_sha256", "sha256"):
+    was, is_now = first["corpus"][name], now["corpus"][name]
+    if was != is_now:
+      what = "tokenizer" if name == "tokenizer_sha256" else "corpus"
+      raise ValueError(f"{path} began with the {what} {was}, not {is_now}")
+  costs = "saved_activation_bytes_per_token"
+  again = {name: value for name, value in now.items() if name not in ("corpus", costs)}
+  resumed = {"resumed": [*first.get("resumed", []), again]}
+  return first | resumed | {costs: first.get(costs, {}) | now.get(costs, {})}
 
 
 def _definitions(names: Iterable[str]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ CHECKED = ["experiments", "fp4jax"]
 annotations.check(CHECKED)  # before anything imports them
 
 from fake_kernels import fake_kernels  # noqa: E402
+from small_runs import command, corpus_file, straight  # noqa: E402, F401
 
 import pallas_kernels  # noqa: E402
 from fp4jax import implementation, sharding  # noqa: E402

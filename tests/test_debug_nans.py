@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_run import corpus_file, small  # noqa: F401
+from small_runs import rows_of, small
 
 import fp4jax
 from experiments import config as configs
-from experiments import logs
 from experiments.run import run
 from fp4jax import formats, operands, recipes
 from fp4jax.models import Numerics, Policy
@@ -73,11 +72,11 @@ def test_attention_op_by_op(name):
   jax.grad(lambda *x: jnp.sum(attend(*x, numerics) ** 2), argnums=(0, 1, 2))(q, k, v)
 
 
-def test_the_runner_with_probes(tmp_path, corpus_file):  # noqa: F811
+def test_the_runner_with_probes(tmp_path, corpus_file):
   changes = {"data.path": corpus_file, "steps": 2, "eval_every": 1, "probe_every": 1}
   changes["optimizer.warmup_steps"] = 0
   config = small(**changes, recipes=configs.Names(RECIPES))
   run(config, tmp_path)
-  rows = logs.read_rows(tmp_path / "metrics.jsonl")
+  rows = rows_of(tmp_path, "metrics")
   assert {r["recipe"] for r in rows if r["split"] == "train" and r["step"] == 2} == set(RECIPES)
-  assert {r["recipe"] for r in logs.read_rows(tmp_path / "probes.jsonl")} >= {"mxfp4", "hopper_fp4"}
+  assert {r["recipe"] for r in rows_of(tmp_path, "probes")} >= {"mxfp4", "hopper_fp4"}

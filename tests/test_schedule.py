@@ -1,6 +1,7 @@
 """Runs that end in another recipe: when it begins, and that a resume changes nothing."""
 
 import dataclasses
+import io
 import json
 import signal
 
@@ -15,7 +16,7 @@ from experiments import data, logs
 from experiments.checkpoints import Checkpoints
 from experiments.loop import Interrupted, train_run
 from experiments.train import make_trainer, policy_of, schedule_of
-from experiments.workdir import LOGS, WorkDir
+from experiments.workdir import WorkDir
 from fp4jax import recipes
 from fp4jax.models import ModelConfig
 
@@ -90,7 +91,8 @@ def test_a_redefined_final_recipe_is_refused(tmp_path, monkeypatch):
   monkeypatch.setitem(recipes.RECIPES, "mine", recipes.FP8.replace({"name": "mine"}))
   config = experiment()
   config.final_recipe = "mine"
-  WorkDir(tmp_path, config).begin({})
+  with WorkDir(tmp_path, config).begin({}):
+    pass
   WorkDir(tmp_path, config)
   monkeypatch.setitem(recipes.RECIPES, "mine", recipes.MXFP4.replace({"name": "mine"}))
   with pytest.raises(ValueError, match=r"defined differently(?s:.)*recipes\.mine\.fprop"):
@@ -108,9 +110,7 @@ class Runner:
     ]
 
   def run(self, path, stops=()):
-    folder, stops = WorkDir(path, self.config), list(stops)
-    folder.path.mkdir(exist_ok=True)
-
+    this, stops = WorkDir(path, self.config).runs[0], list(stops)
     for _ in range(len(stops) + 1):
       polls = [0]  # of `asked_to_stop`: before the run, then after each step
 
@@ -119,22 +119,13 @@ class Runner:
         return signal.SIGINT if stops and polls[0] == stops[0] + 1 else None
 
       try:
-        logs_end = train_run(
-          folder.runs[0],
-          self.config,
-          self.corpus,
-          self.phases,
-          folder.open_logs,
-          dict.fromkeys(LOGS, 0),
-          logs.Progress(STEPS, 1, 1),
-          asked,
-        )
-        assert logs_end["metrics"] == (folder.path / "metrics.jsonl").stat().st_size
+        progress = logs.Progress(STEPS, 1, io.StringIO())
+        train_run(this, self.config, self.corpus, self.phases, progress, asked)
       except Interrupted:
         stops.pop(0)
     assert not stops
-    rows = {name: (folder.path / f"{name}.jsonl").read_bytes() for name in ("metrics", "probes")}
-    saved = Checkpoints(folder.runs[0].folder / "checkpoints", 2)
+    rows = {name: (this.folder / f"{name}.jsonl").read_bytes() for name in ("metrics", "probes")}
+    saved = Checkpoints(this.folder / "checkpoints", 2)
     return rows, saved.restore_latest(jax.eval_shape(self.phases[1][1].init, jnp.int32(0)))[1]
 
 
