@@ -40,7 +40,7 @@ config_flags.register_flag_parser_for_type(Names, _NamesParser())
 class Data:
   """Text to train on; None takes the source text of Python's standard library."""
 
-  path: str | None = None  # a text file, a glob, or .jsonl with a "text" field in every line
+  path: str | None = None  # text, or .jsonl with a "text" in every line; also .gz; or a glob
   tokenizer: str | None = None  # a Hugging Face `tokenizers` JSON file; None: bytes are tokens
   sequence_length: int = 128  # tokens
   batch_size: int = 16  # sequences

@@ -5,12 +5,10 @@ a tokenizer; a 0 byte stands between documents (a tokenizer's own boundary token
 """
 
 import dataclasses
-import glob
 import hashlib
-import json
 import math
-import os
 import platform
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +19,13 @@ import numpy as np
 import tokenizers
 
 from experiments import config as config_lib
+from experiments import documents as documents_lib
 
 _PIECE_BYTES = 1 << 20  # an Encoding takes about 100 bytes a token, so long texts go in pieces
+
+# A BPE model without an unknown token drops what it does not know in silence. Given one that its
+# vocabulary lacks, it raises instead, as the other models do; this name shows in the message.
+_NO_UNKNOWN_TOKEN = "(no unk_token is set)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -53,15 +56,6 @@ class Corpus:
     }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Document:
-  """`place` tells documents apart and is the same on every machine; `source` is for messages."""
-
-  place: str
-  source: str
-  text: bytes
-
-
 def load_corpus(config: config_lib.Data) -> Corpus:
   """Reads, splits and tokenizes the text of `config`.
 
@@ -75,11 +69,11 @@ def load_corpus(config: config_lib.Data) -> Corpus:
   if config.path is None:
     name = f"python-{platform.python_version()}-stdlib"
     root = Path(sysconfig.get_path("stdlib"))
-    files = _standard_library(root)
+    files = documents_lib.standard_library(root)
   else:
     name = config.path
-    root, files = _matching_files(config.path)
-  documents = [d for file in files for d in _documents(file, root) if d.text]
+    root, files = documents_lib.matching_files(config.path)
+  documents = [d for file in files for d in documents_lib.read(file, root) if d.text]
   if not documents:
     raise ValueError(f"data.path={config.path!r} holds no text: {len(files)} files, all empty")
   train, validation = _split(documents, config)
@@ -93,8 +87,8 @@ def load_corpus(config: config_lib.Data) -> Corpus:
     name=name,
     sha256=digest.hexdigest(),
     files=len(files),
-    train=_encode(train, tokenizer),
-    validation=_encode(validation, tokenizer),
+    train=_encode(train, tokenizer, config.tokenizer),
+    validation=_encode(validation, tokenizer, config.tokenizer),
     vocab_size=256 if tokenizer is None else _vocab_size(tokenizer),
     tokenizer_sha256=tokenizer_sha256,
   )
@@ -165,63 +159,9 @@ def _spread(n: int) -> np.ndarray:
   return np.argsort(np.argsort(steps))
 
 
-def _standard_library(root: Path) -> list[Path]:
-  files = []
-  for folder, subfolders, names in os.walk(root):
-    subfolders[:] = set(subfolders) - {"site-packages", "dist-packages", "__pycache__"}
-    files += [Path(folder, name) for name in names if name.endswith(".py")]
-  if not files:
-    raise ValueError(f"no .py file below {root}: set data.path to a text file")
-  return sorted(files, key=lambda file: file.relative_to(root).as_posix())
-
-
-def _matching_files(pattern: str) -> tuple[Path, list[Path]]:
-  """The folder common to all files (the file itself when alone), and the files in order."""
-  expanded = os.path.expanduser(pattern)
-  if os.path.isdir(expanded):
-    raise ValueError(
-      f"data.path={pattern!r} is a folder; give a file or a glob such as "
-      f"{os.path.join(pattern, '**', '*.txt')!r}"
-    )
-  matches = [expanded] if os.path.lexists(expanded) else glob.glob(expanded, recursive=True)
-  files = {Path(os.path.abspath(match)) for match in matches if not os.path.isdir(match)}
-  if not files:
-    raise FileNotFoundError(
-      f"data.path={pattern!r} matches no file; give a text file, a glob or a .jsonl file"
-    )
-  root = Path(os.path.commonpath(files))
-  return root, sorted(files, key=lambda file: file.relative_to(root).as_posix())
-
-
-def _documents(file: Path, root: Path) -> Iterator[_Document]:
-  place = file.relative_to(root).as_posix()
-  try:
-    content = file.read_bytes()
-  except OSError as error:
-    raise OSError(f"data.path: cannot read {file}: {error.strerror}") from error
-  if file.suffix != ".jsonl":
-    yield _Document(place=place, source=str(file), text=content)
-    return
-  for number, line in enumerate(content.split(b"\n"), 1):
-    if not line.strip():
-      continue
-    source = f"{file}, line {number}"
-    try:
-      row = json.loads(line)
-    except ValueError as error:
-      raise ValueError(f"{source}: not JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-      raise ValueError(f'{source}: needs an object with a string "text", found {line[:60]!r}')
-    try:
-      text = row["text"].encode()
-    except UnicodeEncodeError as error:
-      raise ValueError(f'{source}: "text" is no valid Unicode ({error.reason})') from error
-    yield _Document(place=f"{place}:{number}", source=source, text=text)
-
-
 def _split(
-  documents: list[_Document], config: config_lib.Data
-) -> tuple[list[_Document], list[_Document]]:
+  documents: list[documents_lib.Document], config: config_lib.Data
+) -> tuple[list[documents_lib.Document], list[documents_lib.Document]]:
   if len(documents) == 1 and documents[0].place == ".":
     return _cut(documents[0], config.validation_fraction)
   if len(documents) == 1:
@@ -232,7 +172,7 @@ def _split(
   count = round(config.validation_fraction * len(documents))
   count = min(max(count, 1), len(documents) - 1)
 
-  def rank(d: _Document) -> bytes:
+  def rank(d: documents_lib.Document) -> bytes:
     return hashlib.sha256(d.place.encode("utf-8", "surrogateescape")).digest()
 
   chosen = {d.place for d in sorted(documents, key=rank)[:count]}
@@ -240,7 +180,9 @@ def _split(
   return train, [d for d in documents if d.place in chosen]
 
 
-def _cut(document: _Document, fraction: float) -> tuple[list[_Document], list[_Document]]:
+def _cut(
+  document: documents_lib.Document, fraction: float
+) -> tuple[list[documents_lib.Document], list[documents_lib.Document]]:
   """Cuts before the last `fraction`, after a line end or, in the first line, before a character."""
   text = document.text
   target = min(max(round(len(text) * (1 - fraction)), 1), len(text) - 1)
@@ -266,6 +208,13 @@ def _load_tokenizer(path: str | None) -> tuple[tokenizers.Tokenizer | None, str 
     tokenizer = tokenizers.Tokenizer.from_buffer(content)
   except ValueError as error:
     raise ValueError(f"data.tokenizer={path!r} is no `tokenizers` JSON file ({error})") from error
+  if not tokenizer.get_vocab_size():
+    raise ValueError(
+      f"data.tokenizer={path!r} has an empty vocabulary; train it before you save it"
+    )
+  model = tokenizer.model
+  if isinstance(model, tokenizers.models.BPE) and model.unk_token is None:
+    model.unk_token = _NO_UNKNOWN_TOKEN
   tokenizer.no_truncation()  # a saved tokenizer may cut every document at its model's length
   tokenizer.no_padding()
   return tokenizer, hashlib.sha256(content).hexdigest()
@@ -275,8 +224,10 @@ def _vocab_size(tokenizer: tokenizers.Tokenizer) -> int:
   return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
 
 
-def _encode(documents: list[_Document], tokenizer: tokenizers.Tokenizer | None) -> np.ndarray:
-  """Tokens of all documents in a row, read-only.
+def _encode(
+  documents: list[documents_lib.Document], tokenizer: tokenizers.Tokenizer | None, path: str | None
+) -> np.ndarray:
+  """Tokens of all documents in a row, read-only; `path` is the tokenizer's, for messages.
 
   With a tokenizer, what it makes of the empty text (say, one end-of-text token) follows every
   document, or a newline's tokens where that is nothing. A document over 1 MiB is encoded in pieces
@@ -284,7 +235,17 @@ def _encode(documents: list[_Document], tokenizer: tokenizers.Tokenizer | None) 
   """
   if tokenizer is None:
     return np.frombuffer(b"\0".join(d.text for d in documents), np.uint8)
-  boundary = tokenizer.encode("").ids or tokenizer.encode("\n", add_special_tokens=False).ids
+
+  def encode(text: str, source: str) -> list[int]:
+    try:
+      return tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # the library raises no narrower class
+      raise ValueError(
+        f"{source}: data.tokenizer={path!r} cannot encode {_unknown(text, tokenizer)!r} ({error}); "
+        "give it an unknown token or byte fallback; without a tokenizer any bytes will do"
+      ) from error
+
+  boundary = tokenizer.encode("").ids or encode("\n", "the end of a document")
   dtype = np.uint16 if _vocab_size(tokenizer) <= 1 << 16 else np.uint32
   arrays = []
   for d in documents:
@@ -296,11 +257,29 @@ def _encode(documents: list[_Document], tokenizer: tokenizers.Tokenizer | None) 
           f"{d.source}: not UTF-8 ({error.reason}), which data.tokenizer needs; "
           "without a tokenizer any bytes will do"
         ) from error
-      arrays.append(np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype))
+      arrays.append(np.array(encode(text, d.source), dtype))
     arrays.append(np.array(boundary, dtype))
   tokens = np.concatenate(arrays)
   tokens.setflags(write=False)
   return tokens
+
+
+def _unknown(text: str, tokenizer: tokenizers.Tokenizer) -> str:
+  """The first line, of it the first word, of it the first character that is refused on its own."""
+  patterns = [r"[^\n]*\n?", r"\s+|\S+"]
+  if isinstance(tokenizer.model, (tokenizers.models.BPE, tokenizers.models.Unigram)):
+    patterns.append(r"(?s:.)")  # to the other models, words are known or unknown as a whole
+
+  def refused(part: str) -> bool:
+    try:
+      tokenizer.encode(part, add_special_tokens=False)
+    except Exception:
+      return True
+    return False
+
+  for pattern in patterns:
+    text = next(filter(refused, re.findall(pattern, text)), text)
+  return text[:60]
 
 
 def _pieces(text: bytes) -> Iterator[bytes]:

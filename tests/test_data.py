@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from experiments import config, data
 
@@ -360,3 +361,153 @@ def test_text_must_be_utf8_for_a_tokenizer(tmp_path):
     ValueError, match=r"x.txt: not UTF-8 .* without a tokenizer any bytes will do"
   ):
     data.load_corpus(config.Data(tokenizer=str(tmp_path / "t.json"), **settings))
+
+
+TEXT = (
+  "The quick brown fox\tjumps OVER 13 lazy dogs.\r\n\n  Ça coûte 5 €, naïve e\u0301t A\u030a ﬁn ①\n"
+  "漢字 и кириллица\u200b \u00a0 \x07 <s> 😀😀 don't [MASK]\n"
+)
+SPECIAL = ["<unk>", "<s>"]
+
+
+def gpt2():
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  alphabet = pre_tokenizers.ByteLevel.alphabet()
+  return tokenizer, trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=SPECIAL[1:])
+
+
+def llama3():
+  tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+  digits = tokenizers.Regex(r"\p{N}{1,3}| ?\p{L}+|\s+|[^\s\p{L}\p{N}]+")
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(digits, "isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  return tokenizer, gpt2()[1]
+
+
+def llama2():
+  tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+  tokenizer.normalizer = normalizers.Sequence(
+    [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+  )
+  byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+  return tokenizer, trainers.BpeTrainer(limit_alphabet=20, special_tokens=SPECIAL + byte_tokens)
+
+
+def llama2_without_bytes():
+  tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+  return tokenizer, trainers.BpeTrainer(limit_alphabet=20, special_tokens=SPECIAL)
+
+
+def t5():
+  tokenizer = tokenizers.Tokenizer(models.Unigram())
+  tokenizer.normalizer = normalizers.NFKC()
+  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+  return tokenizer, trainers.UnigramTrainer(
+    vocab_size=60, unk_token="<unk>", special_tokens=SPECIAL, show_progress=False
+  )
+
+
+def bert():
+  tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
+  tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # drops accents, controls
+  tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  return tokenizer, trainers.WordPieceTrainer(limit_alphabet=20, special_tokens=SPECIAL)
+
+
+def word_level():
+  tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token="<unk>"))
+  tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  return tokenizer, trainers.WordLevelTrainer(special_tokens=SPECIAL)
+
+
+def lowercase_letters():
+  """No unknown token; all that the vocabulary lacks is gone before the model sees the text."""
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.Lowercase()])
+  tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("[^a-z]+"), "removed")
+  return tokenizer, trainers.BpeTrainer(special_tokens=SPECIAL[1:])
+
+
+@pytest.mark.parametrize(
+  "build",
+  [gpt2, llama3, llama2, llama2_without_bytes, t5, bert, word_level, lowercase_letters],
+  ids=lambda f: f.__name__,
+)
+def test_a_common_tokenizer_reads_any_text(tmp_path, build):
+  """Its tokens are the library's own, and no text is called unknown."""
+  tokenizer, trainer = build()
+  tokenizer.train_from_iterator(
+    ["the quick brown fox jumps over the lazy dogs, over and over"] * 9, trainer
+  )
+  tokenizer.save(str(tmp_path / "t.json"))
+  (tmp_path / "x.jsonl").write_text(f"{json.dumps({'text': TEXT})}\n" * 2)
+  corpus = data.load_corpus(
+    config.Data(path=f"{tmp_path}/x.jsonl", tokenizer=f"{tmp_path}/t.json", **SMALL)
+  )
+  assert corpus.train.tolist() == tokenizer.encode(TEXT).ids + tokenizer.encode("\n").ids
+
+
+def split_by(pre_tokenizer, model):
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.pre_tokenizer = pre_tokenizer
+  return tokenizer
+
+
+WORDS, BYTES = pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+LETTERS = {"a": 0, "b": 1, "\n": 2, "Ċ": 3}
+ASCII = {f"<0x{byte:02X}>": byte for byte in range(128)}
+PIECES = [("a", -1.0), ("b", -1.0)]
+
+
+@pytest.mark.parametrize(
+  "tokenizer, text, unknown",
+  [
+    (tokenizers.Tokenizer(models.BPE(LETTERS, [])), "ab\nabéz\n", "é"),
+    (tokenizers.Tokenizer(models.BPE(LETTERS, [])), "ab ab", " "),
+    (tokenizers.Tokenizer(models.BPE(LETTERS, [])), "ab\r\nab", "\r"),
+    (tokenizers.Tokenizer(models.BPE(LETTERS, [], unk_token="<unk>")), "a<unk>", "<"),
+    (tokenizers.Tokenizer(models.BPE(ASCII, [], byte_fallback=True)), "ab\né", "é"),
+    (split_by(BYTES, models.BPE(LETTERS, [])), "ab\na b", " "),
+    (split_by(BYTES, models.BPE(LETTERS, [])), "ab\n" * 9 + "b" * 99 + "漢", "漢"),
+    (split_by(BYTES, models.BPE(LETTERS, [], ignore_merges=True)), "ab\nac", "c"),
+    (split_by(WORDS, models.WordLevel(LETTERS, unk_token="<unk>")), "a b\na word", "word"),
+    (split_by(WORDS, models.WordPiece(LETTERS, unk_token="<unk>")), "a b\na word", "word"),
+    (split_by(WORDS, models.WordLevel(LETTERS, unk_token="<unk>")), "x" * 99, "x" * 60),
+    (split_by(WORDS, models.Unigram(PIECES, None, False)), "a ab\nac", "c"),
+  ],
+)
+def test_text_that_a_tokenizer_would_lose_is_refused(tmp_path, tokenizer, text, unknown):
+  tokenizer.save(str(tmp_path / "t.json"))
+  rows = [json.dumps({"text": row}) for row in ("a", "a", text)]
+  (tmp_path / "x.jsonl").write_text("\n".join(rows))
+  with pytest.raises(ValueError) as caught:
+    data.load_corpus(
+      config.Data(path=f"{tmp_path}/x.jsonl", tokenizer=f"{tmp_path}/t.json", **SMALL)
+    )
+  message = str(caught.value)
+  assert message.startswith(
+    f"{tmp_path}/x.jsonl, line 3: data.tokenizer='{tmp_path}/t.json' cannot encode {unknown!r} ("
+  )
+  assert "\n" not in message and "without a tokenizer any bytes will do" in message
+
+
+def test_an_unknown_newline_cannot_end_documents(tmp_path):
+  tokenizers.Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "t.json"))
+  (tmp_path / "x.jsonl").write_text('{"text": "aaaa"}\n' * 20)
+  with pytest.raises(ValueError, match=r"end of a document: .*t.json' cannot encode '\\n' \("):
+    data.load_corpus(
+      config.Data(path=f"{tmp_path}/x.jsonl", tokenizer=f"{tmp_path}/t.json", **SMALL)
+    )
+
+
+@pytest.mark.parametrize("model", [models.BPE, models.WordLevel, models.WordPiece])
+def test_an_empty_vocabulary_is_refused(tmp_path, model):
+  split_by(WORDS, model()).save(str(tmp_path / "t.json"))
+  (tmp_path / "x.txt").write_text("a b\n" * 100)
+  with pytest.raises(ValueError, match=r"data.tokenizer='.*t.json' has an empty vocabulary; "):
+    data.load_corpus(config.Data(path=f"{tmp_path}/x.txt", tokenizer=f"{tmp_path}/t.json", **SMALL))
