@@ -12,6 +12,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -44,6 +45,15 @@ def allow(name: str, items: Iterable[str]) -> None:
   flags.register_validator(name, validate)
 
 
+def define_workdir(help_string: str, several: bool = False) -> flags.FlagHolder:
+  """--workdir, a folder or `several`; an empty name, which is the present folder, is refused."""
+  define = flags.DEFINE_list if several else flags.DEFINE_string
+  holder = define("workdir", None, help_string, required=True)
+  named = lambda given: given is None or all(given if several else [given])  # noqa: E731
+  flags.register_validator("workdir", named, "--workdir is empty")
+  return holder
+
+
 def one_line_errors(main: Callable) -> Callable:
   """`main`, but ValueError and OSError are one line; --verbosity=1 shows where they come from."""
 
@@ -62,10 +72,14 @@ def one_line_errors(main: Callable) -> Callable:
 
 def parse_flags(argv: list[str]) -> list[str]:
   """absl's parsing, for app.run(flags_parser=)."""
+  if mistake := _unreadable_config(argv):
+    sys.exit(f"error: {mistake}")
   try:
     _, *stray = flags.FLAGS(argv)
+  except SyntaxError as error:
+    sys.exit(f"error: {error.filename}, line {error.lineno}: {error.msg}")
   except (flags.Error, OSError) as error:
-    sys.exit(f"error: {_missing_config(argv) or error}")
+    sys.exit(f"error: {_missing_config(argv) or _bare_setting(error) or error}")
   except (KeyError, AttributeError) as error:
     if unknown := _unknown_setting(argv, error):
       sys.exit(f"error: {unknown}")
@@ -75,11 +89,29 @@ def parse_flags(argv: list[str]) -> list[str]:
   return argv
 
 
+def _unreadable_config(argv: list[str]) -> str | None:
+  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
+      path = (match[1] or following).partition(":")[0]  # what follows is for get_config
+      if not Path(path).is_file():
+        return f"--config={path}: there is no such file"
+  return None
+
+
 def _missing_config(argv: list[str]) -> str | None:
   given = any(re.match("--?config(=|$)", argument) for argument in argv)  # if it can't be read, too
   if "config" in flags.FLAGS and flags.FLAGS["config"].value is None and not given:
     return "--config is needed, such as --config=configs/demo.py"
   return None
+
+
+def _bare_setting(error: flags.Error | OSError) -> str | None:
+  """A setting without `config.` before it."""
+  if not isinstance(error, flags.UnrecognizedFlagError):
+    return None
+  near = [path for path in field_paths() if error.flagname in (path, path.rpartition(".")[2])]
+  hint = f"; did you mean {' or '.join(f'--config.{path}' for path in near)}?" if near else ""
+  return f"there is no --{error.flagname}{hint}" if "config" in flags.FLAGS and near else None
 
 
 def _unknown_setting(argv: list[str], error: KeyError | AttributeError) -> str | None:

@@ -145,12 +145,15 @@ def _with_gemms(recipe: Recipe, other: Recipe, gemms: Names) -> Recipe:
   return recipe.replace(changes | {"name": name, "citation": f"{name}: {recipe.citation}"})
 
 
+_INT32 = 2**31 - 1
 # Of every number but those of `data`, which `load_corpus` checks, and `bf16_seeds`.
 _RANGES = (
+  ("from 1 to 1000", lambda x: 1 <= x <= 1000, "seeds"),
+  (f"from 1 to {_INT32}", lambda x: 1 <= x <= _INT32, "steps"),
   (
     "at least 1",
     lambda x: x >= 1,
-    "seeds steps log_every eval_every eval_batches checkpoints_kept"
+    "log_every eval_every eval_batches checkpoints_kept"
     " model.num_layers model.d_model model.num_heads model.num_kv_heads model.head_dim model.top_k"
     " model.d_ff optimizer.stable_spam.reset_every",
   ),
@@ -183,6 +186,7 @@ _RANGES = (
 
 def validate(config: Experiment) -> None:
   """Raises ValueError for settings that no run can have; names the value and what is allowed."""
+  _check_types(config)
   if not config.recipes:
     raise ValueError("recipes is empty; name at least one of " + ", ".join(fp4_recipes.RECIPES))
   for name in config.recipes:
@@ -222,6 +226,22 @@ def validate(config: Experiment) -> None:
     raise ValueError(f"model.dtype={config.model.dtype!r} is not 'bfloat16' or 'float32'")
 
 
+def _check_types(config: Experiment) -> None:
+  """A file of configs/ can set anything."""
+  for path, kind in _field_types().items():
+    value = operator.attrgetter(path)(config)
+    if kind is Names:
+      if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{path}={value!r} is not a list of names, such as Names(('bf16',))")
+      continue
+    kinds = typing.get_args(kind) or (kind,)
+    if int in kinds and isinstance(value, bool):
+      raise ValueError(f"{path}={value!r} is not a number")
+    if not isinstance(value, kinds + (int,) * (float in kinds)):
+      wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+      raise ValueError(f"{path}={value!r} is not of type {wanted}")
+
+
 def _validate_final(config: Experiment) -> None:
   if config.final_recipe is None:
     return
@@ -256,15 +276,19 @@ def to_dict(config: Experiment) -> dict[str, Any]:
   return {name: list(v) if isinstance(v, Names) else v for name, v in fields.items()}
 
 
-def field_paths(cls: type = Experiment, prefix: str = "") -> list[str]:
+def field_paths() -> list[str]:
   """Dotted names of every setting, `model.num_layers`."""
-  paths = []
+  return list(_field_types())
+
+
+def _field_types(cls: type = Experiment, prefix: str = "") -> dict[str, Any]:
+  types = {}
   for name, kind in typing.get_type_hints(cls).items():
     if dataclasses.is_dataclass(kind):
-      paths += field_paths(kind, f"{prefix}{name}.")
+      types |= _field_types(kind, f"{prefix}{name}.")
     else:
-      paths.append(prefix + name)
-  return paths
+      types[prefix + name] = kind
+  return types
 
 
 def near_fields(name: str) -> list[str]:

@@ -48,7 +48,7 @@ class JsonLines:
       self._file.truncate(offset)
 
   def write(self, row: dict[str, Any]) -> None:
-    line = json.dumps(_plain(row), separators=(",", ":"), allow_nan=False) + "\n"
+    line = json.dumps(plain(row), separators=(",", ":"), allow_nan=False) + "\n"
     _append(self._file, self._path, line.encode())
 
   def sync(self) -> int:
@@ -105,6 +105,8 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
     value = json.loads(Path(path).read_bytes())
   except FileNotFoundError:
     return None
+  except OSError as error:
+    raise OSError(f"cannot read {path}: {error.strerror}") from error
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} is damaged: {error}") from error
   if not isinstance(value, dict):
@@ -115,7 +117,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
   """Replaces a JSON file at once: a reader, or a crash, sees the old one or the new one."""
   path = Path(path)
-  text = json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+  text = json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
   partial = path.with_name(f".{path.name}.tmp")
   try:
     with open(partial, "wb") as file:
@@ -250,15 +252,15 @@ def _append(file: io.FileIO, path: Path, record: bytes) -> None:
     raise OSError(f"cannot write to {path}: {error.strerror}") from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
   """JSON values: NumPy scalars become Python's, non-finite floats None."""
   match value:
     case dict():
-      return {key: _plain(v) for key, v in value.items()}
+      return {key: plain(v) for key, v in value.items()}
     case list() | tuple():
-      return [_plain(v) for v in value]
+      return [plain(v) for v in value]
     case np.generic():  # before float: np.float64 is one
-      return _plain(value.item())
+      return plain(value.item())
     case float() if not math.isfinite(value):
       return None
     case _:

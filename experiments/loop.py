@@ -87,6 +87,7 @@ def train_run(
       found = probes.probe_rows(taps, trainer.policy, config.model.num_layers)
       for row in found:
         write("probes", step, row)
+      board.write(step, probes.scalars(found))
       return found
 
     def save(step: int) -> None:
@@ -131,6 +132,8 @@ def train_run(
         evaluate(done)
         if load is not None:
           write("metrics", done, {"split": "routing", "load": np.round(load, 6).tolist()})
+          busiest = load.shape[-1] * float(load.max(axis=-1).mean())
+          board.write(done, {"routing/busiest_expert": busiest})
       if config.probe_every and (done % config.probe_every == 0 or last):
         probe(done, validation[0])
       batch = following

@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import pandas as pd
 
 from fp4jax import operands
 from fp4jax.decomposition import SUMMARY_FIELDS
 from fp4jax.models import Policy
 
 _FORWARD = ("fprop", "residual")
+_SCALARS = ["sqnr_db", "scale_bias", "deadzone", "grid_noise", "flushed", "clipped"]
 
 
 def probe_rows(
@@ -37,6 +39,18 @@ def probe_rows(
   forward = [row for row in rows if row["gemm"] in _FORWARD]
   backward = [row for row in rows if row["gemm"] not in _FORWARD]
   return sorted(forward, key=lambda r: r["layer"]) + sorted(backward, key=lambda r: -r["layer"])
+
+
+def scalars(rows: list[dict[str, Any]]) -> dict[str, float]:
+  """Means over layers and modules by operand, `probe/fprop.lhs/sqnr_db`."""
+  if not rows:
+    return {}
+  means = pd.DataFrame(rows).groupby(["gemm", "operand"])[_SCALARS].mean()
+  return {
+    f"probe/{gemm}.{operand}/{name}": value
+    for (gemm, operand), own in means.iterrows()
+    for name, value in own.items()
+  }
 
 
 def first_non_finite(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -1,38 +1,54 @@
 """A run's report as one HTML file that opens anywhere, offline.
 
     python -m experiments.report --workdir=runs/demo
+    python -m experiments.report --workdir=runs/demo,runs/deep --out=runs/both.html
 
-Works on a run that is still going, too.
+Works on a run that is still going, too. Several workdirs are laid side by side: each recipe is
+compared with BF16 of its own workdir.
 """
 
+import base64
+import functools
+import gzip
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from plotly.offline import get_plotlyjs
 
+from experiments.headline import headline, listed
+from experiments.numbers import MISSING, fixed, signed, thousands
 from experiments.report_charts import (
   ALL,
   ON_TOP,
+  OVER_TIME,
   PARTS,
   curve_charts,
+  load_charts,
   probe_charts,
   smoothing_window,
 )
-from experiments.report_lines import recipe_styles
-from experiments.summary import BASELINE, Records, read_records, summarize_records
+from experiments.report_lines import styles_of
+from experiments.summary import (
+  ABOVE,
+  BASELINE,
+  BELOW,
+  CONFIDENCE,
+  DIVERGED,
+  MIN_SEEDS,
+  Records,
+  read_records,
+  summarize_records,
+)
 
-MISSING = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
 
-
-def write_report(workdir: str | os.PathLike) -> Path:
+def write_report(*workdirs: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
   """Raises FileNotFoundError without a config.json, ValueError at a damaged file or line."""
-  path = Path(workdir) / "report.html"
-  page = render(read_records(workdir), name=Path(workdir).resolve().name)
+  path = Path(out or Path(workdirs[0]) / "report.html")
+  names = [Path(workdir).resolve().name for workdir in workdirs]
+  page = render(read_records(*workdirs), name=", ".join(names))
   partial = path.with_name(f".{path.name}.tmp")
   try:
     partial.write_text(page, encoding="utf-8")
@@ -51,136 +67,53 @@ def render(records: Records, name: str) -> str:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.filters |= {
-    "fixed": fixed,
-    "signed": signed,
-    "thousands": lambda value: MISSING if value is None else f"{value:,.0f}",
-  }
+  environment.filters |= {"fixed": fixed, "signed": signed, "thousands": thousands}
   summary = summarize_records(records)
+  recipes = summary["recipes"]
   probes = probe_charts(records)
   return environment.get_template("report.html.jinja").render(
     name=name,
     headline=headline(summary),
     summary=summary,
-    curves=curve_charts(records, summary["unigram_entropy_nats"]),
-    probes=probes,
-    formats={recipe: _formats(own) for recipe, own in summary["recipes"].items()},
-    reading={recipe: _reading_residual(own) for recipe, own in summary["recipes"].items()},
+    curves=curve_charts(records),
+    all_panels={name: charts for name, charts in probes.items() if name not in OVER_TIME}
+    | {"load": load_charts(records)},
+    over_time={name: probes[name][0] for name in OVER_TIME if name in probes},
+    formats={recipe: _formats(own) for recipe, own in recipes.items()},
+    reading={recipe: _reading_residual(own) for recipe, own in recipes.items()},
     operands=list(probes["sqnr"][0]["figures"]) if probes else [],
     all_operands=ALL,
     parts=PARTS,
     on_top=ON_TOP,
     baseline=BASELINE,
-    styles=recipe_styles(records.recipes),
+    told_apart=(ABOVE, BELOW, DIVERGED),
+    missing=MISSING,
+    min_seeds=MIN_SEEDS,
+    confidence=f"{100 * CONFIDENCE:.0f}",
+    styles=styles_of(records.arms.values()),
+    has_light=any(own["speed_of_light"] is not None for own in recipes.values()),
     window=smoothing_window(records),
-    runs_finished=sum(recipe["seeds_finished"] for recipe in summary["recipes"].values()),
-    runs_planned=sum(recipe["seeds"] or 1 for recipe in summary["recipes"].values()),
-    config=flatten(records.config),
-    environment=flatten(records.environment),
-    device=records.environment.get("device"),
-    # Ends a script element early, should a future plotly hold it in a string.
-    plotlyjs=get_plotlyjs().replace("</script", "<\\/script"),
+    runs_finished=sum(own["seeds_finished"] for own in recipes.values()),
+    runs_planned=sum(own["seeds"] or 1 for own in recipes.values()),
+    differences=differences(records.configs),
+    configs={workdir: flatten(config) for workdir, config in records.configs.items()},
+    environments={workdir: flatten(own) for workdir, own in records.environments.items()},
+    plotly=packed_plotly(),
   )
 
 
-def headline(summary: dict[str, Any]) -> list[str]:
-  """The result in sentences: who is how far from the baseline, and why."""
-  recipes = summary["recipes"]
-  if not any(own["runs"] for own in recipes.values()):
-    return ["No training steps yet."]
-  diverged = [r for r, own in recipes.items() if any(run["diverged"] for run in own["runs"])]
-  gaps = {r: own["gap"] for r, own in recipes.items() if r not in (BASELINE, *diverged)}
-  reached = max((gap["step"] for gap in gaps.values() if gap["step"] is not None), default=None)
-  behind = [recipe for recipe, gap in gaps.items() if gap["step"] != reached]
-  gaps = {r: gap for r, gap in gaps.items() if gap["step"] == reached is not None}
-  farthest = max(gaps, key=lambda recipe: abs(gaps[recipe]["percent"]), default=None)
-  sentences = _gap_sentences(gaps, summary["steps"]) if gaps else [_best_sentence(recipes)]
-  if diverged:
-    sentences[0] = f"{_listed(diverged)} diverged. {sentences[0]}"
-  if behind:
-    sentences.append(f"Not there yet: {_listed(behind)}.")
-  for recipe in [farthest] if farthest else recipes:
-    lost = recipes[recipe]["decomposition"]["lost_to_scale"]
-    if lost is not None:
-      sentences.append(_scale_sentence(recipe, lost))
-      break
-  return sentences
+@functools.cache
+def packed_plotly() -> str:
+  """plotly's script, a third of the page's size when the page unpacks it itself."""
+  return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
-def _gap_sentences(gaps: dict[str, Any], steps: int | None) -> list[str]:
-  percents = {recipe: gap["percent"] for recipe, gap in gaps.items()}
-  any_gap = next(iter(gaps.values()))
-  reached, noise = any_gap["step"], any_gap["noise_percent"]
-  when = f"At step {reached} of {steps}, " if steps and reached < steps else ""
-  if noise is None:
-    return [when + _extremes(percents), "With one BF16 seed the noise between seeds is unknown."]
-  inside = [recipe for recipe, gap in gaps.items() if gap["verdict"] == "within noise"]
-  outside = {recipe: percent for recipe, percent in percents.items() if recipe not in inside}
-  first = f"{_listed(inside)} can't be told from BF16 in validation loss"
-  if outside:
-    other = ["BF16 in validation loss"]  # only the first time
-    groups = _groups(outside, noise)
-    first = "; ".join(_where(group, noise, other.pop() if other else "it") for group in groups)
-  who = f"{_listed(inside) or 'no recipe'} {'are' if inside[1:] else 'is'} within that noise"
-  apart = f"BF16's own seeds lie {fixed(noise, 2, '%')} apart"
-  return [f"{when}{first}.", f"{apart}: {who}."]
-
-
-def _groups(percents: dict[str, float], noise: float) -> list[dict[str, float]]:
-  """Recipes not told apart, highest first: each lies within the noise of its group's first."""
-  groups: list[dict[str, float]] = []
-  for recipe, percent in sorted(percents.items(), key=lambda item: -item[1]):
-    if groups and next(iter(groups[-1].values())) - percent <= noise:
-      groups[-1][recipe] = percent
-    else:
-      groups.append({recipe: percent})
-  return groups
-
-
-def _where(group: dict[str, float], noise: float, other: str) -> str:
-  side = "above" if sum(group.values()) > 0 else "below"
-  sizes = sorted(map(abs, group.values()))
-  highest = fixed(sizes[-1], 2, "%")
-  if len(group) == 1:
-    return f"{_listed(list(group))} lies {highest} {side} {other}"
-  return (
-    f"{_listed(list(group))} lie {fixed(sizes[0], 2)} to {highest} {side} {other},"
-    f" closer together than the noise of {fixed(noise, 2, '%')}"
-  )
-
-
-def _extremes(percents: dict[str, float]) -> str:
-  order = sorted(percents, key=lambda recipe: abs(percents[recipe]))
-  closest, farthest = (signed(percents[order[i]], unit="%") for i in (0, -1))
-  if len(order) == 1:
-    return f"{order[0]} differs from BF16 by {closest} in validation loss."
-  return (
-    f"{order[0]} is closest to BF16 in validation loss ({closest})"
-    f" and {order[-1]} farthest ({farthest})."
-  )
-
-
-def _scale_sentence(recipe: str, lost_to_scale: float) -> str:
-  percent = round(100 * lost_to_scale)
-  if percent <= 0:
-    return f"An ideal scale would remove none of {recipe}'s squared error: it is the grid's."
-  return (
-    f"An ideal scale would remove {percent}\N{NO-BREAK SPACE}% of {recipe}'s squared error;"
-    " the rest is the grid's."
-  )
-
-
-def _best_sentence(recipes: dict[str, Any]) -> str:
-  losses = {r: own["validation_loss"]["mean"] for r, own in recipes.items()}
-  losses = {r: loss for r, loss in losses.items() if loss is not None}
-  if not losses:
-    return "No validation loss yet."
-  best = min(losses, key=losses.get)
-  return f"{best} has the lowest validation loss, {losses[best]:.3f} nats/token."
-
-
-def _listed(names: list[str]) -> str:
-  return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+def differences(configs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+  """Settings that are not the same in all workdirs, by name, in the order of the workdirs."""
+  flat = [flatten(config) for config in configs.values()]
+  names = dict.fromkeys(name for own in flat for name in own)
+  values = {name: [own.get(name, "none") for own in flat] for name in names}
+  return {name: own for name, own in values.items() if len(set(own)) > 1}
 
 
 def _formats(own: dict[str, Any]) -> str:
@@ -192,18 +125,7 @@ def _formats(own: dict[str, Any]) -> str:
 
 def _reading_residual(own: dict[str, Any]) -> str:
   operands = own["decomposition"]["operands"]
-  return _listed([f"{o['gemm']} {o['operand']}" for o in operands if o["reads_residual"]])
-
-
-def fixed(value: float | None, digits: int = 3, unit: str = "") -> str:
-  unit = unit and f"\N{NO-BREAK SPACE}{unit}"
-  if value is None:
-    return MISSING
-  return f"{round(value, digits) + 0.0:.{digits}f}{unit}".replace("-", MINUS)  # no −0.00
-
-
-def signed(value: float | None, digits: int = 2, unit: str = "") -> str:
-  return "+" * (value is not None and round(value, digits) > 0) + fixed(value, digits, unit)
+  return listed([f"{o['gemm']} {o['operand']}" for o in operands if o["reads_residual"]])
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -226,13 +148,14 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
 if __name__ == "__main__":
   from absl import app, flags
 
-  WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
+  from experiments import command_line
 
-  def main(argv: list[str]) -> None:
-    del argv
-    try:
-      print(write_report(WORKDIR.value))
-    except (OSError, ValueError) as error:
-      sys.exit(f"error: {error}")
+  WORKDIRS = command_line.define_workdir("Folders of runs, with commas.", several=True)
+  OUT = flags.DEFINE_string("out", None, "The page; of one workdir by default its report.html.")
 
-  app.run(main)
+  def main(_) -> None:
+    if len(WORKDIRS.value) > 1 and not OUT.value:
+      raise ValueError("several workdirs need --out, the page to write")
+    print(write_report(*WORKDIRS.value, out=OUT.value))
+
+  app.run(command_line.one_line_errors(main), flags_parser=command_line.parse_flags)

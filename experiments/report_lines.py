@@ -1,14 +1,16 @@
-"""Lines over steps: a recipe's mean over its seeds, the band of its seeds, its name at the end."""
+"""Lines over steps: an arm's mean over its seeds, the band of its seeds, its name at the end."""
 
 import html
 import math
 from collections.abc import Iterable
 from typing import Any
 
-from experiments.summary import BASELINE, Row
+import pandas as pd
+
+from experiments.summary import BASELINE, Arm
 
 Figure = dict[str, Any]
-Curve = list[tuple[int, float, float, float]]  # step; mean, lowest and highest over seeds
+Curve = pd.DataFrame  # by step: mean, and low and high of the band
 
 RECIPE_COLOURS = 4
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -16,40 +18,42 @@ MAX_POINTS = 300
 LINE_HEIGHT = 15  # pixels of a name at the end of a line
 
 
-def recipe_styles(recipes: Iterable[str]) -> dict[str, dict[str, str]]:
-  """Colour and dash by recipe, the same in every chart."""
-  styles = {BASELINE: {"color": "--baseline", "dash": "solid"}}
-  for i, recipe in enumerate(recipe for recipe in recipes if recipe != BASELINE):
-    dash = DASHES[i // RECIPE_COLOURS % len(DASHES)]
-    styles[recipe] = {"color": f"--recipe-{i % RECIPE_COLOURS}", "dash": dash}
+def styles_of(arms: Iterable[Arm]) -> dict[str, dict[str, str]]:
+  """Colour and dash by arm, the same in every chart: a recipe has a colour, a workdir a dash."""
+  arms = list(arms)
+  recipes = list(dict.fromkeys(arm.recipe for arm in arms if arm.recipe != BASELINE))
+  workdirs = list(dict.fromkeys(arm.workdir for arm in arms))
+  styles = {}
+  for arm in arms:
+    color, turn = "--baseline", 0
+    if arm.recipe != BASELINE:
+      turn, i = divmod(recipes.index(arm.recipe), RECIPE_COLOURS)
+      color = f"--recipe-{i}"
+    dash = DASHES[(turn + workdirs.index(arm.workdir)) % len(DASHES)]
+    styles[arm.name] = {"color": color, "dash": dash, "recipe": arm.name}
   return styles
 
 
-def by_seed(rows: list[Row], name: str) -> dict[int, dict[int, float | None]]:
-  """Value by seed and step; several rows of one step (layers, operands) are averaged."""
-  values: dict[int, dict[int, list[float]]] = {}
-  for row in rows:
-    own = values.setdefault(row["seed"], {}).setdefault(row["step"], [])
-    own += [row[name]] if row.get(name) is not None else []
-  return {
-    seed: {step: sum(v) / len(v) if v else None for step, v in sorted(own.items())}
-    for seed, own in values.items()
-  }
+def over_seeds(rows: pd.DataFrame, name: str, window: int = 1) -> Curve:
+  """Running mean of every seed, then mean and range over the seeds that have the step.
+
+  Several rows of one step (layers, operands) are averaged. A window that meets a value that is not
+  finite has no mean.
+  """
+  of_run = rows.groupby(["seed", "step"])[name].mean()
+  if window > 1:
+    near, all_near = (
+      values.groupby("seed").rolling(window, center=True, min_periods=1)
+      for values in (of_run, of_run.fillna(0))
+    )
+    of_run = near.mean().where(near.count() == all_near.count()).droplevel(0)
+  return seed_bands(of_run.dropna())
 
 
-def over_seeds(curves: dict[int, dict[int, float | None]], window: int = 1) -> Curve:
-  """Running mean of every seed, then mean and range over the seeds that have the step."""
-  smooth: dict[int, list[float]] = {}
-  for curve in curves.values():
-    values = list(curve.values())
-    for i, step in enumerate(curve):
-      near = values[max(0, i - window // 2) : i + (window + 1) // 2]
-      if None not in near:
-        smooth.setdefault(step, []).append(sum(near) / len(near))
-  steps = sorted(smooth)
-  stride = max(1, math.ceil(len(steps) / MAX_POINTS))
-  steps = steps[::-1][::stride][::-1]  # the last step is always kept
-  return [(s, sum(smooth[s]) / len(smooth[s]), min(smooth[s]), max(smooth[s])) for s in steps]
+def seed_bands(values: pd.Series) -> Curve:
+  """Mean and range by step of values by (seed, step)."""
+  bands = values.groupby("step").agg(["mean", "min", "max"])
+  return bands.set_axis(["mean", "low", "high"], axis=1)
 
 
 def line_figure(
@@ -60,106 +64,115 @@ def line_figure(
   height: int = 320,
   log: bool = False,
   level: float | None = None,
+  zero: bool = False,
 ) -> Figure:
-  """Mean lines with bands over seeds and names at their ends; `level`: the unigram entropy.
+  """Mean lines with bands over seeds and names at their ends.
 
-  A style may name, as `recipe`, the recipe that a curve is hidden with.
+  `level` is the unigram entropy, `zero` asks for a rule at 0. A style names, as `recipe`, the arm
+  that a curve is hidden with.
   """
   scale = math.log10 if log else float
-  curves = {recipe: curve for recipe, curve in curves.items() if curve}
-  values = [v for curve in curves.values() for point in curve for v in point[1:]]
+  curves = {arm: _thinned(curve) for arm, curve in curves.items() if len(curve)}
+  values = [v for curve in curves.values() for v in curve.to_numpy().ravel()]
   if not values or (log and min(values) <= 0):
     return {"data": [], "layout": {}}
-  values += [] if level is None else [level]
+  values += [level] * (level is not None) + [0.0] * zero
   low, high = scale(min(values)), scale(max(values))
-  ends = sorted(curves, key=lambda recipe: curves[recipe][-1][1])
-  at = [scale(curves[recipe][-1][1]) for recipe in ends]
-  at = _spread_out(at, apart=LINE_HEIGHT * 1.12 * (high - low) / (height - 60))
-  low, high = min(low, at[0]), max(high, at[-1])
-  margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+  if low == high:
+    low, high = low - 0.5, high + 0.5
+  last = {arm: curve["mean"].iloc[-1] for arm, curve in curves.items()}
+  ends = sorted(curves, key=last.get)
+  at = [scale(last[arm]) for arm in ends]
+  for _ in range(5):  # the room that names take makes a pixel more of the axis
+    at = _spread_out(at, apart=LINE_HEIGHT * 1.12 * (high - low) / (height - 60))
+    low, high = min(low, at[0]), max(high, at[-1])
+  margin = 0.06 * (high - low)
 
-  bands = [_band(curve, styles[r], r) for r, curve in curves.items() if _is_spread(curve)]
-  lines = [line(curve, styles[recipe], recipe) for recipe, curve in curves.items()]
+  bands = [_band(c, styles[arm]) for arm, c in curves.items() if (c.low < c.high).any()]
+  lines = [line(curve, styles[arm], arm) for arm, curve in curves.items()]
   names = [
     {
       "type": "scatter",
       "mode": "text",
       "meta": "label",
-      "legendgroup": styles[recipe].get("recipe", recipe),
-      "x": [curves[recipe][-1][0]],
+      "legendgroup": styles[arm]["recipe"],
+      "x": [int(curves[arm].index[-1])],
       "y": [10**y if log else y],
-      "text": [f"  {html.escape(recipe)}"],
+      "text": [f"  {html.escape(arm)}"],
       "textposition": "middle right",
-      "textfont": {"color": styles[recipe]["color"], "size": 12},
+      "textfont": {"color": styles[arm]["color"], "size": 12},
       "cliponaxis": False,
       "hoverinfo": "skip",
     }
-    for recipe, y in zip(ends, at, strict=True)
+    for arm, y in zip(ends, at, strict=True)
   ]
   yaxis = {"title": {"text": unit}, "range": [low - margin, high + margin]}
   layout = {
     "height": height,
     "margin": {"r": 16 + 7 * max(map(len, curves))},
     "xaxis": {"title": {"text": "step"}, "showgrid": False},
-    "yaxis": yaxis | ({"type": "log", "dtick": "D2"} if log else {}),
+    "yaxis": yaxis | ({"type": "log"} if log else {}),
+    "shapes": [rule("y", 0.0)] * zero,
   }
   if level is not None:
-    layout["shapes"] = [rule("y", level)]
+    layout["shapes"].append(rule("y", level))
     text = {"text": f"unigram entropy {level:.2f}", "font": {"color": "--muted"}}
     place = {"xref": "paper", "x": 1, "y": level, "xanchor": "right", "yanchor": "bottom"}
     layout["annotations"] = [text | place | {"showarrow": False}]
   return {"data": bands + lines + names, "layout": layout}
 
 
-def _is_spread(curve: Curve) -> bool:
-  return any(lowest < highest for _, _, lowest, highest in curve)
-
-
-def line(curve: Curve, style: dict, recipe: str) -> dict:
+def line(curve: Curve, style: dict, name: str) -> dict:
   return {
     "type": "scatter",
     "mode": "lines+markers" if len(curve) < 30 else "lines",
-    "name": html.escape(recipe),
-    "legendgroup": style.get("recipe", recipe),
-    "x": [point[0] for point in curve],
-    "y": [short(point[1]) for point in curve],
+    "name": html.escape(name),
+    "legendgroup": style.get("recipe", name),
+    "x": curve.index.tolist(),
+    "y": shorts(curve["mean"]),
     "line": {"color": style["color"], "dash": style["dash"], "width": 2},
     "marker": {"color": style["color"], "size": 5},
     "hovertemplate": "%{y:.5~g}",
   }
 
 
-def last_point(curve: dict[int, float | None], style: dict, recipe: str) -> list[dict]:
-  """A cross at the last finite value of a run that diverged."""
-  finite = {step: value for step, value in curve.items() if value is not None}
-  if not finite:
+def last_point(curve: pd.Series, style: dict) -> list[dict]:
+  """A cross at the last finite value, by step, of a run that diverged."""
+  finite = curve.dropna()
+  if finite.empty:
     return []
   return [
     {
       "type": "scatter",
       "mode": "markers",
-      "legendgroup": recipe,
-      "x": [max(finite)],
-      "y": [finite[max(finite)]],
+      "legendgroup": style["recipe"],
+      "x": [int(finite.index[-1])],
+      "y": [float(finite.iloc[-1])],
       "marker": {"color": style["color"], "symbol": "x", "size": 9},
       "hoverinfo": "skip",
     }
   ]
 
 
-def _band(curve: Curve, style: dict, recipe: str) -> dict:
-  steps = [point[0] for point in curve]
+def _band(curve: Curve, style: dict) -> dict:
+  steps = curve.index.tolist()
   return {
     "type": "scatter",
     "mode": "lines",
-    "legendgroup": style.get("recipe", recipe),
+    "legendgroup": style["recipe"],
     "x": steps + steps[::-1],
-    "y": [short(point[3]) for point in curve] + [short(point[2]) for point in curve[::-1]],
+    "y": shorts(curve.high) + shorts(curve.low[::-1]),
     "line": {"width": 0},
     "fill": "toself",
     "fillcolor": f"{style['color']}/2e",
     "hoverinfo": "skip",
   }
+
+
+def _thinned(curve: Curve) -> Curve:
+  """The last step is always kept."""
+  stride = max(1, math.ceil(len(curve) / MAX_POINTS))
+  return curve[::-1][::stride][::-1]
 
 
 def _spread_out(values: list[float], apart: float) -> list[float]:
@@ -184,6 +197,6 @@ def rule(axis: str, at: float) -> dict:
   return {"type": "line", "line": {"color": "--muted", "width": 1, "dash": "dash"}} | place
 
 
-def short(value: float) -> float:
+def shorts(values: Iterable[float]) -> list[float]:
   """Six significant digits: what a chart can show."""
-  return float(f"{value:.6g}")
+  return [float(f"{value:.6g}") for value in values]

@@ -16,7 +16,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app
 
 from experiments import command_line, data, logs
 from experiments.config import Experiment, validate
@@ -34,7 +34,7 @@ from experiments.workdir import WorkDir
 from fp4jax.implementation import choose, device_obstacle
 
 _CONFIG = command_line.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this experiment.", required=True)
+_WORKDIR = command_line.define_workdir("Folder of this experiment.")
 
 
 def main(_) -> None:

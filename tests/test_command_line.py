@@ -28,7 +28,7 @@ def changed(**changes) -> configs.Experiment:
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"seeds": 0}, "seeds=0 is not at least 1"),
+    ({"seeds": 0}, "seeds=0 is not from 1 to 1000"),
     ({"checkpoint_every": -1}, "checkpoint_every=-1 is not at least 0"),
     ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate=-1.0 is not above 0"),
     ({"optimizer.learning_rate": math.nan}, "optimizer.learning_rate=nan is not above 0"),

@@ -1,5 +1,7 @@
 """The report of a run: a page that is safe, whole and offline."""
 
+import base64
+import gzip
 import html.parser
 import json
 import re
@@ -8,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from plotly.offline import get_plotlyjs
 from workdirs import (
   RECIPES,
   all_figures,
+  log_of,
   make_workdir,
   operand_row,
   page_without_plotly,
@@ -20,7 +24,7 @@ from workdirs import (
 )
 
 from experiments import config as config_lib
-from experiments import report, summary
+from experiments import numbers, report, summary
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +49,7 @@ def test_the_gap_before_training_is_shown_beside_the_last(tmp_path):
     for recipe, losses in untrained.items()
     for seed, loss in enumerate(losses)
   ]
-  write_rows(workdir / "metrics.jsonl", rows + rows_of(workdir / "metrics.jsonl"))
+  write_rows(log_of(workdir, "metrics"), rows + rows_of(log_of(workdir, "metrics")))
   gap = summary.summarize(workdir)["recipes"]["r"]["gap"]
   assert (gap["percent"], gap["step_0_percent"]) == (pytest.approx(10.0), pytest.approx(2.0))
   text = page_without_plotly(report.write_report(workdir)).replace("\N{NO-BREAK SPACE}", " ")
@@ -53,7 +57,7 @@ def test_the_gap_before_training_is_shown_beside_the_last(tmp_path):
   assert "Step 0 is before training" in text
   table = text[text.index("<h2>Results</h2>") :]
   assert re.findall(r'<th scope="col">(.*?)</th>', table)[:2] == ["Recipe", "Gap to BF16"]
-  assert re.search(r'</span>r</th>\s*<td class="clear">\+10\.00 %<small>', table)
+  assert re.search(r'</span>r</th>\s*<td data-label="Gap to BF16" class="noise">\+10\.00 %', table)
 
 
 def test_a_folder_that_is_no_workdir_is_an_error_without_traceback(tmp_path):
@@ -100,7 +104,7 @@ def test_page_is_whole_offline_and_names_every_recipe(tmp_path, variant):
 @pytest.mark.parametrize("missing", ["environment", "metrics", "probes", "timing", "all"])
 def test_page_without_some_file_says_what_is_missing(tmp_path, missing):
   workdir = make_workdir(tmp_path)
-  for path in workdir.iterdir():
+  for path in [*workdir.glob("*.json"), *log_of(workdir, "").parent.iterdir()]:
     if path.name != "config.json" and (missing == "all" or path.stem == missing):
       path.unlink()
   text = page_without_plotly(report.write_report(workdir))
@@ -121,14 +125,14 @@ def test_page_without_bf16_says_why_there_are_no_gaps(tmp_path):
   assert found["recipes"]["mxfp4"]["gap"]["percent"] is None
   assert found["recipes"]["mxfp4"]["saved_activation_ratio"] is None
   text = page_without_plotly(report.write_report(workdir))
-  assert "No bf16 validation loss in this workdir, so there are no gaps to it." in text
-  assert "fp8 has the lowest validation loss" in text
+  assert "No validation loss of bf16, so there are no gaps to it." in text
+  assert headline(workdir)[0] == "There is no run of bf16 to compare fp8 and mxfp4 with."
 
 
 def test_text_from_files_is_escaped(tmp_path):
   attack = """</script><script>alert(1)</script><img src=x onerror="alert(2)">"""
   workdir = make_workdir(tmp_path / "w")
-  for path in workdir.iterdir():
+  for path in (*workdir.glob("*.json"), *log_of(workdir, "").parent.iterdir()):
     text = path.read_text().replace("mxfp4_rht_sr", json.dumps(attack)[1:-1])
     path.write_text(text.replace("experts.w13", "<b>w13</b>").replace("stdlib", "<i>corpus</i>"))
   text = page_without_plotly(report.write_report(workdir))
@@ -146,52 +150,52 @@ def test_text_from_files_is_escaped(tmp_path):
   assert "<script>alert" not in text and 'onerror="' not in text
 
 
-def test_a_gap_within_the_noise_reads_so(tmp_path):
-  workdir = small_workdir(
-    tmp_path, {"bf16": [2.0, 2.1], "close": [2.02, 2.163], "far": [2.2, 2.31]}
-  )
-  text = page_without_plotly(report.write_report(workdir)).replace("\N{NO-BREAK SPACE}", " ")
-  assert re.search(
-    r'<td class="noise">\+2\.00 %<small>within noise</small>\s*<small>± 1\.00 % over seeds', text
-  )
-  assert re.search(r'<td class="clear">\+10\.00 %<small>above noise</small>', text)
+def test_a_gap_is_shown_with_its_interval_and_its_seeds(tmp_path):
+  losses = {"bf16": [2.0, 2.1, 2.2], "close": [2.02, 2.1, 2.178], "far": [2.2, 2.31, 2.42]}
+  text = page_without_plotly(report.write_report(small_workdir(tmp_path, losses)))
+  text = re.sub(r"\s*\n\s*", "", text).replace("\N{NO-BREAK SPACE}", " ")
+  text = text.replace(numbers.MINUS, "-")
+  # 1, 0 and -1 %: t is 4.303, the standard error 1 / sqrt(3).
+  assert (
+    'class="noise">0.00 %<small>-2.48 % to +2.48 %</small><small>3 seeds</small></td>'
+    '<td class="text" data-label="Against BF16">not told apart</td>'
+  ) in text
+  assert 'class="clear">+10.00 %<small>' in text and ">above BF16</td>" in text
 
 
 def headline(workdir):
   found = report.headline(summary.summarize(workdir))
-  return [sentence.replace("\N{NO-BREAK SPACE}", " ") for sentence in found]
+  return [s.replace("\N{NO-BREAK SPACE}", " ").replace(numbers.MINUS, "-") for s in found]
 
 
-def test_headline_tells_apart_only_what_the_noise_allows(tmp_path):
-  # BF16's seeds lie 0.02 / 2.01 = 0.995 % apart; b and c less, a and c more.
-  gaps = {"a": 3.0, "d": -1.5, "c": 1.9, "e": 0.5, "b": 2.4}
-  losses = {r: [2.0 * (1 + g / 100), 2.02 * (1 + g / 100)] for r, g in gaps.items()}
-  assert headline(small_workdir(tmp_path, {"bf16": [2.0, 2.02]} | losses)) == [
-    "a and b lie 2.40 to 3.00 % above BF16 in validation loss, closer together than the noise of"
-    " 1.00 %; c lies 1.90 % above it; d lies 1.50 % below it.",
-    "BF16's own seeds lie 1.00 % apart: e is within that noise.",
+def test_headline_ranks_what_the_seeds_tell_apart(tmp_path):
+  gaps = {"a": (3.0, 3.1, 2.9), "d": (-1.5, -1.4, -1.6), "e": (0.5, -0.5, 0.1), "b": (4, 4.1, 4.2)}
+  bf16 = [2.0, 2.5, 3.0]
+  losses = {r: [x * (1 + g / 100) for x, g in zip(bf16, own)] for r, own in gaps.items()}  # noqa: B905
+  assert headline(small_workdir(tmp_path, {"bf16": bf16} | losses)) == [
+    "b (+4.10 %) and a (+3.00 %) end above BF16 in validation loss.",
+    "d (-1.50 %) ends below BF16 in validation loss.",
+    "e can't be told from BF16.",
+    "By 95% intervals of the gaps, paired over 3 seeds.",
   ]
-  assert headline(small_workdir(tmp_path, {"bf16": [2.0, 2.02], "a": losses["a"]}))[1] == (
-    "BF16's own seeds lie 1.00 % apart: no recipe is within that noise."
-  )
-  close = {"e": losses["e"], "f": [2.0, 2.02]}
-  assert headline(small_workdir(tmp_path, {"bf16": [2.0, 2.02]} | close)) == [
-    "e and f can't be told from BF16 in validation loss.",
-    "BF16's own seeds lie 1.00 % apart: e and f are within that noise.",
+  two = {name: own[:2] for name, own in ({"bf16": bf16} | losses).items() if name != "e"}
+  assert headline(small_workdir(tmp_path, two)) == [
+    "Two seeds are too few to tell b, a and d from BF16; with 3 there is an interval.",
+    "Mean gap in validation loss: b +4.05 %, a +3.05 % and d -1.45 %.",
   ]
-  assert headline(small_workdir(tmp_path, {"bf16": [2.0], "a": [2.1], "e": [2.0]})) == [
-    "e is closest to BF16 in validation loss (0.00 %) and a farthest (+5.00 %).",
-    "With one BF16 seed the noise between seeds is unknown.",
+  assert headline(small_workdir(tmp_path, {"bf16": bf16})) == [
+    "bf16 alone: there is nothing to compare."
   ]
 
 
 def test_headline_names_who_diverged_and_who_lags(tmp_path):
-  found = headline(make_workdir(tmp_path, diverged=("fp8", 0, 9)))
-  assert found[0].startswith("fp8 diverged. mxfp4 lies ")
-  lagging = rows_of(tmp_path / "metrics.jsonl")
+  workdir = make_workdir(tmp_path, seeds=3, diverged=("fp8", 0, 9))
+  assert headline(workdir)[0] == "fp8 diverged."
+  lagging = rows_of(log_of(tmp_path, "metrics"))
   lagging = [row for row in lagging if row["recipe"] != "hopper_fp4" or row["step"] < 50]
-  write_rows(tmp_path / "metrics.jsonl", lagging)
-  assert "Not there yet: hopper_fp4." in headline(tmp_path)
+  write_rows(log_of(tmp_path, "metrics"), lagging)
+  assert "Not finished, so not compared: hopper_fp4." in headline(tmp_path)
+  assert not any("hopper_fp4 (" in sentence for sentence in headline(tmp_path))
 
 
 def test_what_is_lost_to_the_scale_by_hand(tmp_path):
@@ -203,7 +207,7 @@ def test_what_is_lost_to_the_scale_by_hand(tmp_path):
     operand_row("far", "wgrad lhs", None, (0.0,) * 5),
     operand_row("near", "fprop lhs", 30.0, (2.0, 0.0, 1.02, -2.02, 0.0)),
   ]
-  write_rows(workdir / "probes.jsonl", rows)
+  write_rows(log_of(workdir, "probes"), rows)
   lost = {
     name: own["decomposition"]["lost_to_scale"]
     for name, own in summary.summarize(workdir)["recipes"].items()
@@ -213,11 +217,11 @@ def test_what_is_lost_to_the_scale_by_hand(tmp_path):
   assert lost["near"] == pytest.approx(-0.02)
   sentence = "An ideal scale would remove 27 % of far's squared error; the rest is the grid's."
   assert headline(workdir)[-1] == sentence
-  write_rows(workdir / "probes.jsonl", [rows[3] | {"recipe": "far"}])
+  write_rows(log_of(workdir, "probes"), [rows[3] | {"recipe": "far"}])
   sentence = "An ideal scale would remove none of far's squared error: it is the grid's."
   assert headline(workdir)[-1] == sentence
-  write_rows(workdir / "probes.jsonl", [rows[2]])
-  assert len(headline(workdir)) == 2  # far lost nothing
+  write_rows(log_of(workdir, "probes"), [rows[2]])
+  assert not any("ideal scale" in sentence for sentence in headline(workdir))  # far lost nothing
 
 
 def test_settings_list_every_field_and_the_command(tmp_path):
@@ -232,15 +236,36 @@ def test_settings_list_every_field_and_the_command(tmp_path):
 def test_an_old_report_survives_a_failing_one(tmp_path):
   workdir = small_workdir(tmp_path, {"bf16": [2.0]})
   old = report.write_report(workdir).read_text()
-  (workdir / "metrics.jsonl").write_text("{\n{\n")
+  (log_of(workdir, "metrics")).write_text("{\n{\n")
   with pytest.raises(ValueError, match="line 1"):
     report.write_report(workdir)
   assert (workdir / "report.html").read_text() == old
 
 
+def test_workdirs_side_by_side(tmp_path):
+  one, two = make_workdir(tmp_path / "one"), make_workdir(tmp_path / "two", layers=3)
+  path = report.write_report(one, two, out=tmp_path / "both.html")
+  text = page_without_plotly(path)
+  for arm in ("one/mxfp4", "two/mxfp4"):
+    assert f">{arm}</th>" in text
+  differing = text[text.index("What differs") : text.index("Configuration and environment")]
+  cells = re.findall(r"<(?:th|td)\b[^>]*>([^<]*)<", differing)
+  assert cells == ["", "one", "two", "model.num_layers", "2", "3"]
+  command = [sys.executable, "-m", "experiments.report", f"--workdir={one},{two}"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert done.stderr == "error: several workdirs need --out, the page to write\n"
+
+
+def test_the_page_is_under_3_mb_and_holds_all_of_plotly(tmp_path):
+  path = report.write_report(make_workdir(tmp_path))
+  assert path.stat().st_size < 3e6
+  packed = re.search(r'id="plotly">([^<]*)<', path.read_text()).group(1)
+  assert gzip.decompress(base64.b64decode(packed)).decode() == get_plotlyjs()
+
+
 def test_numbers_read_well():
-  assert report.fixed(-0.0004) == "0.000"
-  assert report.fixed(-1.5, 1) == "\N{MINUS SIGN}1.5"
-  assert report.signed(0.004) == "0.00"
-  assert report.signed(0.5, unit="%") == "+0.50\N{NO-BREAK SPACE}%"
-  assert report.fixed(None) == report.signed(None, unit="%") == "\N{EN DASH}"
+  assert numbers.fixed(-0.0004) == "0.000"
+  assert numbers.fixed(-1.5, 1) == "\N{MINUS SIGN}1.5"
+  assert numbers.signed(0.004) == "0.00"
+  assert numbers.signed(0.5, unit="%") == "+0.50\N{NO-BREAK SPACE}%"
+  assert numbers.fixed(None) == numbers.signed(None, unit="%") == "\N{EN DASH}"

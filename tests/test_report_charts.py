@@ -9,9 +9,9 @@ from pathlib import Path
 import plotly.graph_objects as go
 import pytest
 from workdirs import (
-  ENTROPY,
   RECIPES,
   all_figures,
+  log_of,
   make_workdir,
   operand_row,
   page_without_plotly,
@@ -28,8 +28,8 @@ def colours(value, key=""):
     case dict():
       return {c for name, item in value.items() for c in colours(item, name)}
     case list():
-      return {c for item in value for c in colours(item)}
-    case str() if key.endswith("color"):
+      return {c for item in value for c in colours(item, key)}
+    case str() if key.endswith(("color", "colorscale")):
       return {value}
   return set()
 
@@ -81,7 +81,7 @@ def test_every_bar_has_its_sqnr_at_its_end(tmp_path):
     operand_row("hopper_fp4", "wgrad lhs", *lossless),
     operand_row("hopper_fp4", "residual lhs", 18.75),
   ]
-  write_rows(workdir / "probes.jsonl", rows)
+  write_rows(log_of(workdir, "probes"), rows)
   charts = report_charts.probe_charts(summary.read_records(workdir))
 
   def ends(group, recipe, operand=report_charts.ALL):
@@ -109,7 +109,7 @@ def test_a_residual_stands_beside_what_is_read_from_it(tmp_path):
   sqnr = {"fprop lhs": 29.0, "fprop rhs": 31.0, "wgrad lhs": 27.0, "residual lhs": 18.0}
   rows = [operand_row("hopper_fp4", operand, value) for operand, value in sqnr.items()]
   rows += [operand_row("mxfp4", operand, 19.0) for operand in ("fprop lhs", "fprop rhs")]
-  write_rows(workdir / "probes.jsonl", rows)
+  write_rows(log_of(workdir, "probes"), rows)
   (chart,) = report_charts.probe_charts(summary.read_records(workdir))["sqnr"]
 
   def lines(operand):
@@ -129,7 +129,7 @@ def test_formats_are_named_with_their_scale_rule(tmp_path):
   named = {"mxfp4": {"scale_rule": "floor"}, "mxfp4_rht_sr": {"scale_rule": "rceil"}, "old": {}}
   workdir = small_workdir(tmp_path, {recipe: [2.0] for recipe in ("bf16", *named)})
   rows = [operand_row(r, "fprop lhs", 18.0) | {"format": "MXFP4"} | own for r, own in named.items()]
-  write_rows(workdir / "probes.jsonl", rows)
+  write_rows(log_of(workdir, "probes"), rows)
   found = summary.summarize(workdir)["recipes"]
   rules = {
     name: [o["scale_rule"] for o in own["decomposition"]["operands"]] for name, own in found.items()
@@ -155,7 +155,8 @@ def test_panels_of_one_group_share_their_range(tmp_path):
 
 def test_recipes_keep_their_colour_in_every_line_chart(tmp_path):
   records = summary.read_records(make_workdir(tmp_path))
-  charts = report_charts.curve_charts(records, ENTROPY)
+  charts = report_charts.curve_charts(records)
+  del charts["rate"]  # one line for all recipes
   charts["sqnr"] = report_charts.probe_charts(records)["sqnr"][0]
   seen = {}
   for chart in charts.values():
@@ -165,16 +166,19 @@ def test_recipes_keep_their_colour_in_every_line_chart(tmp_path):
   assert seen.pop("hopper_fp4 on top") == seen.pop("hopper_fp4 residual") == seen["hopper_fp4"]
   assert {name: len(found) for name, found in seen.items()} == dict.fromkeys(RECIPES, 1)
   assert len(set.union(*seen.values())) == len(RECIPES)
-  many = report_lines.recipe_styles(["bf16", *"abcdefgh"])
-  assert len({tuple(style.values()) for style in many.values()}) == 9
+  arms = [summary.Arm(recipe, recipe, "w", "bf16", 1, 1) for recipe in ("bf16", *"abcdefgh")]
+  many = report_lines.styles_of(arms)
+  assert len({(style["color"], style["dash"]) for style in many.values()}) == 9
   palette = {f"--recipe-{i}" for i in range(report_lines.RECIPE_COLOURS)} | {"--baseline"}
   assert {style["color"] for style in many.values()} == palette
 
 
 def test_curves_are_the_mean_and_range_over_seeds(tmp_path):
-  workdir = small_workdir(tmp_path, {"bf16": [2.0, 2.2], "r": [2.1, 2.2]}, steps=100)
+  losses = {"bf16": [2.0, 2.2], "r": [2.1, 2.2]}
+  environment = {"corpus": {"unigram_entropy_nats": 3.0}}
+  workdir = small_workdir(tmp_path, losses, steps=100, environment=environment)
   records = summary.read_records(workdir)
-  charts = report_charts.curve_charts(records, unigram_entropy=3.0)
+  charts = report_charts.curve_charts(records)
   assert report_charts.smoothing_window(records) == 3
   band, *_ = charts["train"]["figures"][report_charts.ALL]["data"]
   line = next(t for t in charts["train"]["figures"][report_charts.ALL]["data"] if t.get("name"))
@@ -186,18 +190,64 @@ def test_curves_are_the_mean_and_range_over_seeds(tmp_path):
   assert validation["layout"]["shapes"][0]["y0"] == 3.0
   low, high = validation["layout"]["yaxis"]["range"]
   assert low < 2.0 and high > 3.0
-  gap = charts["gap"]["figures"][report_charts.ALL]["data"]
-  assert [t["y"] for t in gap if t.get("name")] == [[2.5], [0.0]]
-  noise = next(t for t in gap if t.get("fill") and t["legendgroup"] == "bf16")
-  assert noise["y"] == pytest.approx([9.52381, -9.52381])  # 0.2 / 2.1
+  gap = charts["gap"]["figures"][report_charts.ALL]
+  band, line = gap["data"][:2]
+  assert line["y"] == [2.5] and band["y"] == [5.0, 0.0]  # 5 and 0 %: their range
+  assert gap["layout"]["shapes"][0]["y0"] == 0.0
+
+
+def test_the_band_of_a_gap_is_its_interval_from_three_seeds_on(tmp_path):
+  losses = {"bf16": [2.0, 2.0, 2.0], "r": [2.02, 2.04, 2.06]}
+  charts = report_charts.curve_charts(summary.read_records(small_workdir(tmp_path, losses)))
+  band = charts["gap"]["figures"][report_charts.ALL]["data"][0]
+  half = 4.302653 / 3**0.5  # Student's t of 2 degrees of freedom
+  assert band["y"] == pytest.approx([2 + half, 2 - half], abs=1e-5)
+
+
+def test_load_of_the_experts(tmp_path):
+  workdir = small_workdir(tmp_path, {"bf16": [2.0], "r": [2.0]})
+  loads = {0: [[0.5, 0.5], [0.25, 0.75]], 1: [[0.7, 0.3], [0.25, 0.75]]}
+  rows = rows_of(log_of(workdir, "metrics"))
+  rows += [
+    {"recipe": "r", "seed": seed, "step": step, "split": "routing", "load": load}
+    for seed, load in loads.items()
+    for step in (10, 20)
+  ]
+  write_rows(log_of(workdir, "metrics"), rows)
+  records = summary.read_records(workdir)
+  (panel,) = report_charts.load_charts(records)
+  trace = panel["figures"][report_charts.ALL]["data"][0]
+  assert trace["z"] == [[60.0, 40.0], [25.0, 75.0]] and trace["zmax"] == 75.0
+  busiest = report_charts.curve_charts(records)["busiest"]["figures"][report_charts.ALL]["data"]
+  line = next(t for t in busiest if t.get("name"))
+  # Twice the larger share, mean over layers: 1.25 and 1.45 of the two seeds.
+  assert line["x"] == [10, 20] and line["y"] == pytest.approx([1.35, 1.35])
+
+
+def test_layers_over_time(tmp_path):
+  workdir = small_workdir(tmp_path, {"bf16": [2.0], "r": [2.0]})
+  rows = [
+    operand_row("r", "fprop lhs", 10.0 * step + layer, layer=layer) | {"step": step}
+    for step in (0, 1)
+    for layer in (0, 1)
+  ]
+  rows += [operand_row("r", "dgrad lhs", 3.0, layer=1) | {"step": 1}]
+  write_rows(log_of(workdir, "probes"), rows)
+  (panel,) = report_charts.probe_charts(summary.read_records(workdir))["depth"]
+  found = {name: figure["data"][0]["z"] for name, figure in panel["figures"].items()}
+  assert found == {
+    "all operands": [[0.0, 10.0], [1.0, 7.0]],
+    "fprop lhs": [[0.0, 10.0], [1.0, 11.0]],
+    "dgrad lhs": [[3.0]],
+  }
 
 
 def test_a_smoothed_curve_stops_at_the_first_loss_that_is_not_finite(tmp_path):
   workdir = small_workdir(tmp_path, {"bf16": [2.0]}, steps=100)
-  rows = rows_of(workdir / "metrics.jsonl")
+  rows = rows_of(log_of(workdir, "metrics"))
   rows = [row | {"loss": None} if row["step"] == 50 else row for row in rows]
-  write_rows(workdir / "metrics.jsonl", [row for row in rows if row["step"] <= 50])
-  charts = report_charts.curve_charts(summary.read_records(workdir), None)
+  write_rows(log_of(workdir, "metrics"), [row for row in rows if row["step"] <= 50])
+  charts = report_charts.curve_charts(summary.read_records(workdir))
   line = next(t for t in charts["train"]["figures"][report_charts.ALL]["data"] if t.get("name"))
   assert line["x"][-1] <= 49
   assert line["y"][-1] < 50
@@ -220,7 +270,7 @@ def test_names_at_the_ends_of_lines_do_not_overlap(tmp_path):
 
 def test_long_runs_are_thinned_but_keep_their_last_step(tmp_path):
   workdir = small_workdir(tmp_path, {"bf16": [2.0]}, steps=1000)
-  charts = report_charts.curve_charts(summary.read_records(workdir), None)
+  charts = report_charts.curve_charts(summary.read_records(workdir))
   line = next(t for t in charts["train"]["figures"][report_charts.ALL]["data"] if t.get("name"))
   assert len(line["x"]) <= report_lines.MAX_POINTS
   assert line["x"][-1] == 1000

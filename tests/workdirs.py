@@ -12,7 +12,13 @@ RECIPES = ("bf16", "fp8", "mxfp4", "mxfp4_rht_sr", "hopper_fp4")
 ENTROPY = 3.25
 
 
+def log_of(workdir, name):
+  """Rows tell whose they are, so that one folder serves all runs."""
+  return workdir / "runs" / "all" / f"{name}.jsonl"
+
+
 def write_rows(path, rows):
+  path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -62,7 +68,9 @@ def make_workdir(
         nan = diverged is not None and diverged[:2] == (recipe, seed) and step >= diverged[2]
         loss = None if nan else loss_at(step) + noise.gauss(0, 0.06)
         norm = None if nan else math.exp(noise.gauss(0, 0.2)) * (0.4 + 3 * math.exp(-step / 10))
-        metrics.append(run | {"split": "train", "loss": loss, "grad_norm": norm})
+        balance, z = 1 + noise.random() / step, 4 * noise.random()
+        routing = {"load_balance_loss": balance, "router_z_loss": z, "learning_rate": 1e-3 / step}
+        metrics.append(run | {"split": "train", "loss": loss, "grad_norm": norm} | routing)
         timing.append(run | {"step_time_ms": speed[recipe] + noise.random() + 9000 * (step == 1)})
         if nan:
           probe = {"step": step, "layer": 1, "module": "experts.w13", "gemm": "dgrad"}
@@ -72,11 +80,13 @@ def make_workdir(
         if step % 20 == 0:
           score = loss_at(step) + noise.gauss(0, 0.002)
           metrics.append(run | {"split": "validation", "loss": score})
+          load = [[1 / 4 + noise.uniform(-0.1, 0.1) for _ in range(4)] for _ in range(layers)]
+          metrics.append(run | {"split": "routing", "load": load})
           if recipe != "bf16":
             probes += probe_rows(run, noise, layers, step / steps)
-  write_rows(path / "metrics.jsonl", metrics)
-  write_rows(path / "probes.jsonl", probes)
-  write_rows(path / "timing.jsonl", timing)
+  write_rows(log_of(path, "metrics"), metrics)
+  write_rows(log_of(path, "probes"), probes)
+  write_rows(log_of(path, "timing"), timing)
   return path
 
 
@@ -118,7 +128,7 @@ def probe_rows(run, noise, layers, progress):
 
 def small_workdir(path, losses, steps=20, environment=None):
   """`losses`: {recipe: validation losses by seed at the last step}; train loss = step number."""
-  path.mkdir(exist_ok=True)
+  path.mkdir(parents=True, exist_ok=True)
   seeds = max(map(len, losses.values()))
   config = {"recipes": list(losses), "seeds": seeds, "steps": steps}
   (path / "config.json").write_text(json.dumps(config))
@@ -130,7 +140,7 @@ def small_workdir(path, losses, steps=20, environment=None):
       for step in range(1, steps + 1):
         metrics.append(run | {"step": step, "split": "train", "loss": step + seed})
       metrics.append(run | {"step": steps, "split": "validation", "loss": loss})
-  write_rows(path / "metrics.jsonl", metrics)
+  write_rows(log_of(path, "metrics"), metrics)
   return path
 
 
@@ -155,11 +165,11 @@ def rows_of(path):
 def page_without_plotly(path):
   """The page and its own script, without plotly's source, which no test is about."""
   text = path.read_text()
-  return text.replace(report.get_plotlyjs(), "")
+  return text.replace(report.packed_plotly(), "")
 
 
 def all_figures(workdir):
   records = summary.read_records(workdir)
-  charts = list(report_charts.curve_charts(records, ENTROPY).values())
+  charts = [*report_charts.curve_charts(records).values(), *report_charts.load_charts(records)]
   charts += [chart for group in report_charts.probe_charts(records).values() for chart in group]
   return [figure for chart in charts for figure in chart["figures"].values()]
