@@ -7,6 +7,7 @@ part of the model a kernel belongs. `make tables` puts the rows into the README.
 """
 
 import collections
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ def kind_of(kernel: str, op_name: str) -> tuple[str, str]:
 
 def kernel_times(folder: Path, op_names: dict[str, str]) -> Iterator[tuple[str, str, float]]:
   """(part, kind, ms) of every kernel in a profile."""
+  by_kernel = {name.replace(".", "_").replace("-", "_"): op for name, op in op_names.items()}
   (path,) = folder.rglob("*.xplane.pb")
   planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
   device = [plane for plane in planes if "/device:GPU" in plane.name]
@@ -52,7 +54,8 @@ def kernel_times(folder: Path, op_names: dict[str, str]) -> Iterator[tuple[str, 
         stats = dict(event.stats)
         op = stats.get("hlo_op")
         if line.name.startswith("Stream") if device else op and not _CONTROL.match(op):
-          yield *kind_of(event.name, op_names.get(op, "")), event.duration_ns / 1e6
+          op_name = op_names.get(op) or by_kernel.get(event.name, "")
+          yield *kind_of(event.name, op_name), event.duration_ns / 1e6
 
 
 def profile(config: Experiment, recipe: str) -> dict[tuple[str, str], float]:
@@ -79,6 +82,9 @@ def profile(config: Experiment, recipe: str) -> dict[tuple[str, str], float]:
 def main(_) -> None:
   config = _CONFIG.value
   validate(config)
+  # A kernel launched from a CUDA graph does not tell to which instruction it belongs.
+  flags_of_xla = os.environ.get("XLA_FLAGS", "")
+  os.environ["XLA_FLAGS"] = f"{flags_of_xla} --xla_gpu_enable_command_buffer="
   log = logs.Rewritten(_OUT.value)
   environment = describe_environment(COMMIT.value)
   told = {key: environment[key] for key in ("device", "git_commit", "git_dirty", "versions")}
