@@ -1,11 +1,11 @@
 """BF16, FP8 and HOPPER_FP4 where experts are wide enough to show what a step gains, on one GPU.
 
-Claim: at width 4096 a whole training step takes HOPPER_FP4 and FP8 about three quarters of BF16's
-time on one Hopper GPU; the README has the gaps of three seeds.
+Claim: at width 4096 a whole training step takes HOPPER_FP4 three quarters and FP8 four fifths of
+BF16's time on one Hopper GPU. On convergence three seeds allow no claim: see the README.
 Command: .venv/bin/python -m experiments.run --config=configs/moe_wide.py --workdir=runs/moe_wide
 Cost: 9 runs of 900 steps of 32,768 tokens, 29 million per run: a sixth of the source text of the
-packages in .venv, which constraints.txt pins. At 0.13 to 0.18 s per step 25 minutes on one H100,
-and 30 GB; no checkpoints (11 GB each), so a stopped run begins again.
+packages in .venv, which constraints.txt pins. At 0.12 to 0.16 s per step it takes 20 minutes on
+one H200, and 29 GB. There are no checkpoints (11 GB each), so a stopped run begins again.
 Expected: the README's table.
 
 891 million parameters, 286 million of them active: each expert is 4096 x 8192 and 4096 x 4096, 8 a

@@ -39,7 +39,7 @@ def allow(name: str, items: Iterable[str]) -> None:
 
   def validate(given):
     if unknown := [item for item in given if item and item not in allowed]:
-      raise flags.ValidationError(f"{unknown[0]!r} is none of {', '.join(allowed)}")
+      raise flags.ValidationError(f"{unknown[0]!r} is not one of {', '.join(allowed)}")
     return True
 
   flags.register_validator(name, validate)

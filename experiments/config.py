@@ -102,7 +102,6 @@ class Experiment:
 
   recipes: Names = ALL_RECIPES
   seeds: int = 1  # runs of every recipe, seeded 0, 1, ...
-  bf16_seeds: int | None = None  # runs of bf16, whose spread is the noise of a gap; None: `seeds`
   steps: int = 100
   final_recipe: str | None = None  # of the last steps of all runs but bf16's; None: their own
   final_share: float = 0.18  # of the steps; NVIDIA's late switch to bf16, arXiv 2509.25149
@@ -118,10 +117,6 @@ class Experiment:
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   quantize: Quantize = dataclasses.field(default_factory=Quantize)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-
-  def seeds_of(self, recipe: str) -> int:
-    """Runs of one recipe."""
-    return self.bf16_seeds if recipe == "bf16" and self.bf16_seeds is not None else self.seeds
 
   def recipes_of(self, run: str) -> tuple[tuple[int, Recipe], ...]:
     """The recipes of the run of that name, each with the step from which it trains."""
@@ -146,7 +141,7 @@ def _with_gemms(recipe: Recipe, other: Recipe, gemms: Names) -> Recipe:
 
 
 _INT32 = 2**31 - 1
-# Of every number but those of `data`, which `load_corpus` checks, and `bf16_seeds`.
+# Of every number but those of `data`, which `load_corpus` checks.
 _RANGES = (
   ("from 1 to 1000", lambda x: 1 <= x <= 1000, "seeds"),
   (f"from 1 to {_INT32}", lambda x: 1 <= x <= _INT32, "steps"),
@@ -198,11 +193,6 @@ def validate(config: Experiment) -> None:
       value = operator.attrgetter(name)(config)
       if not (holds(value) and math.isfinite(value)):
         raise ValueError(f"{name}={value} is not {allowed}")
-  if config.bf16_seeds is not None and config.bf16_seeds < config.seeds:
-    raise ValueError(
-      f"bf16_seeds={config.bf16_seeds} is below seeds={config.seeds}: "
-      "a seed without its bf16 run has no gap"
-    )
   _validate_final(config)
   kept = config.quantize.first_bf16 + config.quantize.last_bf16
   if kept > config.model.num_layers:

@@ -21,7 +21,7 @@ import tokenizers
 from experiments import config as config_lib
 from experiments import documents as documents_lib
 
-_PIECE_BYTES = 1 << 20  # an Encoding takes about 100 bytes a token, so long texts go in pieces
+_PIECE_BYTES = 1 << 20  # an Encoding takes about 100 bytes per token, so long texts go in pieces
 
 # A BPE model without an unknown token drops what it does not know in silence. Given one that its
 # vocabulary lacks, it raises instead, as the other models do; this name shows in the message.
@@ -207,7 +207,9 @@ def _load_tokenizer(path: str | None) -> tuple[tokenizers.Tokenizer | None, str 
   try:
     tokenizer = tokenizers.Tokenizer.from_buffer(content)
   except ValueError as error:
-    raise ValueError(f"data.tokenizer={path!r} is no `tokenizers` JSON file ({error})") from error
+    raise ValueError(
+      f"data.tokenizer={path!r} is not a `tokenizers` JSON file ({error})"
+    ) from error
   if not tokenizer.get_vocab_size():
     raise ValueError(
       f"data.tokenizer={path!r} has an empty vocabulary; train it before you save it"

@@ -17,8 +17,8 @@ _UNPACK = "unpack it first"
 _ROWS = 'write its texts to a .jsonl file, each line with a "text"'
 _TEXT = "give the text itself"
 
-# What is no text: its name, its suffixes, how its bytes begin (a pattern), and what to do. Not .pt,
-# which is Portuguese as often as PyTorch. PAR1 is a gene: what follows it must be no text, either.
+# What is not text: its name, its suffixes, how its bytes begin (a pattern), and what to do. .pt is
+# missing: it is Portuguese as often as PyTorch. PAR1 is a gene, so the byte behind it counts too.
 _BINARY = (
   ("gzip", "", rb"\x1f\x8b\x08", f"{_UNPACK}, or let its name end in .gz"),
   ("bzip2", ".bz2 .tbz2", rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", _UNPACK),
@@ -103,7 +103,7 @@ def _refuse_binary(file: Path, *, suffix: str = "", content: bytes = b"") -> Non
   for name, suffixes, beginning, advice in _BINARY:
     begins = beginning is not None and re.match(beginning, content, re.DOTALL)
     if begins or suffix in suffixes.split():
-      raise ValueError(f"data.path: {file} is {name}, no text; {advice}")
+      raise ValueError(f"data.path: {file} is {name}, not text; {advice}")
 
 
 def _unpack(content: bytes, file: Path) -> bytes:
@@ -127,4 +127,4 @@ def _row_text(line: bytes, source: str) -> bytes:
   try:
     return row["text"].encode()
   except UnicodeEncodeError as error:
-    raise ValueError(f'{source}: "text" is no valid Unicode ({error.reason})') from error
+    raise ValueError(f'{source}: "text" is not valid Unicode ({error.reason})') from error

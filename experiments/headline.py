@@ -54,7 +54,8 @@ def _ranked(by_verdict: dict[str | None, list[str]], gaps: dict[str, Any]) -> li
     ranked = [n for v in (ABOVE, BELOW, SAME) for n in by_verdict.get(v, [])]
     seeds = sorted({gaps[name]["seeds"] for name in ranked})
     of = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    sentences.append(f"By {CONFIDENCE:.0%} intervals of the gaps, paired over {of} seeds.")
+    percent = f"{100 * CONFIDENCE:.0f}\N{NO-BREAK SPACE}%"
+    sentences.append(f"By {percent} intervals of the gaps, paired over {of} seeds.")
   return sentences
 
 

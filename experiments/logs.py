@@ -94,7 +94,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     except ValueError as error:
       raise ValueError(f"{path}, line {number} is damaged: {error}{_BEGIN_AGAIN}") from error
     if not isinstance(row, dict):
-      raise ValueError(f"{path}, line {number} is damaged: {line[:60]!r} is no object")
+      raise ValueError(f"{path}, line {number} is damaged: {line[:60]!r} is not an object")
     rows.append(row)
   return rows
 
@@ -115,9 +115,12 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Replaces a JSON file at once: a reader, or a crash, sees the old one or the new one."""
+  write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Replaces a file at once: a reader, or a crash, sees the old one or the new one."""
   path = Path(path)
-  text = json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
   partial = path.with_name(f".{path.name}.tmp")
   try:
     with open(partial, "wb") as file:
@@ -195,6 +198,8 @@ class Progress:
       file=stream if terminal else _Lines(stream),
       mininterval=0.1 if terminal else 10,
       dynamic_ncols=terminal,
+      desc="the first step compiles  ",
+      disable=not total_steps,
       bar_format="{desc}{percentage:3.0f}%|{bar:20}| {rate_fmt}, {remaining} left",
     )
 

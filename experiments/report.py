@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
+from experiments import logs
 from experiments.headline import headline, listed
 from experiments.numbers import MISSING, fixed, signed, thousands
 from experiments.report_charts import (
@@ -49,12 +50,7 @@ def write_report(*workdirs: str | os.PathLike, out: str | os.PathLike | None = N
   path = Path(out or Path(workdirs[0]) / "report.html")
   names = [Path(workdir).resolve().name for workdir in workdirs]
   page = render(read_records(*workdirs), name=", ".join(names))
-  partial = path.with_name(f".{path.name}.tmp")
-  try:
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)  # a reader sees the old page or the new one
-  finally:
-    partial.unlink(missing_ok=True)
+  logs.write_text(path, page)
   return path
 
 

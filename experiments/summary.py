@@ -77,9 +77,8 @@ def read_records(*workdirs: str | os.PathLike) -> Records:
     recipes = list(dict.fromkeys([*config.get("recipes", ()), *every]))
     baseline = prefix + BASELINE if BASELINE in recipes else None
     for recipe in recipes:
-      planned = _planned_seeds(config, recipe)
       name = prefix + recipe
-      arms[name] = Arm(name, recipe, label, baseline, planned, config.get("steps"))
+      arms[name] = Arm(name, recipe, label, baseline, config.get("seeds"), config.get("steps"))
     for log, found in own.items():
       rows[log] += [row | {"recipe": prefix + row["recipe"]} for row in found]
   return Records(configs, environments, arms, **{log: _frame(rows[log], log) for log in rows})
@@ -214,11 +213,6 @@ def lost_to_scale(rows: pd.DataFrame) -> float | None:
   errors = 10 ** (-rows.sqnr_db / 10)
   lost = 1 - rows.deadzone - rows.grid_noise
   return (errors * lost).sum() / errors.sum() if errors.sum() else None
-
-
-def _planned_seeds(config: dict[str, Any], recipe: str) -> int | None:
-  own = config.get("bf16_seeds") if recipe == BASELINE else None
-  return config.get("seeds") if own is None else own
 
 
 def _of_recipe(records: Records, arm: Arm, name: str) -> float | None:

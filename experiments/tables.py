@@ -26,12 +26,14 @@ def collect(workdir: Path, out: Path) -> None:
   records = read_records(workdir)
   summary = summarize_records(records)
   log = logs.JsonLines(out, 0)
-  environment = {k: records.environment[k] for k in _ENVIRONMENT}
+  (environment,) = records.environments.values()
+  environment = {k: environment[k] for k in _ENVIRONMENT}
   log.write({"kind": "environment"} | environment)
-  log.write({"kind": "entropy", "unigram_entropy_nats": summary["unigram_entropy_nats"]})
-  for row in records.metrics:
-    if row["split"] == "validation":
-      log.write({"kind": "validation"} | {k: row[k] for k in ("recipe", "seed", "step", "loss")})
+  (facts,) = summary["workdirs"].values()
+  log.write({"kind": "entropy", "unigram_entropy_nats": facts["unigram_entropy_nats"]})
+  validation = records.metrics[records.metrics.split == "validation"]
+  for row in validation[["recipe", "seed", "step", "loss"]].to_dict("records"):
+    log.write({"kind": "validation"} | row)
   for name, recipe in summary["recipes"].items():
     log.write({"kind": "recipe", "recipe": name} | recipe)
   log.close()
@@ -39,23 +41,21 @@ def collect(workdir: Path, out: Path) -> None:
 
 def losses_table(rows: list[Row]) -> str:
   lines = [
-    "| recipe | validation loss, nats/token | gap to BF16 | BF16 seed spread | reads as |"
-    " saved activations, bytes/token |",
-    "|---|---|---|---|---|---|",
+    "| recipe | validation loss, nats/token | gap to BF16, % | 95 % interval | seeds |"
+    " against BF16 | saved activations, bytes/token |",
+    "|---|---|---|---|---|---|---|",
   ]
   for row in rows:
     if row["kind"] != "recipe":
       continue
-    gap = row["gap"]
-    if row["recipe"] == "bf16":
-      difference, noise, verdict = "reference", "", ""
-    else:
-      error, verdict = gap["standard_error_percent"], gap["verdict"]
-      difference = f"{gap['percent']:+.2f}" + ("" if error is None else f" ± {error:.2f}") + " %"
-      noise = "" if gap["noise_percent"] is None else f"{gap['noise_percent']:.2f} %"
+    gap, bounds = row["gap"], row["gap"]["interval_percent"]
+    percent = interval = ""
+    if gap["verdict"] != "reference":
+      percent = f"{gap['percent']:+.2f}"
+      interval = "" if bounds is None else f"{bounds[0]:+.2f} to {bounds[1]:+.2f}"
     lines.append(
-      f"| `{row['recipe']}` | {row['validation_loss']['mean']:.4f} | {difference} | {noise} |"
-      f" {verdict} | {row['saved_activation_bytes_per_token']:,.0f} |"
+      f"| `{row['recipe']}` | {row['validation_loss']['mean']:.4f} | {percent} | {interval} |"
+      f" {gap['seeds']} | {gap['verdict']} | {row['saved_activation_bytes_per_token']:,.0f} |"
     )
   entropy = next(r for r in rows if r["kind"] == "entropy")["unigram_entropy_nats"]
   lines.append(f"\nUnigram entropy of the validation bytes: {entropy:.3f} nats. {_source(rows[0])}")
@@ -87,6 +87,27 @@ def step_time_table(rows: list[Row]) -> str:
   return "\n".join(lines) + f"\n\n{rows[0]['rounds']} rounds. {_source(rows[0])}"
 
 
+def profile_table(rows: list[Row]) -> str:
+  """Milliseconds of a step by part of the model and kind of kernel, a column per recipe."""
+  recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+  times: dict[tuple[str, str], Row] = {}
+  for row in rows:
+    times.setdefault((row["part"], row["kind"]), {})[row["recipe"]] = row["ms_per_step"]
+  totals = {recipe: sum(own.get(recipe, 0.0) for own in times.values()) for recipe in recipes}
+  kinds = {"kernels": "our kernels", "gemm": "XLA's products", "rest": "everything else"}
+  named = {
+    f"{part.replace('_', '-')}, {kinds[kind]}": own
+    for (part, kind), own in sorted(times.items(), key=lambda item: -max(item[1].values()))
+  }
+  lines = [
+    "| ms per step | " + " | ".join(f"`{recipe}`" for recipe in recipes) + " |",
+    "|---" * (1 + len(recipes)) + "|",
+  ]
+  for name, own in (named | {"sum": totals}).items():
+    lines.append(f"| {name} | " + " | ".join(f"{own.get(r, 0.0):.1f}" for r in recipes) + " |")
+  return "\n".join(lines) + f"\n\n{_source(rows[0])}"
+
+
 def cost_table(times: list[Row], memory: list[Row]) -> str:
   """Speed and memory of a training step, side by side."""
   peak = {row["recipe"]: row["peak_bytes"] for row in memory}
@@ -97,7 +118,7 @@ def cost_table(times: list[Row], memory: list[Row]) -> str:
       f" {peak[row['recipe']] / 1e9:.1f} |"
     )
   tokens = times[0]["tokens_per_step"]
-  return "\n".join(lines) + f"\n\n{tokens} tokens a step. {_source(times[0])}"
+  return "\n".join(lines) + f"\n\n{tokens} tokens per step. {_source(times[0])}"
 
 
 def _source(row: Row) -> str:
@@ -114,24 +135,34 @@ def fill(text: str, name: str, content: str) -> str:
   return filled
 
 
+def readme_tables(results: Path) -> dict[str, str]:
+  """The README's tables by the name of their place."""
+  rows = lambda name: logs.read_rows(results / f"{name}.jsonl")  # noqa: E731
+  return {
+    "demo": losses_table(rows("demo")),
+    "step_time": step_time_table(rows("step_time")),
+    "moe_1b": losses_table(rows("moe_1b")),
+    "moe_1b_gradients": gradients_table(rows("moe_1b_gradients")),
+    "moe_1b_step": cost_table(rows("moe_1b_step_time"), rows("moe_1b_memory")),
+    "moe_wide": losses_table(rows("moe_wide")),
+    "moe_wide_step": cost_table(rows("moe_wide_step_time"), rows("moe_wide_memory")),
+    "moe_wide_profile": profile_table(rows("moe_wide_profile")),
+  }
+
+
 def main(_) -> None:
   results = _ROOT / "results"
   if _COLLECT.value:
     workdir = Path(_COLLECT.value)
     collect(workdir, results / f"{workdir.name}.jsonl")
-  demo = logs.read_rows(results / "demo.jsonl")
   readme = _ROOT / "README.md"
-  text = fill(readme.read_text(), "demo", losses_table(demo))
-  text = fill(text, "step_time", step_time_table(logs.read_rows(results / "step_time.jsonl")))
-  moe_1b = logs.read_rows(results / "moe_1b.jsonl")
-  text = fill(text, "moe_1b", losses_table(moe_1b))
-  gradients = gradients_table(logs.read_rows(results / "moe_1b_gradients.jsonl"))
-  text = fill(text, "moe_1b_gradients", gradients)
-  times, memory = (logs.read_rows(results / f"moe_1b_{n}.jsonl") for n in ("step_time", "memory"))
-  text = fill(text, "moe_1b_step", cost_table(times, memory))
+  text = readme.read_text()
+  for name, content in readme_tables(results).items():
+    text = fill(text, name, content)
   readme.write_text(text)
-  pictures.demo_picture(demo, _ROOT / "docs" / "demo.svg")
-  pictures.seeds_picture(moe_1b, _ROOT / "docs" / "moe_1b.svg")
+  for name in ("demo", "moe_1b", "moe_wide"):
+    draw = pictures.demo_picture if name == "demo" else pictures.seeds_picture
+    draw(logs.read_rows(results / f"{name}.jsonl"), _ROOT / "docs" / f"{name}.svg")
 
   bench, moe_ffn = (logs.read_rows(results / f"{n}.jsonl") for n in ("kernel_bench", "moe_ffn"))
   readme = _ROOT / "pallas_kernels" / "README.md"

@@ -21,7 +21,7 @@ from fp4jax import recipes
 
 LOGS = ("metrics", "probes", "timing")
 Offsets = dict[str, int]  # bytes of each log
-_GROW = ("recipes", "seeds", "bf16_seeds", "steps")
+_GROW = ("recipes", "seeds", "steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +71,8 @@ class WorkDir:
     self._check()
     self.runs = [
       Run(recipe, seed, self.path / "runs" / f"{recipe}-{seed}")
-      for seed in range(max(map(config.seeds_of, config.recipes)))
+      for seed in range(config.seeds)
       for recipe in config.recipes
-      if seed < config.seeds_of(recipe)
     ]
 
   @contextlib.contextmanager
@@ -153,10 +152,7 @@ _FILES = ("config", "recipes", "environment")
 def _grown(was: dict[str, Any], config: Experiment) -> dict[str, Any]:
   """`config` with the recipes and seeds of both."""
   recipes = list(dict.fromkeys([*was["recipes"], *config.recipes]))
-  seeds = max(was["seeds"], config.seeds)
-  of_bf16 = max(was["bf16_seeds"] or was["seeds"], config.seeds_of("bf16"))
-  grown = {"recipes": recipes, "seeds": seeds}
-  return to_dict(config) | grown | {"bf16_seeds": None if of_bf16 == seeds else of_bf16}
+  return to_dict(config) | {"recipes": recipes, "seeds": max(was["seeds"], config.seeds)}
 
 
 def _joined(first: dict[str, Any], now: dict[str, Any], path: Path) -> dict[str, Any]:

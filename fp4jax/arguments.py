@@ -41,7 +41,7 @@ def check_axis(axis: Any, x: jax.Array) -> int:
 
 
 def check_key(**keys: Any) -> None:
-  """Refuses what is no single key of `jax.random`: a number, a string, a batch of keys."""
+  """Refuses what is not a single key of `jax.random`: a number, a string, a batch of keys."""
   for name, key in keys.items():
     dtype = getattr(key, "dtype", None)
     if dtype is None:

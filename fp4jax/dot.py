@@ -57,8 +57,8 @@ def dot_general(
   Raises:
     ValueError: a stochastic recipe without a key, one with state without it, or what makes
       `implementation` impossible.
-    TypeError: what is no recipe or no key, operands that are not arrays of float32, bfloat16 or
-      float16, or that `lax.dot_general` itself refuses.
+    TypeError: something is not a recipe or a key; operands that are not arrays of float32,
+      bfloat16 or float16, or that `lax.dot_general` itself refuses.
   """
   if operands:
     raise TypeError(

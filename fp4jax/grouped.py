@@ -52,7 +52,7 @@ def grouped_dot(
     ValueError: shapes that do not fit, sizes that are negative or sum to more than m, or what makes
       `implementation` impossible. Under jit, where sizes have no values yet, such sizes make the
       whole result NaN instead, and its gradients.
-    TypeError: what is no recipe, or no array; lhs or rhs not float32, bfloat16 or float16.
+    TypeError: something is not a recipe or an array; lhs or rhs not float32, bfloat16 or float16.
   """
   ops.check_recipe_and_keys(recipe, [key])
   ops.check_state(recipe, state)

@@ -25,7 +25,7 @@ from fp4jax.sharding import refuse_shared, vary, varying_axes
 class XlaGemms:
   """The three GEMMs of one linear layer, each with the tap's rows and next states of its operands.
 
-  `rows` says which row of x lies in each row of the product; None, as they are.
+  `rows` says which row of x lies in each row of the product; None: the rows as they are.
   """
 
   recipe: Recipe

@@ -5,7 +5,7 @@
     y = a @ w2
     out = sum of weight * y over the choices of a token
 
-What is kept for the backward pass: x once a token, not once a row, and h, each as the recipe's
+What is kept for the backward pass: x once per token, not once per row, and h, each as the recipe's
 `residual` says (`lhs` and `hidden`), or as it is. Beside them only the order of the rows, and w13,
 w2 and the routing weights as they were passed. Recomputed: the permuted x, a from the kept h, every
 quantized operand. Bytes a token at d=7168, f=2048, top-2:
@@ -47,7 +47,7 @@ from fp4jax.swiglu import swiglu, swiglu_backward
 
 # A weight below this is multiplied in after dgrad: before it, dgrad's result is divided by it.
 SMALLEST_DIVISOR = 2.0**-64
-TWO_KEYS = "keys=, such as jax.random.split(jax.random.key(0)), others each step"
+TWO_KEYS = "keys=, such as jax.random.split(jax.random.key(0)), new ones each step"
 
 
 @runtime_checkable
@@ -145,7 +145,7 @@ def moe_ffn(
     ValueError: shapes that do not fit, an expert that does not exist (under jit the result is NaN
       instead, and so are its gradients), a stochastic recipe without keys, or what makes
       `implementation` impossible.
-    TypeError: what is no recipe, or no array of the dtypes above.
+    TypeError: something is not a recipe, or not an array of the dtypes above.
   """
   ops.check_recipe_and_keys(recipe, keys, TWO_KEYS)
   for state in states:

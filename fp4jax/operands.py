@@ -281,7 +281,7 @@ ONE_KEY = "key=, such as jax.random.key(0), another one each step"
 def check_recipe_and_keys(
   recipe: Recipe, keys: Iterable[jax.Array | None], needed: str = ONE_KEY
 ) -> None:
-  """Refuses what is no recipe or no key, and a stochastic recipe without keys."""
+  """Refuses what is not a recipe or a key, and a stochastic recipe without keys."""
   check_type("recipe", recipe, Recipe, " such as fp4jax.recipes.MXFP4")
   for key in keys:
     if key is not None:

@@ -51,8 +51,8 @@ def quantize(
     ValueError: an axis out of range, one that the block does not divide or whose codes do not fill
       bytes, an unknown rounding, stochastic rounding without a key, or what makes `implementation`
       impossible.
-    TypeError: x is no array of float32, bfloat16 or float16, fmt is no format, or key no single
-      key.
+    TypeError: x is not an array of float32, bfloat16 or float16, fmt is not a format, or key is not
+      a single key.
   """
   x, axis = check_arguments(x, fmt, axis, rounding, key)
   group = codes_per_group(fmt.element_bits)
@@ -112,7 +112,7 @@ def dequantize(
   """
   check_type("q", q, QuantizedArray)
   if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-    raise TypeError(f"dtype={jnp.dtype(dtype).name} is no float: codes would be cut off")
+    raise TypeError(f"dtype={jnp.dtype(dtype).name} is not a float: codes would be cut off")
   return spread(_dequantize, (jnp.dtype(dtype), implementation), (q,), spec=spec_of(q.codes))
 
 
@@ -200,7 +200,7 @@ def check_arguments(x, fmt, axis, rounding, key) -> tuple[jax.Array, int]:
   for a, block in block_axes(fmt, axis).items():
     if x.shape[a] % block:
       raise ValueError(
-        f"axis {a} of shape {x.shape} is no multiple of the block of {block} of {fmt.name}"
+        f"axis {a} of shape {x.shape} is not a multiple of the block of {block} of {fmt.name}"
       )
   if as_rounding(rounding).needs_key:
     if key is None:

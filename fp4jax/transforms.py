@@ -29,7 +29,7 @@ def hadamard(
     block: a power of two.
     signs: +1 and -1, the same for every run; None for no signs.
   Raises:
-    TypeError: x or signs are no array of float32, bfloat16 or float16, axis is no int.
+    TypeError: x or signs are not arrays of float32, bfloat16 or float16, axis is not an int.
     ValueError: an axis out of range or not a multiple of `block` long; signs of another shape or,
       where they are not traced, of other values.
   """
@@ -37,7 +37,7 @@ def hadamard(
   _check_floats("x", x)
   axis = _axis_of(x, axis)
   if x.shape[axis] % block:
-    raise ValueError(f"axis {axis} of shape {x.shape} is no multiple of {block=}")
+    raise ValueError(f"axis {axis} of shape {x.shape} is not a multiple of {block=}")
   if signs is not None:
     _check_signs(signs, block)
   x = jnp.asarray(x)

@@ -581,17 +581,19 @@ if not (WORKDIR / "runs" / f"{RECIPE}-0" / "finished.json").exists():
   jax.config.update("jax_disable_most_optimizations", False)
 
 records = read_records(WORKDIR)
-print(f"{WORKDIR}: {', '.join(records.recipes)}, {records.config['steps']} steps")
+(settings,) = records.configs.values()  # of one workdir
+(environment,) = records.environments.values()
+print(f"{WORKDIR}: {', '.join(records.arms)}, {settings['steps']} steps")
 
 # %% [markdown]
 # Its configuration is in `config.json`, its last state in the newest checkpoint.
 
 # %%
 SECTIONS = {"data": Data, "model": ModelConfig, "quantize": Quantize, "optimizer": Optimizer}
-sections = {name: cls(**records.config[name]) for name, cls in SECTIONS.items()}
-config = Experiment(**records.config | sections | {"recipes": Names(records.config["recipes"])})
+sections = {name: cls(**settings[name]) for name, cls in SECTIONS.items()}
+config = Experiment(**settings | sections | {"recipes": Names(settings["recipes"])})
 recipe = recipes.by_name(RECIPE)
-vocab_size = records.environment["corpus"]["vocab_size"]
+vocab_size = environment["corpus"]["vocab_size"]
 trainer = make_trainer(config, vocab_size, policy_of(recipe, config.quantize))
 
 checkpoints = Checkpoints(WORKDIR / "runs" / f"{RECIPE}-0" / "checkpoints", keep=1)
@@ -646,16 +648,13 @@ WEIGHT = {
   "experts.w13": "feed_forward.w13",
   "experts.w2": "feed_forward.w2",
 }
-probed = [
-  row
-  for row in last_probe_rows(records.probes, RECIPE)
-  if (row["seed"], row["step"], row["gemm"], row["operand"]) == (0, step, "fprop", "rhs")
-]
-probed = [row for row in probed if row["module"] in WEIGHT]
-for row in probed:
-  own = of_weights[WEIGHT[row["module"]], row["layer"]]
+rows = last_probe_rows(records.probes, RECIPE)
+probed = rows.query("seed == 0 and step == @step and gemm == 'fprop' and operand == 'rhs'")
+probed = probed[probed.module.isin(list(WEIGHT))]
+for row in probed.itertuples():
+  own = of_weights[WEIGHT[row.module], row.layer]
   for name in ("sqnr_db", "scale_bias", "grid_noise", "cosine"):
-    np.testing.assert_allclose(own[name], row[name], atol=0.01)
+    np.testing.assert_allclose(own[name], getattr(row, name), atol=0.01)
 print(f"{len(probed)} rows of the probe agree with the weights")
 
 # %% [markdown]
@@ -668,19 +667,19 @@ print(f"{len(probed)} rows of the probe agree with the weights")
 
 # %%
 dots = []
-quantized = [name for name in records.recipes if name != BASELINE]
+quantized = [name for name in records.arms if name != BASELINE]
 for name, colour in zip(quantized, itertools.cycle((BLUE, RED, GREEN, PINK)), strict=False):
   rows = last_probe_rows(records.probes, name)
   dot = go.Scatter(
-    x=[r["sqnr_db"] for r in rows],
-    y=[f"{r['gemm']} {r['operand']}" for r in rows],
-    text=[f"{r['module']}, layer {r['layer']}" for r in rows],
+    x=rows.sqnr_db,
+    y=rows.gemm + " " + rows.operand,
+    text=rows.module + ", layer " + rows.layer.astype(str),
     mode="markers",
     name=name,
     showlegend=True,
     marker={"color": colour, "size": 8, "opacity": 0.6},
   )
-  dots += [dot] if rows else []
+  dots += [dot] if len(rows) else []
 figure = go.Figure(dots)
 figure.add_vline(
   of_weights["Gaussian values", ""]["sqnr_db"], line={"dash": "dash", "color": FAINT, "width": 1}

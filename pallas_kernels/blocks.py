@@ -112,7 +112,7 @@ def check_array(name, x, shape, dtype):
 
 
 def quantize_e4m3(x, power_of_two: bool):
-  """Codes of x (row, ...) and a scale a row; in the lanes' own layout."""
+  """Codes of x (row, ...) and a scale per row; in the lanes' own layout."""
   amax = jnp.max(jnp.abs(x), axis=x.ndim - 1)
   while amax.ndim > 1:
     amax = jnp.max(amax, axis=1)

@@ -36,7 +36,7 @@ _CARRY = {"floor": 0, "oas": 1, "even": 2, "rceil": 3}
 # Least place that rounds to the codes 1 to 7, in eighths of a binade above E2M1's 1.0. Ties go to
 # the even code: 1/4, 5/4, 5/2 and 5 lie just below their places, 3/4, 7/4 and 7/2 on them.
 _STEPS = (-15, -4, 3, 6, 11, 14, 19)
-_LOWEST_ONE = 24  # what lies 15 places below it is no subnormal
+_LOWEST_ONE = 24  # what lies 15 places below it is not subnormal
 
 
 def narrow(words, scale, rule):

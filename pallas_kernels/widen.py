@@ -53,7 +53,7 @@ def _with_subnormals(shift, high):
 
   Steps are codes up to 16. `high` serves where all from 2 up are normal.
   """
-  k = (-6 - shift).min(7)  # 2^-13 of 6 is none of a step
+  k = (-6 - shift).min(7)  # 6 * 2^-13 is not a step of the grid
   low, rounded = (_divide(eighths, k) for eighths in (0x18100800, 0x60403020))
   return [low, shift.below(-7).where(rounded, high)]
 
@@ -210,7 +210,7 @@ def mxfp4_to_fp8_columns(codes, scales):
   k *= 2
   bl.check_array("scales", scales, (m, k // 32), jnp.uint8)
   if m % TILE:
-    raise ValueError(f"{m=} rows are no multiple of 128")
+    raise ValueError(f"{m=} rows are not a multiple of 128")
   tiles = math.gcd(TUNING["columns"]["tiles"], k // TILE)
 
   # Warps take a block of 32 columns each, lanes four rows each: (lane, row, block, word) become

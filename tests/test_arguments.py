@@ -129,7 +129,7 @@ def test_an_axis_is_an_int(f, axis):
 
 @pytest.mark.parametrize("dtype", [np.int32, bool, np.uint8])
 def test_values_are_floats(dtype):
-  with pytest.raises(TypeError, match="is no float: codes would be cut off"):
+  with pytest.raises(TypeError, match="is not a float: codes would be cut off"):
     dequantize(quantize(jnp.ones(32), fp4jax.MXFP4), dtype)
 
 

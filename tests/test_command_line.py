@@ -29,6 +29,15 @@ def changed(**changes) -> configs.Experiment:
   ("changes", "message"),
   [
     ({"seeds": 0}, "seeds=0 is not from 1 to 1000"),
+    ({"seeds": 99999999999}, "seeds=99999999999 is not from 1 to 1000"),
+    ({"steps": 2**31}, "steps=2147483648 is not from 1 to 2147483647"),
+    ({"recipes": "bf16"}, "recipes='bf16' is not a list of names, such as Names(('bf16',))"),
+    ({"final_gemms": ("fprop", 1)}, "final_gemms=('fprop', 1) is not a list of names"),
+    ({"seeds": 2.0}, "seeds=2.0 is not of type int"),
+    ({"steps": True}, "steps=True is not a number"),
+    ({"data.tokenizer": 2}, "data.tokenizer=2 is not of type str or None"),
+    ({"data.path": ["a.txt"]}, "data.path=['a.txt'] is not of type str or None"),
+    ({"quantize.experts": 1}, "quantize.experts=1 is not of type bool"),
     ({"checkpoint_every": -1}, "checkpoint_every=-1 is not at least 0"),
     ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate=-1.0 is not above 0"),
     ({"optimizer.learning_rate": math.nan}, "optimizer.learning_rate=nan is not above 0"),
@@ -55,7 +64,6 @@ def changed(**changes) -> configs.Experiment:
       {"final_recipe": "bf16", "final_gemms": configs.Names(("wgrad",))},
       'hopper_fp4[wgrad=bf16]: source="residual" needs a format in residual.lhs',
     ),
-    ({"bf16_seeds": 0}, "bf16_seeds=0 is below seeds=1"),
     ({"implementation": "mosaic"}, "probe_every=20: probes read the tensors of"),
     (
       {"steps": 10, "optimizer.warmup_steps": 20},
@@ -83,6 +91,25 @@ def test_no_number_is_left_unchecked():
   ("module", "arguments", "message"),
   [
     ("run", ["--workdir={}", "--config.steps=3"], "--config is needed, such as --config=configs/"),
+    ("run", ["--workdir=", "--config=configs/demo.py"], "--workdir is empty"),
+    ("report", ["--workdir={}/rows.jsonl,"], "--workdir is empty"),
+    (
+      "run",
+      ["--workdir={}/rows.jsonl", "--config=configs/demo.py"],
+      "rows.jsonl is a file, not a folder",
+    ),
+    (
+      "run",
+      ["--workdir={}/rows.jsonl/run", "--config=configs/demo.py"],
+      "rows.jsonl/run/config.json: Not a directory",
+    ),
+    ("run", ["--workdir={}", "--config=configs/deno.py"], "configs/deno.py: there is no such file"),
+    ("run", ["--workdir={}", "--config", "configs"], "--config=configs: there is no such file"),
+    (
+      "run",
+      ["--workdir={}", "--config=configs/demo.py", "--recipes=bf16"],
+      "there is no --recipes; did you mean --config.recipes?",
+    ),
     ("step_memory", ["--out={}/rows.jsonl"], "--config is needed, such as --config=configs/"),
     (
       "run",
@@ -96,8 +123,12 @@ def test_no_number_is_left_unchecked():
       ": --only=matmul,moe_ffn",
     ),
     ("kernel_sweep", ["--out={}/rows.jsonl", "--only=swiglu,", "fp8"], ": --only=swiglu,fp8"),
-    ("kernel_sweep", ["--out={}/rows.jsonl", "--only=fp8,moe"], "'moe' is none of mxfp4, fp8,"),
-    ("kernel_bench", ["--out={}/rows.jsonl", "--only=matmuls"], "'matmuls' is none of elementwise"),
+    ("kernel_sweep", ["--out={}/rows.jsonl", "--only=fp8,moe"], "'moe' is not one of mxfp4, fp8,"),
+    (
+      "kernel_bench",
+      ["--out={}/rows.jsonl", "--only=matmuls"],
+      "'matmuls' is not one of elementwise",
+    ),
     (
       "kernel_bench",
       ["--out={}/rows.jsonl"],

@@ -165,7 +165,7 @@ def test_jsonl_splits_by_document(tmp_path):
     (b'{"txt": "a"}', 'needs an object with a string "text"'),
     (b'{"text": 3}', 'needs an object with a string "text"'),
     (b'["text"]', 'needs an object with a string "text"'),
-    (rb'{"text": "\ud800"}', "no valid Unicode"),
+    (rb'{"text": "\ud800"}', "not valid Unicode"),
   ],
 )
 def test_a_bad_jsonl_line_is_named(tmp_path, line, message):
@@ -272,9 +272,9 @@ def test_less_than_one_batch_is_refused(split):
     ({"path": "one.jsonl"}, ValueError, "'one.jsonl' holds one document, .*one.jsonl, line 1;"),
     ({"tokenizer": "missing.json"}, OSError, "tokenizer='missing.json' cannot be read: No such"),
     ({"tokenizer": "folder"}, OSError, "tokenizer='folder' cannot be read: Is a directory"),
-    ({"tokenizer": "short.txt"}, ValueError, "'short.txt' is no `tokenizers` JSON file"),
-    ({"tokenizer": "one.jsonl"}, ValueError, "'one.jsonl' is no `tokenizers` JSON file"),
-    ({"tokenizer": "not_utf8.txt"}, ValueError, "'not_utf8.txt' is no `tokenizers` JSON file"),
+    ({"tokenizer": "short.txt"}, ValueError, "'short.txt' is not a `tokenizers` JSON file"),
+    ({"tokenizer": "one.jsonl"}, ValueError, "'one.jsonl' is not a `tokenizers` JSON file"),
+    ({"tokenizer": "not_utf8.txt"}, ValueError, "'not_utf8.txt' is not a `tokenizers` JSON file"),
   ],
 )
 def test_bad_settings_are_refused(tmp_path, monkeypatch, settings, error, message):

@@ -38,7 +38,7 @@ def test_the_switch_is_on():
     jnp.zeros(2) / jnp.zeros(2)
 
 
-# Each codec once, and each format that is a class of its own; op by op costs seconds a format.
+# Each codec once, and each format that is a class of its own; op by op costs seconds per format.
 NAMES = ("MXFP4", "NVFP4", "FP8_BLOCK", "HIF4", "MXFP4_MBS_S")
 
 

@@ -127,7 +127,7 @@ def test_a_list_is_refused():
     (1, 24, None, "block=24 is not a power of two"),
     (1, 0, None, "block=0 is not a power of two"),
     (2, 32, None, r"axis=2 is out of range for x of shape \(4, 64\)"),
-    (0, 32, None, r"axis 0 of shape \(4, 64\) is no multiple of block=32"),
+    (0, 32, None, r"axis 0 of shape \(4, 64\) is not a multiple of block=32"),
     (1, 32, 16, r"signs of shape \(16,\) do not match block=32"),
   ],
 )

@@ -131,7 +131,7 @@ def test_laws(factor):
 def test_bad_values_are_refused():
   for changes, message in (
     ({"factor": "hybrid"}, "self.factor='hybrid' is not 'static' or 'dynamic'"),
-    ({"macro_block": 80}, "self.macro_block=80 is no multiple of .*'s 32"),
+    ({"macro_block": 80}, "self.macro_block=80 is not a multiple of .*'s 32"),
     ({"base": fp4jax.NVFP4}, "NVFP4 has no blocks of one row, or a scale of the slice"),
     ({"base": fp4jax.FP8_TENSOR}, "FP8_TENSOR has no blocks of one row"),
   ):

@@ -483,8 +483,8 @@ def test_gradient_of_fake_quantize_is_the_identity():
     ((4, 32), {"axis": 2}, r"axis=2 is out of range for x of shape \(4, 32\)"),
     ((4, 32), {"axis": -3}, r"axis=-3 is out of range for x of shape \(4, 32\)"),
     ((), {}, r"axis=-1 is out of range for x of shape \(\)"),
-    ((4, 33), {}, r"axis -1 of shape \(4, 33\) is no multiple of the block of 32 of MXFP4"),
-    ((4, 32), {"axis": 0}, r"axis -2 of shape \(4, 32\) is no multiple of the block of 32"),
+    ((4, 33), {}, r"axis -1 of shape \(4, 33\) is not a multiple of the block of 32 of MXFP4"),
+    ((4, 32), {"axis": 0}, r"axis -2 of shape \(4, 32\) is not a multiple of the block of 32"),
     ((4, 32), {"rounding": "stochastik"}, r"rounding='stochastik' is not one of \('nearest', "),
     ((4, 32), {"rounding": "stochastic"}, r'rounding="stochastic" needs a key'),
   ],
@@ -530,7 +530,7 @@ def test_only_a_quantized_array_is_dequantized():
 
 
 def test_blocks_of_tiles_are_refused():
-  with pytest.raises(ValueError, match=r"axis -2 of shape \(96, 128\) is no multiple .* of 128"):
+  with pytest.raises(ValueError, match=r"axis -2 of shape \(96, 128\) is not a multiple .* of 128"):
     quantize(np.zeros((96, 128), np.float32), fp4jax.FP8_BLOCK_2D)
   with pytest.raises(ValueError, match=r"axis=-3 .* 2-D blocks of FP8_BLOCK_2D tile the last two"):
     quantize(np.zeros((128, 128, 128), np.float32), fp4jax.FP8_BLOCK_2D, axis=0)

@@ -176,7 +176,7 @@ def test_headline_ranks_what_the_seeds_tell_apart(tmp_path):
     "b (+4.10 %) and a (+3.00 %) end above BF16 in validation loss.",
     "d (-1.50 %) ends below BF16 in validation loss.",
     "e can't be told from BF16.",
-    "By 95% intervals of the gaps, paired over 3 seeds.",
+    "By 95 % intervals of the gaps, paired over 3 seeds.",
   ]
   two = {name: own[:2] for name, own in ({"bf16": bf16} | losses).items() if name != "e"}
   assert headline(small_workdir(tmp_path, two)) == [

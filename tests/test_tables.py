@@ -18,39 +18,22 @@ def rows(name):
   return logs.read_rows(ROOT / "results" / f"{name}.jsonl")
 
 
-@pytest.mark.parametrize(
-  "readme, name, content",
-  [
-    ("README.md", "demo", lambda: tables.losses_table(rows("demo"))),
-    ("README.md", "step_time", lambda: tables.step_time_table(rows("step_time"))),
-    ("README.md", "moe_1b", lambda: tables.losses_table(rows("moe_1b"))),
-    ("README.md", "moe_1b_gradients", lambda: tables.gradients_table(rows("moe_1b_gradients"))),
-    (
-      "README.md",
-      "moe_1b_step",
-      lambda: tables.cost_table(rows("moe_1b_step_time"), rows("moe_1b_memory")),
-    ),
-    (
-      "pallas_kernels/README.md",
-      "elementwise",
-      lambda: kernel_tables.elementwise_table(rows("kernel_bench")),
-    ),
-    (
-      "pallas_kernels/README.md",
-      "matmul",
-      lambda: kernel_tables.matmul_table(rows("kernel_bench")),
-    ),
-    (
-      "pallas_kernels/README.md",
-      "moe_ffn",
-      lambda: kernel_tables.moe_ffn_table(rows("moe_ffn")),
-    ),
-  ],
-)
-def test_readmes_hold_the_tables_of_the_rows(readme, name, content):
+TABLES = {
+  "README.md": lambda: tables.readme_tables(ROOT / "results"),
+  "pallas_kernels/README.md": lambda: {
+    "elementwise": kernel_tables.elementwise_table(rows("kernel_bench")),
+    "matmul": kernel_tables.matmul_table(rows("kernel_bench")),
+    "moe_ffn": kernel_tables.moe_ffn_table(rows("moe_ffn")),
+  },
+}
+
+
+@pytest.mark.parametrize("readme", TABLES)
+def test_readmes_hold_the_tables_of_the_rows(readme):
   text = (ROOT / readme).read_text()
-  assert tables.fill(text, name, content()) == text
-  assert tables.fill(text, name, "something else") != text
+  for name, content in TABLES[readme]().items():
+    assert tables.fill(text, name, content) == text
+    assert tables.fill(text, name, "something else") != text
 
 
 def losses(runs):
@@ -70,16 +53,34 @@ def test_the_pictures_gaps_begin_before_training():
   assert found["r"] == {0: pytest.approx([1.0, 2.0]), 2: pytest.approx([10.0, 0.0])}
 
 
-def test_a_gap_has_its_error_if_there_is_one():
-  gap = {"percent": 2.0, "noise_percent": 66.7, "verdict": "within noise"}
+def test_a_gap_has_its_interval_if_there_is_one():
+  gap = {"percent": 2.0, "seeds": 3, "interval_percent": [-0.5, 4.5], "verdict": "not told apart"}
+  few = gap | {"seeds": 2, "interval_percent": None, "verdict": "too few seeds"}
   recipe = {"kind": "recipe", "recipe": "r", "validation_loss": {"mean": 3.0}}
   recipe |= {"saved_activation_bytes_per_token": 1000}
   environment = {"kind": "environment", "git_dirty": None, "git_commit": "0" * 40, "device": "d"}
   rows = [environment, {"kind": "entropy", "unigram_entropy_nats": 3.0}]
-  rows += [recipe | {"gap": gap | {"standard_error_percent": error}} for error in (1.0, None)]
-  assert tables.losses_table(rows).splitlines()[2:4] == [
-    "| `r` | 3.0000 | +2.00 ± 1.00 % | 66.70 % | within noise | 1,000 |",
-    "| `r` | 3.0000 | +2.00 % | 66.70 % | within noise | 1,000 |",
+  rows += [recipe | {"gap": own} for own in (gap, few, gap | {"verdict": "reference"})]
+  assert tables.losses_table(rows).splitlines()[2:5] == [
+    "| `r` | 3.0000 | +2.00 | -0.50 to +4.50 | 3 | not told apart | 1,000 |",
+    "| `r` | 3.0000 | +2.00 |  | 2 | too few seeds | 1,000 |",
+    "| `r` | 3.0000 |  |  | 3 | reference | 1,000 |",
+  ]
+
+
+def test_a_profile_is_a_column_per_recipe_and_sums_up():
+  environment = {"git_dirty": None, "git_commit": "0" * 40, "device": "d"}
+  rows = [
+    {"recipe": "bf16", "part": "feed_forward", "kind": "kernels", "ms_per_step": 5.0},
+    {"recipe": "bf16", "part": "attention", "kind": "gemm", "ms_per_step": 7.0},
+    {"recipe": "fp8", "part": "feed_forward", "kind": "kernels", "ms_per_step": 3.04},
+  ]
+  assert tables.profile_table([row | environment for row in rows]).splitlines()[:5] == [
+    "| ms per step | `bf16` | `fp8` |",
+    "|---|---|---|",
+    "| attention, XLA's products | 7.0 | 0.0 |",
+    "| feed-forward, our kernels | 5.0 | 3.0 |",
+    "| sum | 12.0 | 3.0 |",
   ]
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import re
 import shutil
 from pathlib import Path
@@ -149,15 +148,6 @@ def test_steps_that_would_not_follow_are_refused(tmp_path, corpus_file, changes,
   WorkDir(tmp_path, growing(corpus_file, **changes))
   with pytest.raises(ValueError, match=re.escape(message)):
     WorkDir(tmp_path, growing(corpus_file, **changes | {"steps": steps}))
-
-
-def test_seeds_of_bf16_grow_apart(tmp_path):
-  for seeds, bf16_seeds, expected in ((2, None, (2, None)), (1, 4, (2, 4)), (4, 5, (4, 5))):
-    begin(tmp_path, small(seeds=seeds, bf16_seeds=bf16_seeds))
-    found = json.loads((tmp_path / "config.json").read_text())
-    assert (found["seeds"], found["bf16_seeds"]) == expected
-  begin(tmp_path, small(seeds=5))
-  assert json.loads((tmp_path / "config.json").read_text())["bf16_seeds"] is None
 
 
 def test_a_second_process_is_refused(tmp_path, command, corpus_file):

@@ -57,7 +57,7 @@ class MacroBlockFormat(Based):
     if shape is None or len(shape) != 1 or self.base.has_tensor_scale:
       raise ValueError(f"{self.base.name} has no blocks of one row, or a scale of the slice")
     if self.macro_block % shape[0]:
-      raise ValueError(f"{self.macro_block=} is no multiple of {self.base.name}'s {shape[0]}")
+      raise ValueError(f"{self.macro_block=} is not a multiple of {self.base.name}'s {shape[0]}")
     names.settle(self)
 
   has_tensor_scale = False

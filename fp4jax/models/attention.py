@@ -23,7 +23,7 @@ class Attention(nnx.Module):
     rngs: nnx.Rngs,
   ):
     if num_heads % num_kv_heads:
-      raise ValueError(f"{num_heads=} is no multiple of {num_kv_heads=}")
+      raise ValueError(f"{num_heads=} is not a multiple of {num_kv_heads=}")
     if head_dim % 2:
       raise ValueError(f"{head_dim=} is odd; rotary positions turn pairs")
     self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
