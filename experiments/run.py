@@ -23,6 +23,7 @@ from experiments.config import Experiment, validate
 from experiments.environment import COMMIT, describe_environment
 from experiments.loop import Interrupted, train_run
 from experiments.report import write_report
+from experiments.speed_of_light import at_peak
 from experiments.summary import write_summary
 from experiments.train import (
   make_trainer,
@@ -71,6 +72,7 @@ def run(
     describe_environment(commit)
     | parameter_counts(config, corpus.vocab_size)
     | {"corpus": corpus.describe(), "saved_activation_bytes_per_token": costs}
+    | at_peak(config, corpus.vocab_size, {name: p[0][1].policy for name, p in phases.items()})
   )
   with folder.begin(environment):
     runs = folder.unfinished()

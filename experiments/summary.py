@@ -125,6 +125,7 @@ def summarize_records(records: Records) -> dict[str, Any]:
   saved = {
     name: _of_recipe(records, arm, "saved_activation_bytes_per_token") for name, arm in arms.items()
   }
+  at_peak = {name: _of_recipe(records, arm, "gemm_seconds_at_peak") for name, arm in arms.items()}
   step_times = {name: _median_step_time(records.timing, name) for name in arms}
   recipes = {}
   for name, arm in arms.items():
@@ -146,7 +147,7 @@ def summarize_records(records: Records) -> dict[str, Any]:
       "saved_activation_ratio": _ratio(saved[name], saved.get(arm.baseline)),
       "step_time_ms": step_times[name],
       "step_time_ratio": _ratio(step_times[name], step_times.get(arm.baseline)),
-      "speed_of_light": None,
+      "speed_of_light": _ratio(at_peak[name], step_times[name] / 1000),
       "decomposition": _decomposition(records.probes, name),
     }
   return logs.plain({"workdirs": facts, "notes": _notes(records, runs), "recipes": recipes})

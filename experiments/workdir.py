@@ -146,6 +146,7 @@ class WorkDir:
       )
 
 
+_BY_RECIPE = ("saved_activation_bytes_per_token", "gemm_seconds_at_peak")  # of environment.json
 _FILES = ("config", "recipes", "environment")
 
 
@@ -164,10 +165,9 @@ def _joined(first: dict[str, Any], now: dict[str, Any], path: Path) -> dict[str,
     if was != is_now:
       what = "tokenizer" if name == "tokenizer_sha256" else "corpus"
       raise ValueError(f"{path} began with the {what} {was}, not {is_now}")
-  costs = "saved_activation_bytes_per_token"
-  again = {name: value for name, value in now.items() if name not in ("corpus", costs)}
+  again = {name: value for name, value in now.items() if name not in ("corpus", *_BY_RECIPE)}
   resumed = {"resumed": [*first.get("resumed", []), again]}
-  return first | resumed | {costs: first.get(costs, {}) | now.get(costs, {})}
+  return first | resumed | {name: first.get(name, {}) | now.get(name, {}) for name in _BY_RECIPE}
 
 
 def _definitions(names: Iterable[str]) -> dict[str, Any]:

@@ -122,8 +122,8 @@ def _dot_general(
 ):
   multiple = ops.token_multiple(recipe) if on_mesh(lhs, rhs) else None
   lhs, rhs, batch = canonical(lhs, rhs, dimension_numbers, multiple)
-  obstacle = _obstacle(recipe, (tap, state or None), lhs, rhs, dtype)
-  implementation = choose(implementation, obstacle)
+  why_not = obstacle(recipe, (tap, state or None), lhs, rhs, dtype)
+  implementation = choose(implementation, why_not)
   if implementation == "mosaic":
     lhs, rhs = lhs.reshape(-1, lhs.shape[-1]), rhs[None]
     layout = mosaic.Slots.of_one_matrix(len(lhs))
@@ -133,8 +133,14 @@ def _dot_general(
   return out.reshape(shape)
 
 
-def _obstacle(recipe, watched, lhs, rhs, dtype):
-  """Why the kernels can't compute lhs (*b, m, k) @ rhs (*b, k, n) in `dtype`."""
+def obstacle(
+  recipe: Recipe,
+  watched: tuple,
+  lhs: Array | jax.ShapeDtypeStruct,
+  rhs: Array | jax.ShapeDtypeStruct,
+  dtype: jnp.dtype,
+) -> str | None:
+  """Why the kernels can't compute lhs (*b, m, k) @ rhs (*b, k, n) in `dtype`; None if they can."""
   if why := device_obstacle():
     return why
   if rhs.ndim > 2:

@@ -46,7 +46,7 @@ def device_obstacle() -> str | None:
   return f"the kernels need compute capability 9.0 (Hopper); this device has {capability}"
 
 
-def dtype_obstacle(**arrays: Array) -> str | None:
+def dtype_obstacle(**arrays: Array | jax.ShapeDtypeStruct) -> str | None:
   """Which of the arrays is not bfloat16."""
   for name, x in arrays.items():
     if x.dtype != jnp.bfloat16:

@@ -126,7 +126,7 @@ class LanguageModel(nnx.Module):
     block_taps = None if taps is None else {k: v for k, v in taps.items() if v.ndim == 3}
     inputs = (blocks, None if keys is None else keys[:-1], block_taps)
     n, routing, states = self.num_layers, [], states or {}
-    for first, stop in policy.segments(self._block_gemms, n):
+    for first, stop in policy.segments(self.block_gemms, n):
 
       def block(x, inputs, layer=first):
         (params, key, taps), states = inputs
@@ -151,7 +151,7 @@ class LanguageModel(nnx.Module):
     """A tap for each GEMM by name; those of the blocks have a leading layer axis."""
     tap = operands.new_tap()
     layers = jnp.broadcast_to(tap, (self.num_layers, *tap.shape))
-    return dict.fromkeys(self._block_gemms, layers) | {"head.logits": tap}
+    return dict.fromkeys(self.block_gemms, layers) | {"head.logits": tap}
 
   def new_states(self, policy: Policy) -> States:
     """The first states of the quantizers that have one; none may depend on how many tokens come.
@@ -159,16 +159,16 @@ class LanguageModel(nnx.Module):
     By segment of equal policy, then by GEMM, with a leading layer axis; {} when none has a state.
     """
     n, states = self.num_layers, {}
-    for first, stop in policy.segments(self._block_gemms, n):
-      own = _new_states(policy, self._block_gemms, first, n)
+    for first, stop in policy.segments(self.block_gemms, n):
+      own = _new_states(policy, self.block_gemms, first, n)
       stack = lambda x, layers=stop - first: jnp.broadcast_to(x, (layers, *x.shape))  # noqa: E731
       states[_layers(first, stop)] = jax.tree.map(stack, own)
     states["head"] = _new_states(policy, {"head.logits": self.w_head.shape}, n, n)
     return {part: own for part, own in states.items() if own}
 
   @property
-  def _block_gemms(self) -> Weights:
-    """Of one block."""
+  def block_gemms(self) -> Weights:
+    """Shapes of the weights of each GEMM of one block."""
     graph, params = nnx.split(self.blocks)
     one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), params)
     return nnx.merge(graph, one).gemms

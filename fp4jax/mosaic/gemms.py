@@ -86,6 +86,15 @@ def _recipe_obstacle(recipe):
   return None
 
 
+def multiplied_dtype(recipe: Recipe, gemm: str) -> jnp.dtype:
+  """Of both operands of "fprop", "dgrad" or "wgrad", where the kernels serve `recipe`."""
+  return jnp.dtype(jnp.float8_e4m3fn) if _reads_fp8(recipe, f"{gemm}.lhs") else _BF16
+
+
+def _reads_fp8(recipe, role):
+  return recipe.operand(role).format != _BF16
+
+
 class Slots(NamedTuple):
   """Where the kernels have the rows of x: each group's slots are filled up to a multiple of BLOCK.
 
@@ -134,7 +143,7 @@ class MosaicGemms:
   weight_dtype: jnp.dtype  # of dw: bf16 is written as such, anything else as float32
 
   def _fp8(self, role: str) -> bool:
-    return self.recipe.operand(role).format != _BF16
+    return _reads_fp8(self.recipe, role)
 
   def _pow2(self, role: str) -> dict[str, bool]:
     return {"power_of_two": self.recipe.operand(role).format.has_power_of_two_scales}
