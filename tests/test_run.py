@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import ROOT, assert_same_logs, finish, rows_of, small, wait_for_lines
+from test_logs import events
 
 from experiments import config as configs
 from experiments import data, logs, probes
@@ -36,7 +37,10 @@ def test_a_run_leaves_everything_that_it_promises(straight):
     assert loads[8].sum() == pytest.approx(1, abs=2e-6)
     assert [r["step"] for r in mine if r["split"] == "validation"] == [0, 4, 8]
     assert list((straight / "runs" / f"{recipe}-0" / "checkpoints").iterdir())
-    assert list((straight / "runs" / f"{recipe}-0" / "tensorboard").iterdir())
+    (board,) = (straight / "runs" / f"{recipe}-0" / "tensorboard").iterdir()
+    tags = {value.tag for event in events(board) for value in event.summary.value}
+    assert {"train/learning_rate", "routing/busiest_expert", "validation/loss"} <= tags
+    assert ("probe/dgrad.lhs/sqnr_db" in tags) == (recipe != "bf16")
   environment = json.loads((straight / "environment.json").read_text())
   assert environment["corpus"]["sha256"] and environment["versions"]["jax"]
   assert environment["saved_activation_bytes_per_token"]["bf16"] > 0
