@@ -7,6 +7,8 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
+from experiments.summary import interval
+
 plt.rcParams |= {"svg.hashsalt": "fp4jax", "font.size": 9, "axes.spines.right": False}
 plt.rcParams |= {"axes.spines.top": False, "svg.fonttype": "none"}
 _GREY, _ORANGE, _SKY = "#808080", "#e69f00", "#56b4e9"
@@ -34,14 +36,14 @@ def gaps_to_bf16(rows: list[Row]) -> dict[str, dict[int, list[float]]]:
 
 
 def demo_picture(rows: list[Row], path: Path) -> None:
-  """Gaps to BF16 over the run, and what an ideal scale would leave of MXFP4's error."""
+  """Gaps to BF16 over the run with their intervals, and what MXFP4's error is made of."""
   figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
   for name, gaps in gaps_to_bf16(rows).items():
     means = [sum(own) / len(own) for own in gaps.values()]
     colour = _COLOURS[name]
     left.plot(list(gaps), means, color=colour, label=name, linewidth=1.8)
-    low, high = map(min, gaps.values()), map(max, gaps.values())
-    left.fill_between(list(gaps), list(low), list(high), color=colour, alpha=0.15)
+    bounds = [interval(own) or (min(own), max(own)) for own in gaps.values()]
+    left.fill_between(list(gaps), *zip(*bounds, strict=True), color=colour, alpha=0.15)
   left.set(xlabel=_STEP, ylabel=_GAP, xlim=(min(gaps), max(gaps)))
   above = dict(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.45, 1))
   left.legend(ncols=5, columnspacing=1, **above)
