@@ -181,10 +181,10 @@ class TensorBoard:
 
 
 class Progress:
-  """A bar over the tokens of every run that this process has to train, with the run in hand.
+  """A bar over the tokens that this process has to train, with the run in hand, recipe-seed.
 
-  `run` is recipe-seed. On a terminal the line is rewritten in place, elsewhere one is printed every
-  10 s.
+  `total_steps` are those of all runs; what a run has done already is taken off as it starts. On a
+  terminal the line is rewritten in place, elsewhere one is printed every 10 s.
   """
 
   def __init__(self, total_steps: int, tokens_per_step: int, stream: TextIO | None = None):
@@ -206,6 +206,7 @@ class Progress:
   def start(self, run: str, steps: int, step: int = 0) -> None:
     """Begins the run of that name, of whose `steps` steps `step` are done."""
     self._run, self._steps, self._step = run, steps, step
+    self._bar.total -= step * self._tokens_per_step
 
   def update(self, step: int, loss: float) -> None:
     """Tells that `step` steps of the run are done."""

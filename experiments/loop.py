@@ -100,7 +100,7 @@ def train_run(
       evaluate(0)
       if config.probe_every:
         probe(0, validation[0])
-    batch, diverged = train[start], False
+    batch, done, diverged = train[start], start, False
     for step in range(start, config.steps):
       began = time.perf_counter()
       state, scalars = trainer_of(step).step(state, batch, seed)

@@ -76,12 +76,9 @@ def run(
   )
   with folder.begin(environment):
     runs = folder.unfinished()
-    steps = sum(config.steps - (this.finished_at() or 0) for this in runs)
+    progress = logs.Progress(len(runs) * config.steps, batch * length)
     try:
-      with (
-        stop.after_step(),
-        contextlib.closing(logs.Progress(steps, batch * length)) as progress,
-      ):
+      with stop.after_step(), contextlib.closing(progress):
         for this in runs:
           train_run(this, config, corpus, phases[this.recipe], progress, lambda: stop.number)
     except BaseException:

@@ -36,6 +36,17 @@ def test_a_workdir_with_another_config_is_refused_and_kept(straight, corpus_file
   assert before == {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
 
 
+def test_a_run_killed_between_its_last_checkpoint_and_its_end(straight, corpus_file, tmp_path):
+  shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+  finished = tmp_path / "runs" / "bf16-0" / "finished.json"
+  before = finished.read_text()
+  finished.unlink()
+  recipes_of = configs.Names(["bf16", "mxfp4_rht_sr"])
+  run(small(**{"data.path": corpus_file, "recipes": recipes_of}), tmp_path)
+  assert finished.read_text() == before
+  assert_same_logs(tmp_path, straight)
+
+
 def test_another_corpus_is_refused(tmp_path, command, corpus_file):
   text = tmp_path / "text.txt"
   text.write_bytes(Path(corpus_file).read_bytes())
