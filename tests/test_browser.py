@@ -18,6 +18,7 @@ from experiments import numbers, report, report_charts, summary
 from experiments.report_charts import ALL
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+PAGES = [(name, width) for name in ("one", "two") for width in (390, 1280)]
 HEIGHT = 900
 HIDDEN = ("mxfp4", "hopper_fp4")  # one with a cross where it diverged, one of several lines
 
@@ -50,11 +51,13 @@ def browser():
 def reports(tmp_path_factory):
   folder = tmp_path_factory.mktemp("reports")
   one = make_workdir(folder / "one", steps=60, diverged=("mxfp4", 1, 57))
-  two = make_workdir(folder / "two", recipes=("bf16", *HIDDEN), steps=60, layers=3)
-  both = folder / "both.html"
+  two = [
+    make_workdir(folder / name, recipes=("bf16", *HIDDEN), steps=60, layers=layers)
+    for name, layers in (("shallow", 1), ("deep", 2))
+  ]
   return {
     "one": report_of(report.write_report(one), one),
-    "two": report_of(report.write_report(one, two, out=both), one, two),
+    "two": report_of(report.write_report(*two, out=folder / "two.html"), *two),
   }
 
 
@@ -68,12 +71,12 @@ def report_of(path, *workdirs):
   return Report(path, records, charts)
 
 
-# The page takes seconds to open, so that all tests share it and leave it as they found it.
-@pytest.fixture(
-  scope="module",
-  params=[(name, width) for name in ("one", "two") for width in (390, 1280)],
-  ids=lambda param: f"{param[0]}-{param[1]}",
-)
+def page_name(param):
+  return f"{param[0]}-{param[1]}"
+
+
+# A page takes seconds to open, so that all tests share it and leave it as they found it.
+@pytest.fixture(scope="module", params=PAGES, ids=page_name)
 def opened(request, browser, reports):
   name, width = request.param
   scheme = "light" if width == 390 else "dark"
@@ -102,6 +105,10 @@ def page(opened):
 @pytest.fixture
 def charts(opened):
   return opened.report.charts
+
+
+# What depends on neither is tested once at each width, once with each number of workdirs.
+on_two_pages = pytest.mark.parametrize("opened", PAGES[1:3], ids=page_name, indirect=True)
 
 
 def settle(page):
@@ -182,6 +189,7 @@ def lines_drawn(page):
     ]]))""")
 
 
+@on_two_pages
 def test_the_legend_hides_and_shows_a_recipe_in_all_line_charts(page, charts):
   def expected(hidden):
     lines = {}
@@ -207,6 +215,7 @@ def test_the_legend_hides_and_shows_a_recipe_in_all_line_charts(page, charts):
   assert {*report_charts.OVER_TIME, "validation", "gap", "train", "gradients"} < shown.keys()
 
 
+@on_two_pages
 def test_the_select_of_the_operand_changes_the_panels(page, charts):
   def expected(operand):
     chosen = {id: figures.get(operand) or figures[ALL] for id, figures in charts.items()}
@@ -255,6 +264,7 @@ def tick_labels(page, id, scale):
   return labels
 
 
+@on_two_pages
 def test_labels_of_logarithmic_axes_read_as_whole_numbers(page):
   assert {"0.5", "1"} <= tick_labels(page, "gradients", "log").keys()
   for id in ("validation", "train", "balance", "z"):
@@ -290,6 +300,7 @@ def points(figure):
       yield from ([name, x, y, ""] for x, y in zip(trace["x"], trace["y"], strict=True))
 
 
+@on_two_pages
 @pytest.mark.parametrize("id", ["validation", "operands-1", "depth-3", "gradients"])
 def test_data_and_picture_of_a_chart(page, charts, id):
   tools = page.locator(f"[data-for={id}]")
