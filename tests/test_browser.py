@@ -42,7 +42,8 @@ def browser():
   if not path:
     pytest.skip("needs Chromium: apt-get install chromium, or its path in CHROMIUM")
   with playwright.sync_playwright() as driver:
-    chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    arguments = ["--no-sandbox", "--disable-dev-shm-usage"]
+    chromium = driver.chromium.launch(executable_path=path, args=arguments)
     yield chromium
     chromium.close()
 
