@@ -3,7 +3,7 @@
 import pytest
 from small_runs import small
 
-from experiments import step_profile
+from experiments import profiling
 
 
 @pytest.mark.parametrize(
@@ -19,14 +19,14 @@ from experiments import step_profile
   ],
 )
 def test_kinds(kernel, op_name, found):
-  assert step_profile.kind_of(kernel, op_name) == found
+  assert profiling.kind_of(kernel, op_name) == found
 
 
 # Said of jaxlib's own type when it is first read.
 @pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__")
 def test_every_part_of_a_step_takes_time(corpus_file):
   config = small(**{"data.path": corpus_file, "model.num_experts": 0})
-  found = step_profile.profile(config, "bf16")
-  assert {part for part, _ in found} >= set(step_profile.PARTS)
+  found = profiling.profile(config, "bf16")
+  assert {part for part, _ in found} >= set(profiling.PARTS)
   assert {kind for part, kind in found if part == "attention"} == {"gemm", "rest"}
   assert all(0 < ms < 1000 for ms in found.values())
