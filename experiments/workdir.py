@@ -85,12 +85,11 @@ class WorkDir:
         the runs began with.
     """
     self.path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(self.path / ".lock", blocking=False)
-    try:
-      lock.acquire()
-    except filelock.Timeout:
-      raise ValueError(f"another process trains in {self.path}; wait until it ends") from None
-    with lock:
+    with contextlib.ExitStack() as stack:
+      try:
+        stack.enter_context(filelock.FileLock(self.path / ".lock", blocking=False))
+      except filelock.Timeout:
+        raise ValueError(f"another process trains in {self.path}; wait until it ends") from None
       found = self._check()  # the process before this one may have written since
       if found is None:
         found = to_dict(self._config), {}, {}

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import filelock
 import jax.numpy as jnp
 import pytest
 from small_runs import assert_same_logs, finish, small
@@ -168,6 +169,17 @@ def test_a_second_process_is_refused(tmp_path, command, corpus_file):
     out = finish(command(tmp_path), code=1)
     assert before == {p: p.read_bytes() for p in tmp_path.glob("*.json")}
   assert out == f"error: another process trains in {tmp_path}; wait until it ends\n"
+
+
+def test_the_lock_is_given_back_also_after_a_failure(tmp_path, monkeypatch):
+  kept, make = [], filelock.FileLock  # a lock that is collected is given back anyway
+  monkeypatch.setattr(
+    filelock, "FileLock", lambda *a, **options: kept.append(make(*a, **options)) or kept[-1]
+  )
+  with pytest.raises(OSError, match="full"), WorkDir(tmp_path, small()).begin({}):
+    raise OSError("full")
+  assert len(kept) == 1 and not kept[0].is_locked
+  begin(tmp_path, small())
 
 
 def test_a_workdir_of_the_earlier_layout_is_told_from_a_new_one(tmp_path):
