@@ -1,5 +1,6 @@
 # make demo   the main job at its smallest: a report of how BF16, FP8 and FP4 diverge
-# make test   lint and tests
+# make test   lint and the tests that are not marked slow
+# make test-all  lint and every test, as CI does
 # make tables rebuild the README's tables and picture from results/
 # make gpu-test   the tests marked gpu, on a Hopper GPU with the [cuda] extra installed
 # make gpu-bench  the kernels against their peers there: results/kernel_bench.jsonl, moe_ffn.jsonl
@@ -9,7 +10,7 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint tables gpu-test gpu-bench gpu-sanitize
+.PHONY: setup demo test test-all lint tables gpu-test gpu-bench gpu-sanitize
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt constraints.txt pyproject.toml
@@ -29,6 +30,9 @@ lint: setup
 
 # Two workers, each with whole files: XLA compiles on threads of its own beside them.
 test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # PYTHON_GPU is a Python that sees the GPU; gpu-bench times the kernels beside its torch.

@@ -22,7 +22,7 @@ Row = dict
 
 
 def collect(workdir: Path, out: Path) -> None:
-  """Writes what the README shows of a run: its environment, validation losses and summary."""
+  """Writes what the README shows of a run: its environment, losses, routing and summary."""
   records = read_records(workdir)
   summary = summarize_records(records)
   log = logs.JsonLines(out, 0)
@@ -34,6 +34,9 @@ def collect(workdir: Path, out: Path) -> None:
   validation = records.metrics[records.metrics.split == "validation"]
   for row in validation[["recipe", "seed", "step", "loss"]].to_dict("records"):
     log.write({"kind": "validation"} | row)
+  routing = records.metrics[records.metrics.split == "routing"]
+  for row in routing.reindex(columns=["recipe", "seed", "step", "load"]).to_dict("records"):
+    log.write({"kind": "routing"} | row)
   for name, recipe in summary["recipes"].items():
     log.write({"kind": "recipe", "recipe": name} | recipe)
   log.close()

@@ -6,6 +6,7 @@ and neither a block along the tokens nor a Hadamard group ever reaches into anot
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -108,11 +109,14 @@ def _read_sizes(
     sizes = jnp.where(sizes > rows, too_many, sizes)
   sizes = jnp.where(sizes < 0, too_many, sizes.astype(jnp.int32))
   sizes = jnp.minimum(sizes, too_many)
-  total = jax.lax.reduce(
-    sizes, jnp.int32(0), lambda a, b: jnp.minimum(a + b, jnp.int32(too_many)), (0,)
-  )
+  total = jax.lax.reduce(sizes, jnp.int32(0), _add_up_to(too_many), (0,))
   valid = total <= rows
   return jnp.where(valid, sizes, 0), valid
+
+
+@functools.cache  # JAX compiles anew for each function that it is given
+def _add_up_to(limit):
+  return lambda a, b: jnp.minimum(a + b, jnp.int32(limit))
 
 
 def _check_sizes(sizes, rows):

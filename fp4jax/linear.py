@@ -18,7 +18,7 @@ from fp4jax.mosaic.gemms import MosaicGemms
 from fp4jax.operands import Forward, Summaries, for_pull, take_rows
 from fp4jax.products import Layout, XlaLayout, multiply
 from fp4jax.recipe import Recipe
-from fp4jax.sharding import refuse_shared, vary, varying_axes
+from fp4jax.sharding import one_program, refuse_shared, vary, varying_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,7 @@ def linear(
   return _fwd(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state)[0]
 
 
+@one_program(3)
 def _fwd(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state):
   tap, state = refuse_shared("tap", tap, lhs, rhs), refuse_shared("state", state, lhs, rhs)
   gemms = make_gemms(recipe, implementation, layout, keys, tap is not None, state, rhs.dtype)
@@ -163,6 +164,7 @@ def _fwd(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state):
   return out.astype(dtype), saved
 
 
+@one_program(3)
 def _bwd(recipe, implementation, dtype, saved, dy):
   layout, x, w, (lhs_like, rhs_like), (keys, state), summaries, forward = saved
   tapped = summaries is not None

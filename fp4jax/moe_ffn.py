@@ -42,7 +42,7 @@ from fp4jax.mosaic import gemms as mosaic
 from fp4jax.operands import Forward, Summaries, for_pull, take_rows
 from fp4jax.quantizers import Source
 from fp4jax.recipe import Recipe
-from fp4jax.sharding import refuse_shared, spec_of, spread, vary, varying_axes
+from fp4jax.sharding import one_program, refuse_shared, spec_of, spread, vary, varying_axes
 from fp4jax.swiglu import swiglu, swiglu_backward
 
 # A weight below this is multiplied in after dgrad: before it, dgrad's result is divided by it.
@@ -192,6 +192,7 @@ def _ffn(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, 
   return _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, states)[0]
 
 
+@one_program(2)
 def _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, states):
   operands = x, w13, w2, weights, order
   taps, states = refuse_shared("taps", taps, operands), refuse_shared("states", states, operands)
@@ -232,6 +233,7 @@ def _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, 
   return nan_unless(valid, out), saved
 
 
+@one_program(2)
 def _bwd(recipe, implementation, saved, dout):
   x, h, a_read, (w13, w2), likes, (weights, valid, order, keys, states), summaries, forwards = saved
   w13_like, w2_like = likes

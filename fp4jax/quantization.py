@@ -21,7 +21,7 @@ from fp4jax.formats.roundings import Rounding, as_rounding
 from fp4jax.implementation import Implementation, choose
 from fp4jax.mosaic import quantize as mosaic
 from fp4jax.quantized_array import QuantizedArray
-from fp4jax.sharding import explicit_mesh, spec_of, spread
+from fp4jax.sharding import explicit_mesh, one_program, spec_of, spread
 
 _INPUT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -170,18 +170,19 @@ def straight_through(
 ) -> Float[Array, "*s"]:
   """The rounded values of x in `dtype`. Arguments as `check_arguments` passes them."""
   key = key if as_rounding(rounding).needs_key else None
-  return _straight_through(x, key, slices, fmt, axis, rounding, jnp.dtype(dtype))
+  return _straight_through(fmt, axis, rounding, jnp.dtype(dtype), x, key, slices)
 
 
 # The key is an argument like x, for it may be a tracer of an inner trace: a scan, a checkpoint.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))
-def _straight_through(x, key, slices, fmt, axis, rounding, dtype):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+@one_program(4)
+def _straight_through(fmt, axis, rounding, dtype, x, key, slices):
   return fb.saturate(fmt.values(round_blocks(x, fmt, axis, rounding, key, slices)), dtype)
 
 
 @_straight_through.defjvp
 def _straight_through_jvp(fmt, axis, rounding, dtype, primals, tangents):
-  out = _straight_through(*primals, fmt, axis, rounding, dtype)
+  out = _straight_through(fmt, axis, rounding, dtype, *primals)
   return out, tangents[0].astype(dtype)
 
 

@@ -74,10 +74,7 @@ def spread(
   operands = (*vary(operands, varying_axes(operands)), *states)
   mesh = explicit_mesh(operands)
   if mesh is None:
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands))
-    names = tuple(getattr(option, "name", None) for option in options)  # no part of equality
-    run = functools.partial(body, *options) if traced else compiled(body, options, names)
-    return run(*operands)
+    return one_program(len(options))(body)(*options, *operands)
   spec = PartitionSpec() if spec is None else spec
   abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
   auto = jax.sharding.auto_axes(
@@ -89,6 +86,27 @@ def spread(
     # `shard_map` can't keep arrays of Auto axes for its backward pass; what was passed it can.
     auto = jax.checkpoint(auto)
   return auto(*operands)
+
+
+def one_program(options: int) -> Callable[[Callable], Callable]:
+  """A function's decorator: a call that nothing traces runs as one compiled program.
+
+  The program is kept for the next call with equal options, the first `options` arguments. The rules
+  of a custom_vjp are functions of their own: `jax.grad` outside `jax.jit` does not trace them.
+  """
+
+  def decorate(function):
+    @functools.wraps(function)
+    def call(*args):
+      static, operands = args[:options], args[options:]
+      if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
+        return function(*args)
+      names = tuple(getattr(option, "name", None) for option in static)  # no part of equality
+      return compiled(function, static, names)(*operands)
+
+    return call
+
+  return decorate
 
 
 @functools.lru_cache(1024)

@@ -7,7 +7,6 @@ import platform
 import types
 from pathlib import Path
 
-import annotations
 import pytest
 
 
@@ -32,7 +31,8 @@ if not importlib.util.find_spec("jax_plugins"):
     "XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=4"
   )
 
-import jax  # noqa: E402, reads the environment
+import annotations  # noqa: E402, imports jax, which reads the environment
+import jax  # noqa: E402
 
 CHECKED = ["experiments", "fp4jax"]
 annotations.check(CHECKED)  # before anything imports them

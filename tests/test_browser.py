@@ -133,6 +133,7 @@ def in_a_fold(charts):
   return {id for id in charts if id.startswith("load-")}
 
 
+@pytest.mark.slow
 def test_every_visible_chart_is_drawn_and_nothing_is_wider_than_the_window(page, charts):
   assert drawn(page) == charts.keys() - in_a_fold(charts)
   assert is_wider_than_its_place(page, "html") == [False]

@@ -53,6 +53,7 @@ def assert_no_leak(f, x, changed):
   assert np.isfinite(before).all() and (before[:, -1] != after[:, -1]).any()
 
 
+@pytest.mark.slow
 @by_recipe
 def test_scores_of_one_large_value_to_come(recipe):
   """v = 1 and v[31] = 100: in a block of 32 tokens every 1 became 0. k likewise, in its tiles."""
@@ -74,6 +75,7 @@ MODULES = {
 }
 
 
+@pytest.mark.slow
 @by_recipe
 @pytest.mark.parametrize("module", MODULES)
 def test_no_module_leaks(module, recipe):

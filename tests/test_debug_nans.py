@@ -42,6 +42,7 @@ def test_the_switch_is_on():
 NAMES = ("MXFP4", "NVFP4", "FP8_BLOCK", "HIF4", "MXFP4_MBS_S")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", [formats.FORMATS[name] for name in NAMES], ids=NAMES)
 def test_formats(fmt):
   x = with_zeros()
@@ -53,6 +54,7 @@ def test_formats(fmt):
   jax.jit(lambda x: fp4jax.decompose(x, fmt).summary())(x)
 
 
+@pytest.mark.slow
 @by_recipe
 def test_dot_general(name):
   x, w = normal(0, 40, 64).at[3:5].set(0), normal(1, 64, 32)
@@ -64,6 +66,7 @@ def test_dot_general(name):
   jax.grad(loss, argnums=(0, 1, 2))(x, w, operands.new_tap())
 
 
+@pytest.mark.slow
 @by_recipe
 def test_attention_op_by_op(name):
   """It masks with -inf, which is no NaN."""
@@ -72,6 +75,7 @@ def test_attention_op_by_op(name):
   jax.grad(lambda *x: jnp.sum(attend(*x, numerics) ** 2), argnums=(0, 1, 2))(q, k, v)
 
 
+@pytest.mark.slow
 def test_the_runner_with_probes(tmp_path, corpus_file):
   changes = {"data.path": corpus_file, "steps": 2, "eval_every": 1, "probe_every": 1}
   changes["optimizer.warmup_steps"] = 0

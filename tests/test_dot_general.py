@@ -214,6 +214,7 @@ def test_fp32_is_lax_dot_general():
 # Independence of the operands.
 
 
+@pytest.mark.slow
 @strict
 @pytest.mark.parametrize("role", ROLES)
 def test_a_change_to_one_operand_changes_its_gemm_alone(role):

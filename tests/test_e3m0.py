@@ -68,6 +68,7 @@ def test_draws_of_luq():
   assert np.abs(z).max() < 5
 
 
+@pytest.mark.slow
 def test_laws():
   x = laws.gaussian((32, 128))
   laws.lies_along_every_axis(MXFP4_E3M0, CORPUS[-800:])

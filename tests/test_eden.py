@@ -124,6 +124,7 @@ def test_groups_are_checked():
     fp4jax.fake_quantize(gaussian(4, 64), NVFP4_EDEN)
 
 
+@pytest.mark.slow
 def test_laws_of_a_format():
   """But one: draws decide scales, not elements. A NaN's block also leaves its group's growth."""
   laws.lies_along_every_axis(NVFP4_EDEN, laws.gaussian((256, 128)))
@@ -133,6 +134,7 @@ def test_laws_of_a_format():
   laws.keeps_nan_in_its_block(BY_16, 16)
 
 
+@pytest.mark.slow
 def test_works_everywhere():
   check_everywhere(
     recipe_of(

@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments.checkpoints import Checkpoints
 from experiments.config import Experiment, Optimizer
@@ -45,6 +46,7 @@ def batch(seed):
   return np.random.default_rng(seed).integers(0, 50, (2, 33)).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_every_format_trains_is_probed_and_resumes(tmp_path):
   policy, seed = policy_of_all(), jnp.int32(0)
   trainer = make_trainer(CONFIG, 50, policy)

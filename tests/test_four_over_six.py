@@ -105,6 +105,7 @@ def test_a_tile_makes_one_choice():
   )
 
 
+@pytest.mark.slow
 def test_laws():
   x = laws.gaussian((32, 128))
   assert NVFP4_4O6.bits_per_value == 4.5

@@ -70,6 +70,7 @@ def test_zeros_have_the_smallest_scale_and_non_finite_blocks_scale_255():
   assert HIF4.bits_per_value == 4.5 and q.nbytes == 3 * 64 * 4.5 / 8
 
 
+@pytest.mark.slow
 def test_laws():
   x = laws.gaussian((32, 128))
   laws.lies_along_every_axis(HIF4, CORPUS[-800:])

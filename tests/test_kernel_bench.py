@@ -110,6 +110,7 @@ def grouped_of(fault):
   return grouped
 
 
+@pytest.mark.slow
 def test_matmuls(monkeypatch):
   monkeypatch.setattr(bench, "_SKEW", [129, 1, 0, 60, 66, 0, 0, 0])
   monkeypatch.setattr(bench, "grouped", grouped_of(lambda out: out.at[..., 5].multiply(1.2)))
@@ -136,6 +137,7 @@ def test_bf16_matmuls_are_checked_too(gemm):
         checks.check_gemm(gemm, out * 1.1, sets[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [None, "dx"])
 def test_moe_ffn(fault, hopper, monkeypatch):
   inputs = functools.partial(bench._moe_inputs, tokens=140, d=128, f=128)

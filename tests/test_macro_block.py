@@ -115,6 +115,7 @@ def test_ideal_is_that_of_mxfp4_whatever_the_factor(factor):
   assert (np.asarray(ours.scale_bias) != np.asarray(mxfp4.scale_bias)).any()
 
 
+@pytest.mark.slow
 @both
 def test_laws(factor):
   fmt, x = FORMATS[factor], laws.gaussian((32, 128))

@@ -167,6 +167,7 @@ def test_weights_are_float32_and_blocks_keep_the_dtype_of_the_config():
   assert out.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["experts", "attention", "scores", "router", "head"])
 def test_policy_quantizes_the_kind_that_it_names_and_no_other(kind):
   model = LanguageModel(CONFIG, 50, nnx.Rngs(0))

@@ -166,8 +166,10 @@ def composed(recipe, x, w13, w2, experts, weights, dout, taps):
   return (out, dx, dw13, dw2, dweights[..., 0] / weights, (tap1, tap2)), h
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("recipe", ALL, ids=lambda r: r.name)
+@jax.disable_jit()  # XLA fuses and rounds otherwise where it sees more of the layer
 def test_numbers_are_those_of_the_composed_layers(recipe, dtype):
   arguments = inputs(dtype=dtype)
   taps = (operands.new_tap(), operands.new_tap())
@@ -259,6 +261,7 @@ def test_hopper_fp4_saves_at_most_three_tenths(experts, k):
 SERVED = [recipes.BF16, recipes.FP8, recipes.FP8_POW2, HOPPER, ALL[7]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", SERVED, ids=lambda r: r.name)
 def test_mosaic_computes_what_xla_computes(recipe, hopper):
   arguments = inputs(150, 256, 128, 4, dtype=jnp.bfloat16)

@@ -72,6 +72,7 @@ def test_dot_general(recipe, hopper):
   assert run(None)[0].dtype == BF16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", MIXED, ids=lambda r: r.name)
 def test_moe_ffn(recipe, hopper):
   x, w13, w2 = random(48, 128), random(3, 128, 256, seed=1), random(3, 128, 128, seed=2)

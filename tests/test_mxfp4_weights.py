@@ -36,6 +36,7 @@ def with_spread(binades: int) -> np.ndarray:
   return (codes * 2.0**exponents).reshape(128, 128).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_both_gemms_read_the_projected_weight():
   w = random(256, 160) * 0.02
   projected = columns(oracle.mxfp4_weight, w)
@@ -81,5 +82,6 @@ def test_the_rest_is_fp8_and_gradients_pass_straight_through():
   )
 
 
+@pytest.mark.slow
 def test_works_everywhere():
   check_everywhere(FP8_MXFP4_WEIGHTS)

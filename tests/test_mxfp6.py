@@ -78,6 +78,7 @@ def test_four_codes_lie_in_three_bytes(axis):
   assert q.nbytes == 32 * 32 * 6.25 / 8 and MXFP6_E2M3.bits_per_value == 6.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
 def test_laws(fmt):
   laws.lies_along_every_axis(fmt, CORPUS[-800:])

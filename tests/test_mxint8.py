@@ -68,6 +68,7 @@ def test_draws_leave_the_grid_alone():
   np.testing.assert_array_equal(np.asarray(round_(x, np.broadcast_to(draws, x.shape))), x)
 
 
+@pytest.mark.slow
 def test_laws():
   x = laws.gaussian((32, 128))
   laws.lies_along_every_axis(MXINT8, CORPUS[-800:])

@@ -47,6 +47,7 @@ def test_the_pair_says_the_same(name):
   assert not any(outputs), advice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_cell_runs(name, tmp_path):
   execute(jupytext.read(FOLDER / f"{name}.py"), FOLDER, tmp_path)

@@ -180,6 +180,7 @@ def test_weight_decay_shrinks_the_matrices_of_the_model(num_experts):
   assert found == expected
 
 
+@pytest.mark.slow
 def test_routing_losses_enter_with_their_weights():
   """The gradient is linear in them."""
   model = ModelConfig(
@@ -250,6 +251,7 @@ def test_a_reset_leaves_the_moments_of_one_step_and_keeps_the_rest():
     assert 0.5 < new / old < 2, kept
 
 
+@pytest.mark.slow
 def test_every_optimizer_takes_a_step_and_an_unknown_one_is_refused():
   model = ModelConfig(
     num_layers=1, d_model=16, num_heads=1, num_kv_heads=1, head_dim=16, num_experts=0, d_ff=16

@@ -138,6 +138,7 @@ class Twin(Composed):
     return self.operand.read(x, axis, ctx)
 
 
+@pytest.mark.slow
 def test_segments_keep_the_keys_and_the_taps_of_their_layers():
   """Another recipe of the same numbers cuts the scan, and changes nothing."""
   graph, params = nnx.split(

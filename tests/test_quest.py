@@ -115,6 +115,7 @@ def test_a_constant_block_is_lost():
   assert read.saved[1].all()
 
 
+@pytest.mark.slow
 def test_laws_of_a_format():
   """But one: a block of the largest values is constant."""
   laws.lies_along_every_axis(MXFP4_QUEST, laws.gaussian((256, 64)))

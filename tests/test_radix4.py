@@ -87,6 +87,7 @@ def test_one_scale_per_slice():
     np.testing.assert_allclose(actual, a @ a, rtol=0, atol=32 * 2.0**-24 * np.abs(a @ a).max())
 
 
+@pytest.mark.slow
 @both
 def test_laws(name):
   fmt, x = BLOCKS[name], laws.gaussian((32, 128))

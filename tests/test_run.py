@@ -117,6 +117,7 @@ def test_a_signal_between_two_runs_is_no_step_late(tmp_path):
   assert caught.value.number == signal.SIGINT
 
 
+@pytest.mark.slow
 def test_without_checkpoints_a_stopped_run_begins_again(command, straight, tmp_path):
   arguments = ("--config.checkpoint_every=0",)
   process = command(tmp_path, *arguments)
@@ -150,6 +151,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(command, straight, tm
 DIVERGING = {"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0}
 
 
+@pytest.mark.slow
 def test_without_probes_a_diverged_run_says_only_when(tmp_path, corpus_file):
   changes = {"data.path": corpus_file, "probe_every": 0, "checkpoint_every": 0}
   run(small(**DIVERGING | changes, recipes=configs.Names(["mxfp4"])), tmp_path)
@@ -206,6 +208,7 @@ def test_bad_settings_are_one_clear_error_and_touch_nothing(command, tmp_path, a
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_takes_one_step(path):
   spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -228,6 +231,7 @@ def test_every_config_takes_one_step(path):
   assert int(state.step) == 1 and np.isfinite(float(scalars["loss"]))
 
 
+@pytest.mark.slow
 def test_probe_reads_the_tensors_of_training_and_changes_nothing(corpus_file):
   config = small(**{"data.path": corpus_file})
   corpus = data.load_corpus(config.data)

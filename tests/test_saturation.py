@@ -27,6 +27,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("fmt", VARIANTS, ids=lambda f: f.name)
 def test_no_finite_value_becomes_infinite_or_nan(fmt, dtype):

@@ -139,6 +139,7 @@ def straight(runner, tmp_path_factory):
   return runner.run(tmp_path_factory.mktemp("straight"))
 
 
+@pytest.mark.slow
 def test_the_state_is_that_of_steps_under_one_policy_and_then_the_other(runner, straight):
   """Oracle: the steps by hand, under policies made here."""
   config, seed = runner.config, jnp.int32(0)

@@ -38,6 +38,7 @@ ROWS += [("grouped_dot", name) for name in ("bf16", "mxfp4_rht_sr", "hopper_fp4"
 ROWS += [("moe_ffn", name) for name in ("mxfp4_rht_sr", "hopper_fp4")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", table.MODES)
 @pytest.mark.parametrize("function, name", ROWS)
 def test_numbers_are_those_of_one_device(function, name, mode):

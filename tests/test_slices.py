@@ -72,6 +72,7 @@ def test_a_batched_dot_is_its_vmap(fmt):
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [16, 3])
 @pytest.mark.parametrize("name", fp4jax.FORMATS)
 def test_a_stack_of_packed_arrays_is_read_layer_by_layer(name, layers):

@@ -146,6 +146,7 @@ def test_a_step_that_diverges_keeps_the_states(trained):
   jax.tree.map(np.testing.assert_array_equal, after.quantizers, state.quantizers)
 
 
+@pytest.mark.slow
 def test_evaluation_gradients_and_probes_read_the_states(trained):
   trainer, _, state = trained
   small = jax.tree.map(lambda s: s / 8, state.quantizers)
@@ -187,6 +188,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_resumed_step_of_each_quantizer_with_state_is_the_same(recipe, tmp_path):
   trainer = make_trainer(CONFIG, 50, Policy(experts=recipe))

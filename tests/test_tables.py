@@ -1,12 +1,14 @@
 """The tables in the READMEs are what the committed rows say."""
 
+import collections
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from matplotlib import pyplot as plt
+from workdirs import make_workdir
 
-from configs import demo
+from configs import demo, moe_wide
 from experiments import kernel_tables, logs, pictures, tables
 from experiments.train import make_trainer, policy_of, saved_activation_bytes
 from fp4jax import recipes
@@ -34,6 +36,22 @@ def test_readmes_hold_the_tables_of_the_rows(readme):
   for name, content in TABLES[readme]().items():
     assert tables.fill(text, name, content) == text
     assert tables.fill(text, name, "something else") != text
+
+
+def test_the_readme_says_how_balanced_the_wide_model_ends():
+  ends = [row for row in rows("moe_wide") if row["kind"] == "routing" and row["step"] == 900]
+  top_k = moe_wide.get_config().model.top_k
+  busiest = [100 * top_k * max(map(max, row["load"])) for row in ends]
+  assert len(ends) == 9
+  words = f"is the choice of {min(busiest):.0f} to {max(busiest):.0f} % of the tokens (evenly 25 %)"
+  assert words in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_collected_are_losses_routing_and_summary(tmp_path):
+  records = make_workdir(tmp_path / "run", recipes=("bf16", "mxfp4"), steps=40)
+  tables.collect(records, tmp_path / "rows.jsonl")
+  found = collections.Counter(row["kind"] for row in logs.read_rows(tmp_path / "rows.jsonl"))
+  assert found == {"environment": 1, "entropy": 1, "validation": 8, "routing": 8, "recipe": 2}
 
 
 def losses(runs):

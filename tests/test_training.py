@@ -65,6 +65,7 @@ def trained(name, implementation, moved=0.0):
 MOVED = {"implementation": "xla", "moved": 2.0**-20}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "other",
   [
@@ -96,6 +97,7 @@ def test_gradients_are_those_of_a_step():
   assert float(norm) == pytest.approx(float(scalars["grad_norm"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_draws_its_own_numbers_for_each_batch():
   """Stochastic rounding in fprop: one batch has other losses under other keys."""
   recipe = recipes.MXFP4.replace({"fprop.lhs.rounding": "stochastic"})

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import quantizer_oracles as oracle
 from quantizer_checks import KEY, MATMUL, check_everywhere, random, recipe_of
 
@@ -78,6 +79,7 @@ def test_the_product_is_multiplied_by_sixteen_ninths():
   assert (np.abs(y - 16 / 9 * (a @ b)) <= bound).all()
 
 
+@pytest.mark.slow
 def test_works_everywhere():
   quantizer = ThreeQuarters(Operand(MXFP4_THREE_QUARTERS, "stochastic", FreshHadamard(64)))
   check_everywhere(

@@ -64,6 +64,7 @@ def test_blocks_stand_alone():
   )
 
 
+@pytest.mark.slow
 def test_laws():
   x = laws.gaussian((32, 128))
   laws.lies_along_every_axis(NVFP4_UE5M3, CORPUS[-800:])

@@ -48,6 +48,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end(straight, corpus_f
   assert_same_logs(tmp_path, straight)
 
 
+@pytest.mark.slow
 def test_another_corpus_is_refused(tmp_path, command, corpus_file):
   text = tmp_path / "text.txt"
   text.write_bytes(Path(corpus_file).read_bytes())
@@ -121,6 +122,7 @@ def growing(corpus_file, **changes):
   return small(**settings)
 
 
+@pytest.mark.slow
 def test_a_workdir_grows_into_the_one_that_was_asked_for_at_once(corpus_file, tmp_path):
   both, one = configs.Names(["bf16", "mxfp4_rht_sr"]), configs.Names(["bf16"])
   dense = {"model.num_experts": 0}
