@@ -25,13 +25,13 @@ from experiments.report_charts import (
   ALL,
   ON_TOP,
   OVER_TIME,
-  PARTS,
   curve_charts,
   load_charts,
   probe_charts,
   smoothing_window,
 )
 from experiments.report_lines import styles_of
+from experiments.report_stacks import PARTS
 from experiments.summary import (
   ABOVE,
   BASELINE,

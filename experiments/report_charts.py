@@ -6,25 +6,33 @@ its CSS variables, `--recipe-1` or with an alpha byte `--recipe-1/33`. plotly.ex
 figure here: it knows no bands, no names at the ends of lines, and no colours of two schemes.
 """
 
-import html
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from experiments.report_lines import (
+  Chart,
   Curve,
   Figure,
   last_point,
-  line,
   line_figure,
   over_seeds,
-  rule,
   seed_bands,
   shorts,
   styles_of,
+)
+from experiments.report_stacks import (
+  PARTS,
+  Parts,
+  Stack,
+  bar_figure,
+  column_figure,
+  heatmap,
+  order,
+  panels,
+  time_figure,
 )
 from experiments.summary import (
   MIN_SEEDS,
@@ -37,27 +45,7 @@ from experiments.summary import (
   reads_residual,
 )
 
-Chart = dict[str, Any]
-
-
-class Stack(NamedTuple):
-  """The error of some quantizations."""
-
-  shares: dict[str, float]  # of the squared error, by part; all 0 where nothing was lost
-  sqnr: str  # in words
-
-
-Parts = dict[Any, Stack]  # by operand, layer, step, ...
-
-PARTS = {  # in the order of a stack: where the first two end, an ideal scale would end
-  "grid_noise": "grid noise",
-  "deadzone": "deadzone",
-  "scale_bias": "scale bias",
-  "cross": "cross terms",
-}
-GEMMS = ("fprop", "dgrad", "wgrad", "residual")
 ALL = "all operands"
-SHARE = "share of squared error"
 ON_TOP = "*"  # of an error that adds to the residual's
 # Over steps, by operand: title and unit of a column of the probes.
 OVER_TIME = {
@@ -136,7 +124,7 @@ def load_charts(records: Records) -> list[Chart]:
     {
       "title": arm,
       "figures": {
-        ALL: _heatmap(load, range(load.shape[1]), "expert", "choices (%)", (0.0, float(high)))
+        ALL: heatmap(load, range(load.shape[1]), "expert", "choices (%)", (0.0, float(high)))
       },
     }
     for arm, load in panels
@@ -150,7 +138,7 @@ def probe_charts(records: Records) -> dict[str, list[Chart]]:
   if probes.empty:
     return {}
   probes = probes.assign(key=probes.gemm + " " + probes.operand)
-  names = sorted(probes.key.unique(), key=_order)
+  names = sorted(probes.key.unique(), key=order)
   last = {arm: last_probe_rows(probes, arm) for arm in records.arms}
   last = {arm: own for arm, own in last.items() if len(own)}
   styles = styles_of(records.arms.values())
@@ -158,18 +146,18 @@ def probe_charts(records: Records) -> dict[str, list[Chart]]:
   def chosen(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     return rows if name == ALL else rows[rows.key == name]
 
-  def panels(figure: Callable, column: str, whole_run: bool = False) -> list[Chart]:
+  def by_column(figure: Callable, column: str, whole_run: bool = False) -> list[Chart]:
     parts = {}
     for arm, own in last.items():
       rows = probes[probes.recipe == arm] if whole_run else own
       parts[arm] = {name: _grouped(chosen(rows, name), column) for name in [ALL, *names]}
-    return _panels(parts, figure)
+    return panels(parts, figure)
 
   charts = {
-    "operands": _panels({a: {ALL: _grouped(own, "key")} for a, own in last.items()}, _bar_figure),
-    "layers": panels(_column_figure, "layer"),
-    "modules": panels(_bar_figure, "module"),
-    "time": panels(_time_figure, "step", whole_run=True),
+    "operands": panels({a: {ALL: _grouped(own, "key")} for a, own in last.items()}, bar_figure),
+    "layers": by_column(column_figure, "layer"),
+    "modules": by_column(bar_figure, "module"),
+    "time": by_column(time_figure, "step", whole_run=True),
     "depth": _depth_charts({a: probes[probes.recipe == a] for a in last}, [ALL, *names], chosen),
   }
   for chart, (title, column, unit) in OVER_TIME.items():
@@ -217,11 +205,6 @@ def _probe_line_figure(
   return line_figure(curves, styles, unit, height=360)
 
 
-def _order(operand: str) -> tuple[int, str]:
-  gemm = operand.split(" ")[0]
-  return (GEMMS.index(gemm) if gemm in GEMMS else len(GEMMS), operand)
-
-
 def _grouped(rows: pd.DataFrame, column: str) -> Parts:
   """Mean shares by the values of a column, both cross terms added up."""
   parts = {}
@@ -260,22 +243,6 @@ def _gap_curves(records: Records) -> dict[str, Curve]:
   return curves
 
 
-def _panels(parts: dict[str, dict[str, Parts]], figure: Callable) -> list[Chart]:
-  """One chart per arm; all share the range of their values."""
-  every = [own for figures in parts.values() for own in figures.values()]
-  shares = [stack.shares for own in every for stack in own.values()]
-  low = min([0.0, *(sum(v for v in share.values() if v < 0) for share in shares)])
-  high = max([1.0, *(sum(v for v in share.values() if v > 0) for share in shares)])
-  if figure is _time_figure:  # side by side, not on top of each other
-    high = max([1.0, *(v for share in shares for v in share.values())])
-  margin = 0.05 * (high - low)
-  bounds = [low - margin * (low < 0), high + margin]
-  return [
-    {"title": arm, "figures": {name: figure(own, bounds) for name, own in figures.items()}}
-    for arm, figures in parts.items()
-  ]
-
-
 def _depth_charts(rows: dict[str, pd.DataFrame], names: list[str], chosen: Callable) -> list[Chart]:
   """SQNR by layer and step: a panel per arm, one range for all panels of an operand."""
   tables = {
@@ -291,123 +258,7 @@ def _depth_charts(rows: dict[str, pd.DataFrame], names: list[str], chosen: Calla
     bounds = (min(map(np.nanmin, own)), max(map(np.nanmax, own))) if own else (0.0, 1.0)
     for arm, of_arm in tables.items():
       table = of_arm[name]
-      charts[arm][name] = _heatmap(
+      charts[arm][name] = heatmap(
         table.to_numpy(), table.columns, "step", "SQNR (dB)", bounds, table.index
       )
   return [{"title": arm, "figures": figures} for arm, figures in charts.items()]
-
-
-def _heatmap(
-  values: np.ndarray, x, x_title: str, unit: str, bounds: tuple[float, float], layers=None
-) -> Figure:
-  """Layers from top to bottom."""
-  if not values.size:
-    return _blank(220, {})
-  layers = range(len(values)) if layers is None else layers
-  trace = {
-    "type": "heatmap",
-    "x": [str(v) for v in x],
-    "y": [str(layer) for layer in layers],
-    "z": [[None if math.isnan(v) else float(f"{v:.4g}") for v in row] for row in values],
-    "zmin": float(bounds[0]),
-    "zmax": float(bounds[1]),
-    "colorscale": [[0, "--heat-low"], [1, "--heat-high"]],
-    "colorbar": {"thickness": 10, "outlinewidth": 0, "title": {"text": unit, "side": "right"}},
-    "hovertemplate": f"layer %{{y}}, {x_title} %{{x}}: %{{z}} {unit}<extra></extra>",
-  }
-  layout = {
-    "height": 130 + 18 * min(len(values), 24),
-    "hovermode": "closest",
-    "xaxis": {"title": {"text": x_title}, "type": "category", "showgrid": False, "nticks": 6},
-    "yaxis": {"title": {"text": "layer"}, "type": "category", "autorange": "reversed"},
-  }
-  return {"data": [trace], "layout": layout}
-
-
-def _bar_figure(parts: Parts, bounds: list[float]) -> Figure:
-  """Horizontal stacks, first key on top, with the SQNR at their ends."""
-  keys = sorted(parts, key=_order)
-  names = [html.escape(key) for key in keys]
-  traces = [
-    _bars(part)
-    | {"orientation": "h", "y": names, "x": [parts[key].shares[part] for key in keys]}
-    | {"hovertemplate": "%{x:.3f}"}
-    for part in PARTS
-  ]
-  layout = {
-    "height": 76 + 26 * max(3, len(keys)),
-    "margin": {"r": 60 if any(parts[key].sqnr for key in keys) else 12},
-    "xaxis": {"title": {"text": SHARE}, "range": bounds},
-    "yaxis": {"autorange": "reversed", "type": "category", "showgrid": False},
-    "shapes": [rule("x", 1.0)],
-    "annotations": [
-      {"text": parts[key].sqnr, "xref": "paper", "x": 1, "y": name, "xanchor": "left"}
-      | {"showarrow": False, "font": {"color": "--muted"}}
-      for key, name in zip(keys, names, strict=True)
-    ],
-  }
-  return _stacked(traces, layout) if keys else _blank(layout["height"], parts)
-
-
-def _column_figure(parts: Parts, bounds: list[float]) -> Figure:
-  """Vertical stacks over layers."""
-  keys = sorted(parts)
-  traces = [
-    _bars(part)
-    | {"x": keys, "y": [parts[key].shares[part] for key in keys], "hovertemplate": "%{y:.3f}"}
-    for part in PARTS
-  ]
-  layout = {
-    "height": 250,
-    "xaxis": {
-      "title": {"text": "layer"},
-      "dtick": math.ceil(len(keys) / 6) or 1,
-      "showgrid": False,
-    },
-    "yaxis": {"title": {"text": SHARE}, "range": bounds},
-    "shapes": [rule("y", 1.0)],
-  }
-  return (
-    _stacked(traces, layout)
-    if any(any(own.shares.values()) for own in parts.values())
-    else _blank(250, parts)
-  )
-
-
-def _bars(part: str) -> dict:
-  fill: dict[str, Any] = {"color": f"--part-{part}"}
-  if part == "cross":
-    fill = {"color": "--part-cross/26", "pattern": {"shape": "/", "size": 5, "solidity": 0.25}}
-    fill["pattern"] |= {"fgcolor": "--part-cross", "fillmode": "overlay"}
-  return {"type": "bar", "name": PARTS[part], "marker": fill}
-
-
-def _stacked(traces: list[dict], layout: dict) -> Figure:
-  unified = "y unified" if "orientation" in traces[0] else "x unified"
-  return {
-    "data": traces,
-    "layout": {"barmode": "relative", "bargap": 0.3, "hovermode": unified} | layout,
-  }
-
-
-def _time_figure(parts: Parts, bounds: list[float]) -> Figure:
-  steps = sorted(step for step, own in parts.items() if any(own.shares.values()))
-  traces = []
-  for part, label in PARTS.items():
-    curve = pd.DataFrame({"mean": [parts[step].shares[part] for step in steps]}, index=steps)
-    style = {"color": f"--part-{part}", "dash": "dash" if part == "cross" else "solid"}
-    traces.append(line(curve, style, label))
-  layout = {
-    "height": 250,
-    "xaxis": {"title": {"text": "step"}, "showgrid": False},
-    "yaxis": {"title": {"text": SHARE}, "range": bounds},
-  }
-  return {"data": traces, "layout": layout} if steps else _blank(250, parts)
-
-
-def _blank(height: int, parts: Parts) -> Figure:
-  note = {"text": "no error" if parts else "no values", "xref": "paper", "yref": "paper"}
-  note |= {"x": 0.5, "y": 0.5, "showarrow": False, "font": {"color": "--muted"}}
-  hidden = {"visible": False}
-  layout = {"height": height, "annotations": [note], "xaxis": hidden, "yaxis": hidden}
-  return {"data": [], "layout": layout}

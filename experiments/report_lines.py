@@ -10,6 +10,7 @@ import pandas as pd
 from experiments.summary import BASELINE, Arm
 
 Figure = dict[str, Any]
+Chart = dict[str, Any]  # see report_charts.py
 Curve = pd.DataFrame  # by step: mean, and low and high of the band
 
 RECIPE_COLOURS = 4
@@ -145,6 +146,7 @@ def last_point(curve: pd.Series, style: dict) -> list[dict]:
     {
       "type": "scatter",
       "mode": "markers",
+      "meta": "mark",  # the line has this point
       "legendgroup": style["recipe"],
       "x": [int(finite.index[-1])],
       "y": [float(finite.iloc[-1])],

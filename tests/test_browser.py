@@ -290,11 +290,11 @@ def as_number(cell):
 
 
 def points(figure):
-  """Of all but bands and names."""
+  """Of all but bands, names and crosses; each is of a series."""
   for trace in figure["data"]:
-    if trace.get("fill") or trace.get("meta") == "label":
+    if trace.get("fill") or trace.get("meta"):
       continue
-    name = trace.get("name", "")
+    name = trace["name"] if trace["type"] == "scatter" else trace.get("name", "")
     if trace["type"] == "heatmap":
       for y, row in zip(trace["y"], trace["z"], strict=True):
         yield from ([name, x, y, z] for x, z in zip(trace["x"], row, strict=True))

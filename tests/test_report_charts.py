@@ -20,7 +20,7 @@ from workdirs import (
   write_rows,
 )
 
-from experiments import report, report_charts, report_lines, summary
+from experiments import report, report_charts, report_lines, report_stacks, summary
 
 
 def colours(value, key=""):
@@ -58,7 +58,7 @@ def test_every_stack_sums_to_one_with_its_negative_bar(tmp_path):
     for chart in charts[group]:
       for figure in chart["figures"].values():
         parts = [trace[along] for trace in figure["data"]]
-        assert not parts or len(parts) == len(report_charts.PARTS)
+        assert not parts or len(parts) == len(report_stacks.PARTS)
         for stack in zip(*parts, strict=True):
           assert sum(stack) == pytest.approx(1, abs=1e-5)
   mxfp4 = charts["operands"][1]["figures"][report_charts.ALL]
