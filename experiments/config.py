@@ -44,6 +44,7 @@ class Data:
   tokenizer: str | None = None  # a Hugging Face `tokenizers` JSON file; None: bytes are tokens
   sequence_length: int = 128  # tokens
   batch_size: int = 16  # sequences
+  microbatches: int = 1  # equal parts of a batch, one after the other; a step takes their mean
   validation_fraction: float = 0.05  # of the files (of the lines, for one JSONL or text file)
 
 

@@ -129,9 +129,14 @@ def _check_settings(config: config_lib.Data) -> None:
     raise ValueError(
       f"data.validation_fraction={config.validation_fraction} must lie between 0 and 1, both out"
     )
-  for field in ("sequence_length", "batch_size"):
+  for field in ("sequence_length", "batch_size", "microbatches"):
     if getattr(config, field) < 1:
       raise ValueError(f"data.{field}={getattr(config, field)} must be at least 1")
+  if config.batch_size % config.microbatches:
+    raise ValueError(
+      f"data.batch_size={config.batch_size} is no multiple of "
+      f"data.microbatches={config.microbatches}"
+    )
 
 
 def _num_windows(corpus: Corpus, config: config_lib.Data, split: str) -> int:

@@ -53,8 +53,9 @@ def gemm_flops(config: Experiment, vocab_size: int) -> dict[str, dict[str, int]]
   2 m k n each, of all layers: "experts.w13" of 10 tokens, top_k=2, has m=20. The scores of
   attention are t x t, as they are computed: what is masked counts too.
   """
+  parts = config.data.microbatches
   return {
-    name: dict.fromkeys(ALL_GEMMS, 2 * x.size * w.shape[-1] * len(_layers(config, name)))
+    name: dict.fromkeys(ALL_GEMMS, 2 * x.size * w.shape[-1] * parts * len(_layers(config, name)))
     for name, (x, w) in _operands(config, vocab_size).items()
   }
 
@@ -124,8 +125,10 @@ def measured_peak(dtype: DTypeLike) -> float | None:
 
 
 def _operands(config: Experiment, vocab_size: int) -> dict[str, _Operands]:
-  """x (*b, m, k) and w (*b, k, n) of each GEMM of one layer; experts: x (m, k) and w (e, k, n)."""
-  c, batch, length = config.model, config.data.batch_size, config.data.sequence_length
+  """x (*b, m, k) and w (*b, k, n) of each GEMM of one layer and one microbatch; of experts
+  x (m, k) and w (e, k, n)."""
+  c, length = config.model, config.data.sequence_length
+  batch = config.data.batch_size // config.data.microbatches
   model = nnx.eval_shape(lambda: LanguageModel(c, vocab_size, nnx.Rngs(0)))
   found = {}
   for name, (*experts, k, n) in (model.block_gemms | {_HEAD: model.w_head.shape}).items():
@@ -151,7 +154,8 @@ def _implementation(
   raises when the step is traced."""
   x, w = operands
   if w.ndim == 3 and name.startswith("experts."):
-    tokens = config.data.batch_size * config.data.sequence_length
+    sequences = config.data.batch_size // config.data.microbatches
+    tokens = sequences * config.data.sequence_length
     widths = {"d": config.model.d_model, "f": config.model.d_ff}
     obstacle = mosaic.obstacle(recipe, (), tokens, widths, x=x)
   else:

@@ -117,12 +117,32 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     auxiliary = sum(weight * routing[name] for name, weight in weights.items() if name in routing)
     return loss + auxiliary, (loss, routing)
 
-  def step(state, tokens, seed):
-    key = _key(seed, state.step)
+  def mean_gradients(state, tokens, key):
+    """Means over the microbatches, each with a key of its own: loss and routing, gradients. The
+    states of the quantizers go from one to the next."""
     # The "gradient" of the quantizers' states is their next states.
-    (_, (loss, routing)), (grads, quantizers) = jax.value_and_grad(
-      total_loss, argnums=(0, 1), has_aux=True
-    )(state.params, state.quantizers, tokens, key)
+    run = jax.value_and_grad(total_loss, argnums=(0, 1), has_aux=True)
+    parts = config.data.microbatches
+    if parts == 1:
+      (_, said), (grads, quantizers) = run(state.params, state.quantizers, tokens, key)
+      return said, grads, quantizers
+
+    def add(carry, part):
+      total, quantizers = carry
+      tokens, i = part
+      (_, said), (grads, quantizers) = run(
+        state.params, quantizers, tokens, jax.random.fold_in(key, i)
+      )
+      return (jax.tree.map(jnp.add, total, grads), quantizers), said
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    parted = tokens.reshape(parts, -1, tokens.shape[1]), jnp.arange(parts)
+    (total, quantizers), said = jax.lax.scan(add, (zeros, state.quantizers), parted)
+    said = jax.tree.map(lambda x: jnp.mean(x, axis=0), said)
+    return said, jax.tree.map(lambda x: x / parts, total), quantizers
+
+  def step(state, tokens, seed):
+    (loss, routing), grads, quantizers = mean_gradients(state, tokens, _key(seed, state.step))
     with jax.named_scope("optimizer"):
       norm = optax.tree.norm(grads)
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -134,15 +154,26 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     return new, {"loss": loss, "grad_norm": norm} | routing
 
   def gradients(state, tokens, seed):
-    key = _key(seed, state.step)
-    return jax.grad(lambda p: total_loss(p, state.quantizers, tokens, key)[0])(state.params)
+    return mean_gradients(state, tokens, _key(seed, state.step))[1]
 
   def evaluate(state, tokens, seed, batch=0):
     key = jax.random.fold_in(_key(seed, state.step), _EVALUATION)
-    return losses(state.params, state.quantizers, tokens, jax.random.fold_in(key, batch))[0]
+    key, parts = jax.random.fold_in(key, batch), config.data.microbatches
+    if parts == 1:
+      return losses(state.params, state.quantizers, tokens, key)[0]
+
+    def loss_of(part):
+      tokens, i = part
+      return losses(state.params, state.quantizers, tokens, jax.random.fold_in(key, i))[0]
+
+    parted = tokens.reshape(parts, -1, tokens.shape[1]), jnp.arange(parts)
+    return jnp.mean(jax.lax.map(loss_of, parted))
 
   def probe(state, tokens, seed):
-    key = _key(seed, state.step)
+    """Taps at the first microbatch, with the numbers that a step draws for it."""
+    key, parts = _key(seed, state.step), config.data.microbatches
+    if parts > 1:
+      tokens, key = tokens[: len(tokens) // parts], jax.random.fold_in(key, 0)
     own = state.params, state.quantizers
     return jax.grad(lambda taps: total_loss(*own, tokens, key, taps)[0])(taps)
 

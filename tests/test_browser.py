@@ -17,6 +17,7 @@ from workdirs import make_workdir
 from experiments import numbers, report, report_charts, summary
 from experiments.report_charts import ALL
 
+pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PAGES = [(name, width) for name in ("one", "two") for width in (390, 1280)]
 HEIGHT = 900
@@ -133,7 +134,6 @@ def in_a_fold(charts):
   return {id for id in charts if id.startswith("load-")}
 
 
-@pytest.mark.slow
 def test_every_visible_chart_is_drawn_and_nothing_is_wider_than_the_window(page, charts):
   assert drawn(page) == charts.keys() - in_a_fold(charts)
   assert is_wider_than_its_place(page, "html") == [False]

@@ -261,6 +261,7 @@ def test_less_than_one_batch_is_refused(split):
     ({"validation_fraction": 1.0}, ValueError, "validation_fraction=1.0 must lie between 0 and 1"),
     ({"validation_fraction": math.nan}, ValueError, "validation_fraction=nan must lie"),
     ({"batch_size": 0}, ValueError, "data.batch_size=0 must be at least 1"),
+    ({"microbatches": 3}, ValueError, "data.batch_size=16 is no multiple of data.microbatches=3"),
     ({"sequence_length": -5}, ValueError, "data.sequence_length=-5 must be at least 1"),
     ({"path": "missing.txt"}, FileNotFoundError, "data.path='missing.txt' matches no file"),
     ({"path": "no/**/*.txt"}, FileNotFoundError, r"data.path='no/\*\*/\*.txt' matches no file"),

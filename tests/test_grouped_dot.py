@@ -217,6 +217,7 @@ def test_stochastic_wgrad_draws():
 # Taps.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [recipes.MXFP4_RHT_SR, recipes.BF16], ids=lambda r: r.name)
 def test_tap(recipe):
   x, w, dy = tensors()

@@ -160,6 +160,7 @@ def test_without_probes_a_diverged_run_says_only_when(tmp_path, corpus_file):
   assert not rows_of(tmp_path, "probes")
 
 
+@pytest.mark.slow
 def test_a_diverged_recipe_ends_alone_and_names_the_first_probe(tmp_path, corpus_file):
   changes = DIVERGING | {"data.path": corpus_file}
   config = small(**changes, recipes=configs.Names(["bf16", "mxfp4"]))

@@ -172,6 +172,7 @@ def test_the_state_is_that_of_steps_under_one_policy_and_then_the_other(runner, 
   assert found == losses
 
 
+@pytest.mark.slow
 def test_probes_say_which_recipe_ran(straight):
   rows = list(map(json.loads, straight[0]["probes"].splitlines()))
   ran = {step: {r["ran"] for r in rows if r["step"] == step} for step in range(STEPS + 1)}
@@ -182,6 +183,7 @@ def test_probes_say_which_recipe_ran(straight):
   assert forward == set(range(SWITCH))
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_both_phases_and_between_equals_one_that_never_was(
   runner, straight, tmp_path
 ):
@@ -190,6 +192,7 @@ def test_a_run_stopped_in_both_phases_and_between_equals_one_that_never_was(
   jax.tree.map(np.testing.assert_array_equal, state, straight[1])
 
 
+@pytest.mark.slow
 def test_each_phase_is_compiled_once(runner, straight):
   for _, trainer in runner.phases:
     assert trainer.step._cache_size() == trainer.probe._cache_size() == 1

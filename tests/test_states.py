@@ -136,6 +136,23 @@ def test_a_step_replaces_the_states(trained):
     assert (found != before.quantizers["0:2"][f"experts.{name}"]["fprop.rhs"]).all()
 
 
+@pytest.mark.slow
+def test_states_go_from_microbatch_to_microbatch():
+  """Those of delayed scaling, which remember what they read."""
+  policy, both = Policy(experts=RECIPES["delayed"]), np.concatenate([batch(0), batch(1)])
+  whole = make_trainer(CONFIG, 50, policy)
+  config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, microbatches=2))
+  state = whole.init(jnp.int32(0))
+  after, _ = make_trainer(config, 50, policy).step(
+    jax.tree.map(jnp.copy, state), both, jnp.int32(0)
+  )
+  first, _ = whole.step(jax.tree.map(jnp.copy, state), batch(0), jnp.int32(0))
+  state = dataclasses.replace(state, quantizers=first.quantizers)
+  second, _ = whole.step(state, batch(1), jnp.int32(0))
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2)  # noqa: E731, two programs
+  jax.tree.map(close, after.quantizers, second.quantizers)
+
+
 def test_a_step_that_diverges_keeps_the_states(trained):
   trainer, _, state = trained
   params = jax.tree.map(jnp.copy, state.params)
