@@ -45,7 +45,7 @@ def get_config() -> Experiment:
   config.data.validation_fraction = 0.02
   config.data.sequence_length = 512
   config.data.batch_size = 64
-  # At 4e-4 with the usual weight of 0.01 one expert of a layer takes 68 to 88 % of the tokens.
+  # At 4e-4 with the usual weight of 0.01 (b5af4a98e) one expert took 68 to 88 % of the tokens.
   config.optimizer.learning_rate = 2e-4
   config.optimizer.load_balance_weight = 0.05
   config.optimizer.warmup_steps = 100

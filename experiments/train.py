@@ -117,27 +117,31 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     auxiliary = sum(weight * routing[name] for name, weight in weights.items() if name in routing)
     return loss + auxiliary, (loss, routing)
 
+  parts = config.data.microbatches
+
+  def microbatches(tokens, key):
+    """The parts of a batch, and a key for each."""
+    each = jax.vmap(functools.partial(jax.random.fold_in, key))
+    keys = key[None] if parts == 1 else each(jnp.arange(parts))
+    return tokens.reshape(parts, -1, tokens.shape[1]), keys
+
   def mean_gradients(state, tokens, key):
-    """Means over the microbatches, each with a key of its own: loss and routing, gradients. The
-    states of the quantizers go from one to the next."""
+    """Means over the microbatches: loss and routing, gradients. The states of the quantizers go
+    from one to the next."""
     # The "gradient" of the quantizers' states is their next states.
     run = jax.value_and_grad(total_loss, argnums=(0, 1), has_aux=True)
-    parts = config.data.microbatches
     if parts == 1:
       (_, said), (grads, quantizers) = run(state.params, state.quantizers, tokens, key)
       return said, grads, quantizers
 
     def add(carry, part):
       total, quantizers = carry
-      tokens, i = part
-      (_, said), (grads, quantizers) = run(
-        state.params, quantizers, tokens, jax.random.fold_in(key, i)
-      )
+      (_, said), (grads, quantizers) = run(state.params, quantizers, *part)
       return (jax.tree.map(jnp.add, total, grads), quantizers), said
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    parted = tokens.reshape(parts, -1, tokens.shape[1]), jnp.arange(parts)
-    (total, quantizers), said = jax.lax.scan(add, (zeros, state.quantizers), parted)
+    first = zeros, state.quantizers
+    (total, quantizers), said = jax.lax.scan(add, first, microbatches(tokens, key))
     said = jax.tree.map(lambda x: jnp.mean(x, axis=0), said)
     return said, jax.tree.map(lambda x: x / parts, total), quantizers
 
@@ -158,22 +162,15 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
 
   def evaluate(state, tokens, seed, batch=0):
     key = jax.random.fold_in(_key(seed, state.step), _EVALUATION)
-    key, parts = jax.random.fold_in(key, batch), config.data.microbatches
+    loss_of = lambda part: losses(state.params, state.quantizers, *part)[0]  # noqa: E731
+    key = jax.random.fold_in(key, batch)
     if parts == 1:
-      return losses(state.params, state.quantizers, tokens, key)[0]
-
-    def loss_of(part):
-      tokens, i = part
-      return losses(state.params, state.quantizers, tokens, jax.random.fold_in(key, i))[0]
-
-    parted = tokens.reshape(parts, -1, tokens.shape[1]), jnp.arange(parts)
-    return jnp.mean(jax.lax.map(loss_of, parted))
+      return loss_of((tokens, key))
+    return jnp.mean(jax.lax.map(loss_of, microbatches(tokens, key)))
 
   def probe(state, tokens, seed):
     """Taps at the first microbatch, with the numbers that a step draws for it."""
-    key, parts = _key(seed, state.step), config.data.microbatches
-    if parts > 1:
-      tokens, key = tokens[: len(tokens) // parts], jax.random.fold_in(key, 0)
+    tokens, key = (x[0] for x in microbatches(tokens, _key(seed, state.step)))
     own = state.params, state.quantizers
     return jax.grad(lambda taps: total_loss(*own, tokens, key, taps)[0])(taps)
 

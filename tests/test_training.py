@@ -139,6 +139,20 @@ def test_microbatches_draw_numbers_of_their_own():
 
 
 @pytest.mark.slow
+def test_a_probe_reads_the_first_microbatch_alone():
+  first, second, other = np.random.default_rng(1).integers(0, 256, (3, 1, 65)).astype(np.int32)
+  trainer, seed = in_parts(recipes.MXFP4, 2), jnp.int32(3)
+  state = trainer.init(jnp.int32(0))
+
+  def probe(*parts):
+    return jax.tree.leaves(trainer.probe(state, np.concatenate(parts), seed))
+
+  found = probe(first, second)
+  jax.tree.map(np.testing.assert_array_equal, found, probe(first, other))
+  assert any((np.asarray(a) != b).any() for a, b in zip(found, probe(second, first), strict=True))
+
+
+@pytest.mark.slow
 def test_evaluation_draws_its_own_numbers_for_each_batch():
   """Stochastic rounding in fprop: one batch has other losses under other keys."""
   recipe = recipes.MXFP4.replace({"fprop.lhs.rounding": "stochastic"})
