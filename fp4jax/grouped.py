@@ -2,7 +2,8 @@
 
 Rows come sorted by expert. They are laid out in tiles of `TILE` rows that belong to one expert
 each, a group's last tile filled up with zeros, so that every GEMM becomes a batch of equal products
-and neither a block along the tokens nor a Hadamard group ever reaches into another expert's rows.
+and neither a block along the tokens nor a Hadamard group ever reaches into another group's rows.
+Each row draws by a number of its own, and each expert's weights by theirs.
 """
 
 import dataclasses
@@ -37,6 +38,7 @@ def grouped_dot(
   key: jax.Array | None = None,
   tap: ops.Tap | None = None,
   state: ops.State | None = None,
+  row_ids: ArrayLike | None = None,
   implementation: Implementation | None = None,
 ) -> Float[Array, "m n"]:
   """Rows of lhs in consecutive groups, group i times rhs[i], all three GEMMs as `recipe` says.
@@ -49,6 +51,7 @@ def grouped_dot(
     lhs: (m, k).
     rhs: (experts, k, n).
     group_sizes: (experts,) integers of any dtype.
+    row_ids: (m,) int32, what each row draws by in place of its number, such as that of its token.
   Raises:
     ValueError: shapes that do not fit, sizes that are negative or sum to more than m, or what makes
       `implementation` impossible. Under jit, where sizes have no values yet, such sizes make the
@@ -73,14 +76,19 @@ def grouped_dot(
   if known:
     _check_sizes(np.asarray(group_sizes), lhs.shape[0])
   key = key if recipe.is_stochastic else None
-  operands = lhs, rhs, group_sizes, ops.Keys.of(key, (lhs, group_sizes), rhs)
+  row_ids = jnp.arange(len(lhs), dtype=jnp.int32) if row_ids is None else row_ids
+  (row_ids,) = to_arrays(row_ids=row_ids)
+  if row_ids.shape != lhs.shape[:1] or row_ids.dtype != jnp.int32:
+    raise ValueError(f"row_ids are {row_ids.dtype} {row_ids.shape}, not {len(lhs)} of int32")
+  operands = lhs, rhs, group_sizes, row_ids, ops.Keys.of(key, (lhs, group_sizes), rhs)
   options = recipe, implementation, known
   return spread(_grouped_dot, options, operands, (tap, state or {}), _result_spec(lhs, rhs))
 
 
-def _grouped_dot(recipe, implementation, known, lhs, rhs, group_sizes, keys, tap, state):
+def _grouped_dot(recipe, implementation, known, lhs, rhs, group_sizes, row_ids, keys, tap, state):
   sizes, valid = _read_sizes(group_sizes, lhs.shape[0])
-  tiles = Tiles.of(sizes, lhs.shape[0], None if known else valid)
+  ids = _draw_ids(row_ids, len(rhs)) if recipe.is_stochastic else ops.DrawIds()
+  tiles = Tiles.of(sizes, len(lhs), len(rhs), ids, None if known else valid)
   widths = {"k": rhs.shape[1], "n": rhs.shape[2]}
   watched = (tap, state or None)
   obstacle = mosaic.obstacle(recipe, watched, lhs.shape[0], widths, lhs=lhs, rhs=rhs)
@@ -88,6 +96,13 @@ def _grouped_dot(recipe, implementation, known, lhs, rhs, group_sizes, keys, tap
   layout = tiles if implementation == "xla" else tiles.slots()
   dtype = jnp.result_type(lhs, rhs)
   return linear(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state)
+
+
+def _draw_ids(rows, experts):
+  """Those of `moe_ffn`, whose tokens are all of part 0."""
+  rows, weights = rows[:, None], jnp.arange(experts, dtype=jnp.int32)[:, None]
+  with_part = lambda ids: jnp.pad(ids, [(0, 0), (1, 0)])  # noqa: E731
+  return ops.DrawIds(with_part(rows), weights, with_part(weights))
 
 
 def _result_spec(lhs, rhs):
@@ -153,38 +168,55 @@ def check_recipe(recipe: Recipe) -> None:
 class Tiles:
   """Which row lies where: slot = tile * TILE + place within the tile."""
 
-  expert: Int[Array, " tile"]
+  group: Int[Array, " tile"]
   row_of_slot: Int[Array, " slot"]  # 0 where the slot is empty
   filled: Bool[Array, " slot"]
   slot_of_row: Int[Array, " m"]  # 0 past the last group
   used: Bool[Array, " m"]
-  expert_of_row: Int[Array, " m"]  # any past the last group
-  group_sizes: Int[Array, " e"]
+  group_of_row: Int[Array, " m"]  # any past the last group
+  group_sizes: Int[Array, " g"]
+  ids: ops.DrawIds
   valid: Bool[Array, ""] | None  # see `Layout`
+  experts: int = dataclasses.field(metadata={"static": True})
 
   @classmethod
   def of(
-    cls, group_sizes: Int[Array, " e"], rows: int, valid: Bool[Array, ""] | None = None
+    cls,
+    group_sizes: Int[Array, " g"],
+    rows: int,
+    experts: int,
+    ids: ops.DrawIds = ops.DrawIds(),  # noqa: B008
+    valid: Bool[Array, ""] | None = None,
   ) -> "Tiles":
-    experts = group_sizes.shape[0]
-    tiles = rows // TILE + experts  # enough for any sizes: each group wastes < 1
+    """Each of the experts has as many groups, one after the other."""
+    groups = len(group_sizes)
+    tiles = rows // TILE + groups  # enough for any sizes: each group wastes < 1
     row_end = jnp.cumsum(group_sizes)
     row_start = row_end - group_sizes
     tile_end = jnp.cumsum(-(-group_sizes // TILE))
     tile_start = tile_end - -(-group_sizes // TILE)
 
-    expert = jnp.minimum(_group_of(jnp.arange(tiles), tile_end), experts - 1)
-    place = jnp.arange(tiles * TILE).reshape(tiles, TILE) - (tile_start[expert] * TILE)[:, None]
-    filled = place < group_sizes[expert][:, None]
-    row_of_slot = jnp.where(filled, row_start[expert][:, None] + place, 0)
+    group = jnp.minimum(_group_of(jnp.arange(tiles), tile_end), groups - 1)
+    place = jnp.arange(tiles * TILE).reshape(tiles, TILE) - (tile_start[group] * TILE)[:, None]
+    filled = place < group_sizes[group][:, None]
+    row_of_slot = jnp.where(filled, row_start[group][:, None] + place, 0)
 
     row = jnp.arange(rows)
     used = row < row_end[-1]
-    owner = jnp.minimum(_group_of(row, row_end), experts - 1)
+    owner = jnp.minimum(_group_of(row, row_end), groups - 1)
     slot_of_row = jnp.where(used, tile_start[owner] * TILE + row - row_start[owner], 0)
-    return cls(
-      expert, row_of_slot.ravel(), filled.ravel(), slot_of_row, used, owner, group_sizes, valid
-    )
+    if ids.groups is not None:  # and by the place within
+      ids = ids._replace(
+        groups=jnp.concatenate(
+          [
+            jnp.broadcast_to(ids.groups[group][:, None], (*place.shape, ids.groups.shape[1])),
+            place[..., None],
+          ],
+          axis=-1,
+        )
+      )
+    slots = row_of_slot.ravel(), filled.ravel()
+    return cls(group, *slots, slot_of_row, used, owner, group_sizes, ids, valid, experts)
 
   def slots(self) -> mosaic.Slots:
     """The same as the kernels read it, whose tiles are as long."""
@@ -199,7 +231,7 @@ class Tiles:
 
   @property
   def slices(self) -> Slices:
-    return Slices(owner=self.expert_of_row, owners=self.group_sizes.size)
+    return Slices(owner=self.group_of_row, owners=self.group_sizes.size)
 
   @property
   def weight_slices(self) -> Slices:
@@ -207,7 +239,11 @@ class Tiles:
 
   @property
   def group_slices(self) -> Slices:
-    return Slices(owner=self.expert, owners=self.group_sizes.size)
+    return Slices(owner=self.group, owners=self.group_sizes.size)
+
+  @property
+  def expert(self) -> Int[Array, " tile"]:
+    return self.group // (self.group_sizes.size // self.experts)
 
   def rows(self, x: Float[Array, "m c"]) -> Float[Array, "m c"]:
     return jnp.where(self.used[:, None], x, 0)
@@ -226,8 +262,7 @@ class Tiles:
     self, x: Float[Array, "tile row k"], dy: Float[Array, "tile row n"]
   ) -> Float32[Array, "e k n"]:
     by_tile = gemm(x, dy, (((1,), (1,)), ((0,), (0,))))
-    experts = self.group_sizes.size
-    return jax.ops.segment_sum(by_tile, self.expert, experts, indices_are_sorted=True)
+    return jax.ops.segment_sum(by_tile, self.expert, self.experts, indices_are_sorted=True)
 
   def _rows_times_weights(self, rows, weights, contract):
     out = gemm(self.groups(rows), weights[self.expert], (((2,), (contract,)), ((0,), (0,))))

@@ -46,10 +46,10 @@ class XlaGemms:
   ) -> tuple[Float32[Array, "*b m n"], Forward]:
     """y = x @ w"""
     slices = self.layout.slices, self.layout.weight_slices
-    lhs = self._read(
-      "fprop.lhs", take_rows(x.read(self.recipe.fprop.lhs.source), rows), -1, slices[0]
-    )
-    rhs = self._read("fprop.rhs", w.read(self.recipe.fprop.rhs.source), -2, slices[1])
+    lhs = take_rows(x.read(self.recipe.fprop.lhs.source), rows)
+    lhs = self._read("fprop.lhs", lhs, -1, slices[0], self.layout.ids.rows)
+    rhs = w.read(self.recipe.fprop.rhs.source)
+    rhs = self._read("fprop.rhs", rhs, -2, slices[1], self.layout.ids.weights)
     summaries = {
       "fprop.lhs": lhs.summary,
       "fprop.rhs": rhs.summary,
@@ -67,10 +67,11 @@ class XlaGemms:
     self, dy: Float[Array, "*b m n"], w: ops.Tensor, forward: Forward
   ) -> tuple[Float32[Array, "*b m k"], Summaries, ops.State]:
     """dx = dy @ w.T, pulled through fprop.lhs."""
-    lhs = self._read("dgrad.lhs", dy, -1, self.layout.slices)
+    layout = self.layout
+    lhs = self._read("dgrad.lhs", dy, -1, layout.slices, layout.ids.rows)
     rhs = w.read(self.recipe.dgrad.rhs.source)
-    rhs = self._read("dgrad.rhs", rhs, -1, self.layout.weight_slices)
-    dx = multiply(lhs, rhs, self.layout.dgrad)
+    rhs = self._read("dgrad.rhs", rhs, -1, layout.weight_slices, layout.ids.weights)
+    dx = multiply(lhs, rhs, layout.dgrad)
     dx = ops.pull(self.recipe, "fprop.lhs", forward.lhs, dx, -1, self.keys)
     reads = {"dgrad.lhs": lhs, "dgrad.rhs": rhs}
     return dx[..., : w.shape[-2]], _summaries(reads), self._states(reads)
@@ -85,16 +86,16 @@ class XlaGemms:
     """dw = x.T @ dy, pulled through fprop.rhs."""
     source = self.recipe.wgrad.lhs.source
     rows = None if source == "fprop" else rows  # fprop read them where they lie
-    x_groups = self.layout.groups(take_rows(x.read(source), rows))
-    lhs = self._read("wgrad.lhs", x_groups, -2, self.layout.group_slices)
-    rhs = self._read("wgrad.rhs", self.layout.groups(dy), -2, self.layout.group_slices)
-    dw = multiply(lhs, rhs, self.layout.wgrad)
+    layout, how = self.layout, (-2, self.layout.group_slices, self.layout.ids.groups)
+    lhs = self._read("wgrad.lhs", layout.groups(take_rows(x.read(source), rows)), *how)
+    rhs = self._read("wgrad.rhs", layout.groups(dy), *how)
+    dw = multiply(lhs, rhs, layout.wgrad)
     dw = ops.pull(self.recipe, "fprop.rhs", forward.rhs, dw, -2, self.keys)
     reads = {"wgrad.lhs": lhs, "wgrad.rhs": rhs}
     return dw[..., : x.shape[-1], :], _summaries(reads), self._states(reads)
 
-  def _read(self, role, x, axis, slices):
-    return ops.read(self.recipe, role, x, axis, self.keys, self.tapped, self.state, slices)
+  def _read(self, role, x, axis, slices, ids):
+    return ops.read(self.recipe, role, x, axis, self.keys, self.tapped, self.state, slices, ids)
 
   def _states(self, reads):
     return {role: read.state for role, read in reads.items() if role in self.state}

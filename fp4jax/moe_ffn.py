@@ -20,97 +20,51 @@ backward pass reads h as kept. GEMM 2 reads a; where the recipe has `residual.hi
 `source="residual"` is SwiGLU of the kept h, so that HOPPER_FP4 rounds h once and its forward and
 backward pass see one a. y is not kept: with g = dout @ w2.T from dgrad, a weight's gradient is
 <dout, a @ w2> = <g, a>; it has the rounding of dgrad's operands in place of fprop's.
+
+Where a mesh axis divides the experts (`fp4jax.dispatch`), rows travel at both ends, within the one
+custom_vjp: x forth and partial sums of the result back, then dout forth and those of dx back. What
+arrived is what is kept.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Float32, Int, Int32, Integer
+from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from fp4jax import operands as ops
 from fp4jax.arguments import to_arrays
+from fp4jax.dispatch import AllToAll, Choices, Dispatch, Order, Whole
+from fp4jax.ffn_gemms import make_gemms
 from fp4jax.formats import Format
-from fp4jax.grouped import Tiles, check_recipe
+from fp4jax.formats.roundings import typed
+from fp4jax.grouped import check_recipe
 from fp4jax.implementation import Implementation, choose
-from fp4jax.linear import XlaGemms, nan_unless
+from fp4jax.linear import nan_unless
 from fp4jax.mosaic import gemms as mosaic
-from fp4jax.operands import Forward, Summaries, for_pull, take_rows
-from fp4jax.quantizers import Source
-from fp4jax.recipe import Recipe
-from fp4jax.sharding import one_program, refuse_shared, spec_of, spread, vary, varying_axes
-from fp4jax.swiglu import swiglu, swiglu_backward
+from fp4jax.operands import for_pull, take_rows
+from fp4jax.recipe import Recipe, moves_by_rows
+from fp4jax.sharding import (
+  Axes,
+  fold_in_axes,
+  one_program,
+  refuse_shared,
+  spec_of,
+  spread,
+  vary,
+  varying_axes,
+)
 
 # A weight below this is multiplied in after dgrad: before it, dgrad's result is divided by it.
 SMALLEST_DIVISOR = 2.0**-64
 TWO_KEYS = "keys=, such as jax.random.split(jax.random.key(0)), new ones each step"
-
-
-@runtime_checkable
-class Gemms(Protocol):
-  """The three GEMMs of one grouped linear layer, each with its rows of the tap; see `XlaGemms`."""
-
-  recipe: Recipe
-
-  def keep(self, x: Float[Array, "t k"], fmt: Format | None) -> ops.Tensor: ...
-
-  def keep_weights(self, w: Float[Array, "e k n"]) -> ops.Tensor: ...
-
-  def activation(self, h: ops.Tensor, source: Source) -> Any:
-    """SwiGLU of h, or of h as kept, in the form that `fprop` takes."""
-
-  def fprop(
-    self, x: Any, w: ops.Tensor, rows: Int[Array, " m"] | None = None
-  ) -> tuple[Float[Array, "m n"], Forward]: ...
-
-  def gradient(self, dy: Float[Array, "m n"]) -> Any:
-    """dy in the implementation's own form, made in one read for both `dgrad` and `wgrad`."""
-
-  def dgrad(
-    self, dy: Any, w: ops.Tensor, forward: Forward
-  ) -> tuple[Float[Array, "m k"], Summaries, ops.State]: ...
-
-  def swiglu_backward(
-    self, h: ops.Tensor, g: Float[Array, "m f"], after: Float32[Array, "m 1"]
-  ) -> tuple[Any, Any, Float32[Array, " m"]]:
-    """For a = SwiGLU of h as kept: a * after as `wgrad` takes it, the gradient of h that follows
-    from g * after as `gradient` returns it, and <a, g> of each row."""
-
-  def wgrad(
-    self, x: Any, dy: Any, forward: Forward, rows: Int[Array, " m"] | None = None
-  ) -> tuple[Float[Array, "e k n"], Summaries, ops.State]: ...
-
-
-class Order(NamedTuple):
-  """Choice `token * k + j` is the j-th of a token; rows are choices sorted by expert, stably.
-
-  The rows of each expert are filled up to a multiple of `tile`, and so are the rows after the last
-  expert's to a fixed number. An empty row holds choice `token * k`, one more than there are: it
-  gathers zeros.
-  """
-
-  choice_of_row: Int[Array, " row"]
-  row_of_choice: Int[Array, " choice"]
-  group_sizes: Int[Array, " e"]  # in rows, the filling included
-
-  @classmethod
-  def of(cls, experts: Int[Array, "token k"], num_experts: int, tile: int = 1) -> "Order":
-    expert = experts.ravel()
-    order = jnp.argsort(expert, stable=True)
-    place = jnp.argsort(order).astype(jnp.int32)  # of each choice among the sorted
-    sizes = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
-    if tile == 1:
-      return cls(order, place, sizes)
-    filled = -(-sizes // tile) * tile
-    moved = (jnp.cumsum(filled) - filled) - (jnp.cumsum(sizes) - sizes)
-    row = place + moved[expert]
-    rows = tile * (expert.size // tile + num_experts)
-    choice = jnp.full(rows, expert.size).at[row].set(jnp.arange(expert.size))
-    return cls(choice, row, filled)
 
 
 def moe_ffn(
@@ -124,12 +78,18 @@ def moe_ffn(
   keys: tuple[jax.Array | None, jax.Array | None] | jax.Array = (None, None),
   taps: tuple[ops.Tap | None, ops.Tap | None] = (None, None),
   states: tuple[ops.State | None, ops.State | None] = (None, None),
+  token_parts: int = 1,
+  expert_axis: str | None = None,
+  capacity_factor: float | None = None,
   implementation: Implementation | None = None,
-) -> Float[Array, "token d"]:
+) -> Float[Array, "token d"] | tuple[Float[Array, "token d"], Int32[Array, ""]]:
   """sum_j weights[t, j] * (swiglu(x[t] @ w13[experts[t, j]]) @ w2[experts[t, j]]), in x's dtype.
 
   Gradients go to x, w13, w2 and weights. The weights of the experts may have another dtype than x,
   to which they are cast before anything else; their gradients come in their own.
+
+  Inside `jax.shard_map` a call has the numbers of its tokens' part of one call on one device, where
+  `token_parts` is the number of shards: the i-th shard is the i-th part.
 
   Args:
     x: (token, d).
@@ -140,7 +100,17 @@ def moe_ffn(
     recipe: the numerics of both GEMMs.
     keys, taps, states: of GEMM 1 and GEMM 2, as in `dot_general`. The tap's row `residual.lhs` of
       GEMM 2 is the error of h as it is kept, where the recipe has `residual.hidden`.
+    token_parts: equal parts of the tokens, in order. No block along the tokens, and no scale of a
+      whole slice, reaches from one into another.
+    expert_axis: a mesh axis of `jax.shard_map` along which w13 and w2 are divided; `experts` are
+      among those of all its devices. Rows go to the devices of their experts as
+      `fp4jax.dispatch.AllToAll` says, in the formats of `recipe.payload`.
+    capacity_factor: how many choices a device has room for, in tokens * k, its share where all
+      experts are asked alike. What finds no room counts as zero. None: room for all there could
+      be, as many as `expert_axis` has devices.
     implementation: see `fp4jax.implementation`; taps and states are read by "xla" alone.
+  Returns:
+    The sum; with a capacity_factor also how many choices this device dropped.
   Raises:
     ValueError: shapes that do not fit, an expert that does not exist (under jit the result is NaN
       instead, and so are its gradients), a stochastic recipe without keys, or what makes
@@ -154,29 +124,81 @@ def moe_ffn(
   experts, weights = to_arrays(experts=experts, weights=weights)
   _check_shapes(x, w13, w2, experts, weights)
   check_recipe(recipe)
-  num_experts = w13.shape[0]
+  mesh = _MeshOptions(token_parts, expert_axis, capacity_factor, varying_axes(x, experts))
+  _check_mesh(mesh, recipe, len(x), w13)
   known = not isinstance(experts, jax.core.Tracer)
   if known:
-    _check_experts(np.asarray(experts), num_experts)
+    _check_experts(np.asarray(experts), len(w13) * mesh.peers)
+  keys = tuple(mesh.keys(key, w) for key, w in zip(keys, (w13, w2), strict=True))
+  options = recipe, implementation, known, mesh
+  operands, states = (x, w13, w2, weights, experts), tuple(state or {} for state in states)
   keys = keys if recipe.is_stochastic else (None, None)
-  keys = (
-    ops.Keys.of(keys[0], (x, experts), w13, w2, weights, keys[1]),
-    ops.Keys.of(keys[1], (x, experts, w13), w2, weights, keys[0]),
-  )
-  options = recipe, implementation, known
-  operands, states = (x, w13, w2, weights, experts, keys), tuple(state or {} for state in states)
-  return spread(_moe_ffn, options, operands, (taps, states), spec_of(x))
+  out, dropped = spread(_moe_ffn, options, (*operands, keys), (taps, states), (spec_of(x), P()))
+  return out if capacity_factor is None else (out, dropped)
 
 
-def _moe_ffn(recipe, implementation, known, x, w13, w2, weights, experts, keys, taps, states):
-  num_experts = w13.shape[0]
-  experts = _read_experts(experts, num_experts)
+class _MeshOptions(NamedTuple):
+  token_parts: int
+  expert_axis: str | None
+  capacity_factor: float | None
+  axes: Axes  # that divide the tokens
+
+  @property
+  def peers(self) -> int:
+    return 1 if self.expert_axis is None else lax.axis_size(self.expert_axis)
+
+  def keys(self, key: jax.Array | None, w: Array) -> ops.Keys | None:
+    """Rows draw by their place among all tokens, weights by their expert among all of the axis."""
+    if key is None:
+      return None
+    key = typed(key)
+    of_weights = fold_in_axes(key, tuple(a for a in varying_axes(w) if a != self.expert_axis))
+    return ops.Keys(lhs=key, rhs=of_weights, dy=key, shared=of_weights)
+
+  def choices(self, experts: Int32[Array, "token k"]) -> Choices:
+    (tokens, k), parts = experts.shape, self.token_parts
+    part, place = jnp.divmod(jnp.arange(tokens, dtype=jnp.int32), tokens // parts)
+    places = place[:, None] * k + jnp.arange(k, dtype=jnp.int32)[None]
+    first = lax.axis_index(self.axes) * parts if self.axes else 0
+    return Choices(experts, part, places, first + jnp.arange(parts, dtype=jnp.int32))
+
+  def with_ids(self, recipe: Recipe, where: "_Rows", shape: tuple[int, ...]) -> Order:
+    """The order with what a stochastic recipe draws by; `shape` is that of all choices."""
+    if not recipe.is_stochastic:
+      return where.order
+    experts, choices = where.order.experts, where.choices
+    choices = self.choices(jnp.zeros(shape, jnp.int32)) if choices is None else choices
+    first = 0 if self.expert_axis is None else lax.axis_index(self.expert_axis) * experts
+    return where.order.with_ids(choices, first + jnp.arange(experts, dtype=jnp.int32))
+
+
+def _moe_ffn(recipe, implementation, known, mesh, x, w13, w2, weights, experts, keys, taps, states):
+  (tokens, k), here = experts.shape, len(w13)
+  experts = _read_experts(experts, here * mesh.peers)
   widths = {"d": x.shape[1], "f": w2.shape[1]}
   watched = (*taps, *(state or None for state in states))
-  implementation = choose(implementation, mosaic.obstacle(recipe, watched, len(x), widths, x=x))
-  order = Order.of(experts, num_experts, 1 if implementation == "xla" else mosaic.BLOCK)
-  valid = None if known else jnp.all(experts < num_experts)
-  return _ffn(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, states)
+  implementation = choose(implementation, mosaic.obstacle(recipe, watched, tokens, widths, x=x))
+  valid = None if known else jnp.all(experts < here * mesh.peers)
+  choices, dispatch = mesh.choices(experts), Whole()
+  if mesh.expert_axis is not None:
+    if valid is not None:
+      valid = lax.pmin(valid.astype(jnp.int32), mesh.expert_axis) > 0
+    room = mesh.capacity_factor
+    slots = tokens if room is None else min(tokens, math.ceil(room * tokens * k / mesh.peers))
+    dispatch, choices = AllToAll.of(choices, mesh.expert_axis, here, slots)
+  rows = choices.experts.size
+  if mesh.capacity_factor is not None:
+    rows = min(rows, math.ceil(mesh.capacity_factor * tokens * k))
+  tile = 1 if implementation == "xla" else mosaic.BLOCK
+  order = Order.of(choices, here, tile, rows)
+  dropped = order.dropped(choices) + dispatch.dropped()
+  if valid is not None:  # a choice of no expert has no row: it takes one that is NaN
+    order = dataclasses.replace(order, row_of_choice=jnp.where(valid, order.row_of_choice, 0))
+  if not recipe.is_stochastic or mesh.expert_axis is None:
+    choices = None  # not needed again, or made again from their number alone
+  where = _Rows(dispatch, order, choices, valid)
+  out = _ffn(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, states)
+  return out, dropped
 
 
 def _read_experts(experts: Integer[Array, "token k"], num_experts: int) -> Int32[Array, "token k"]:
@@ -187,31 +209,44 @@ def _read_experts(experts: Integer[Array, "token k"], num_experts: int) -> Int32
   return jnp.where((experts < 0) | (experts >= num_experts), num_experts, experts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ffn(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, states):
-  return _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, states)[0]
+class _Rows(NamedTuple):
+  """Where the rows of tokens lie, and whether every expert that is asked for exists."""
+
+  dispatch: Dispatch
+  order: Order
+  choices: Choices | None  # what stochastic rounding needs to know of rows from elsewhere
+  valid: Bool[Array, ""] | None
 
 
-@one_program(2)
-def _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, states):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ffn(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, states):
+  return _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, states)[0]
+
+
+@one_program(3)
+def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, states):
+  dispatch, order, _, valid = where
   operands = x, w13, w2, weights, order
   taps, states = refuse_shared("taps", taps, operands), refuse_shared("states", states, operands)
   tapped, dtype, residual = [tap is not None for tap in taps], x.dtype, recipe.residual
   dtypes = w13.dtype, w2.dtype
-  first, second = _gemms(recipe, implementation, order, keys, tapped, states, dtypes)
+  drawing = mesh.with_ids(recipe, where, weights.shape)
+  first, second = make_gemms(recipe, implementation, drawing, keys, tapped, states, dtypes)
   token = order.choice_of_row // weights.shape[1]
   w13_read, w2_read = first.keep_weights(w13.astype(dtype)), second.keep_weights(w2.astype(dtype))
 
-  x = first.keep(x, residual.lhs)
+  x = _sent(recipe, dispatch, first, x, tapped[0])
   h, of_first = first.fprop(x, w13_read, token)
   h = first.keep(h.astype(dtype), residual.hidden)
   a = second.activation(h, recipe.fprop.lhs.source)
   y, of_second = second.fprop(a, w2_read)
   if residual.hidden is not None and tapped[1]:
     of_second.summaries["residual.lhs"] = ops.residual_summary(h, True)
-  choices = y.astype(dtype)[order.row_of_choice].reshape(*weights.shape, -1)
+  arrived = dispatch.send(weights)
+  choices = take_rows(y.astype(dtype), order.row_of_choice).reshape(*arrived.shape, -1)
   # Not an einsum: a GPU would round float32 to TF32 there.
-  out = jnp.sum(choices.astype(jnp.float32) * weights[..., None], axis=1).astype(dtype)
+  out = jnp.sum(choices.astype(jnp.float32) * arrived[..., None], axis=1)
+  out = dispatch.collect(out).astype(dtype)
 
   def keep_weights(w, tensor, forward):  # as they were passed, not their copy in x's dtype
     tensor = dataclasses.replace(tensor, original=w)
@@ -225,7 +260,7 @@ def _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, 
     a.kept_for("fprop", of_second.lhs) if as_read else None,
     (keep_weights(w13, w13_read, of_first), keep_weights(w2, w2_read, of_second)),
     (jnp.empty(0, w13.dtype), jnp.empty(0, w2.dtype)),
-    (weights, valid, order, keys, states),
+    (arrived, where, keys, states),
     tuple(f.summaries if t else None for f, t in zip((of_first, of_second), tapped, strict=True)),
     tuple(for_pull(f)._replace(summaries=None) for f in (of_first, of_second)),
   )
@@ -233,25 +268,30 @@ def _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, 
   return nan_unless(valid, out), saved
 
 
-@one_program(2)
-def _bwd(recipe, implementation, saved, dout):
-  x, h, a_read, (w13, w2), likes, (weights, valid, order, keys, states), summaries, forwards = saved
+@one_program(3)
+def _bwd(recipe, implementation, mesh, saved, dout):
+  x, h, a_read, (w13, w2), likes, others, summaries, forwards = saved
+  weights, where, keys, states = others
+  dispatch, order, _, valid = where
   w13_like, w2_like = likes
   tapped, dtype = [s is not None for s in summaries], dout.dtype
   dtypes = w13_like.dtype, w2_like.dtype
-  first, second = _gemms(recipe, implementation, order, keys, tapped, states, dtypes)
+  drawing = mesh.with_ids(recipe, where, weights.shape)
+  first, second = make_gemms(recipe, implementation, drawing, keys, tapped, states, dtypes)
   token = order.choice_of_row // weights.shape[1]
 
   # g = dgrad(weight * dout) has the numbers of the composed layers, but a weight of zero would hide
   # <dout, y> from its own gradient; so tiny ones go to the other side of the products.
+  dout_sent = _as_sent(recipe.payload.backward, dispatch, dout)
   weight = take_rows(weights.reshape(-1, 1), order.choice_of_row)
   divisible = jnp.abs(weight) >= SMALLEST_DIVISOR
   before, after = jnp.where(divisible, weight, 1), jnp.where(divisible, 1, weight)
-  dy = second.gradient((take_rows(dout, token).astype(jnp.float32) * before).astype(dtype))
+  dy = second.gradient((take_rows(dout_sent, token).astype(jnp.float32) * before).astype(dtype))
   g, dgrad_2, dgrad_states_2 = second.dgrad(dy, w2.cast(dtype), forwards[1])
 
   a, dh, products = second.swiglu_backward(h, g.astype(dtype), after)
-  dweights = (products / before[:, 0])[order.row_of_choice].reshape(weights.shape)
+  dweights = take_rows(products / before[:, 0], order.row_of_choice).reshape(weights.shape)
+  dweights = dispatch.collect_choices(dweights)
   a = a if a_read is None else a_read
   dw2, wgrad_2, wgrad_states_2 = second.wgrad(a, dy, forwards[1])
 
@@ -259,8 +299,8 @@ def _bwd(recipe, implementation, saved, dout):
   dw13, wgrad_1, wgrad_states_1 = first.wgrad(x, dh, forwards[0], token)
   # Not the sum over choices: a select there keeps XLA from fusing what follows.
   dx, dw13, dw2, dweights = (nan_unless(valid, g) for g in (dx, dw13, dw2, dweights))
-  dx = dx.astype(dtype)[order.row_of_choice].reshape(*weights.shape, -1)
-  dx = jnp.sum(dx.astype(jnp.float32), axis=1).astype(dtype)
+  dx = take_rows(dx.astype(dtype), order.row_of_choice).reshape(*weights.shape, -1)
+  dx = dispatch.collect(jnp.sum(dx.astype(jnp.float32), axis=1)).astype(dtype)
 
   backward = (dgrad_1 | wgrad_1, dgrad_2 | wgrad_2)
   taps = tuple(s and ops.tap_of(s | b) for s, b in zip(summaries, backward, strict=True))
@@ -269,39 +309,51 @@ def _bwd(recipe, implementation, saved, dout):
     forwards[1].states | dgrad_states_2 | wgrad_states_2,
   )
   gradients = dx, dw13.astype(w13_like.dtype), dw2.astype(w2_like.dtype), dweights
-  return *gradients, None, None, None, *vary((taps, states), varying_axes(dout))
+  return *gradients, None, None, *vary((taps, states), varying_axes(dout))
 
 
 _ffn.defvjp(_fwd, _bwd)
 
 
-class XlaFfnGemms(XlaGemms):
-  def activation(self, h: ops.Tensor, source: Source) -> ops.Tensor:
-    return self._activated(h, swiglu(_read_hidden(h, source, h.original.dtype)))
+def _sent(recipe, dispatch, gemms, x, tapped) -> ops.Tensor:
+  """x as it arrives at the experts, and as it is kept there.
 
-  def swiglu_backward(
-    self, h: ops.Tensor, g: Float[Array, "m f"], after: Float32[Array, "m 1"]
-  ) -> tuple[ops.Tensor, Float[Array, "m f2"], Float32[Array, " m"]]:
-    a, dh, products = swiglu_backward(_read_hidden(h, "residual", g.dtype), g, after)
-    return self._activated(h, a), dh, products
-
-  def _activated(self, h, a):
-    if h.packed is None:
-      return self.keep(a, self.recipe.residual.lhs)
-    return ops.Tensor(a, None, a.shape, of_kept=True)
-
-
-def _read_hidden(h, source, dtype):
-  """h as the `source` of GEMM 2's lhs says; without `residual.hidden` the kept h is h."""
-  return h.read("original" if h.packed is None else source).astype(dtype)
+  Where all that is read of x is what is kept, that is what travels.
+  """
+  kept, fmt = recipe.residual.lhs, recipe.payload.forward
+  read = {recipe.fprop.lhs.source, recipe.wgrad.lhs.source}
+  if isinstance(dispatch, Whole) and fmt in (None, kept):
+    return gemms.keep(x, kept)
+  if kept is not None and fmt in (None, kept) and "original" not in read and not tapped:
+    packed = dispatch.send(gemms.keep(x, kept).packed)
+    return ops.Tensor(None, packed, packed.shape[:1] + x.shape[1:])
+  return gemms.keep(_as_sent(fmt, dispatch, x), kept)
 
 
-def _gemms(recipe, implementation, order, keys, tapped, states, dtypes) -> tuple[Gemms, Gemms]:
-  if implementation == "mosaic":
-    return tuple(mosaic.MosaicGemms(recipe, order.group_sizes, dtype) for dtype in dtypes)
-  tiles = Tiles.of(order.group_sizes, order.choice_of_row.size)
-  layers = zip(keys, tapped, states, strict=True)
-  return tuple(XlaFfnGemms(recipe, tiles, *layer) for layer in layers)
+def _as_sent(fmt: Format | None, dispatch: Dispatch, x: Float[Array, "token d"]):
+  """x as it arrives, in its dtype: with a format, rounded to it before."""
+  if fmt is None:
+    return dispatch.send(x)
+  packed = dispatch.send(ops.Tensor.of(x, fmt).packed)
+  return ops.Tensor(None, packed, packed.shape[:1] + x.shape[1:]).read("residual").astype(x.dtype)
+
+
+def _check_mesh(mesh, recipe, tokens, w13):
+  parts, axis, room = mesh.token_parts, mesh.expert_axis, mesh.capacity_factor
+  if parts < 1 or tokens % parts:
+    raise ValueError(f"token_parts={parts} does not divide {tokens} tokens")
+  if axis is not None and axis not in jax.sharding.get_abstract_mesh().manual_axes:
+    raise ValueError(f"expert_axis={axis!r} is no mesh axis of a jax.shard_map around this call")
+  if axis is not None and axis not in varying_axes(w13):
+    raise ValueError(f"w13 is whole on each device of expert_axis={axis!r}: in_specs divides it")
+  if room is not None and not room > 0:
+    raise ValueError(f"capacity_factor={room} is not above 0")
+  kept = recipe.residual.lhs
+  if (parts > 1 or axis is not None) and kept is not None and not moves_by_rows(kept):
+    raise ValueError(
+      f"{recipe.name}: residual.lhs={kept.name} has scales that several tokens share, and"
+      f" token_parts={parts}, expert_axis={axis!r} part them"
+    )
 
 
 def _check_shapes(x, w13, w2, experts, weights):

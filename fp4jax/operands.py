@@ -21,6 +21,7 @@ from fp4jax.arguments import check_key, check_type, to_arrays
 from fp4jax.decomposition import SUMMARY_FIELDS
 from fp4jax.formats import WHOLE, Format, Slices, is_format
 from fp4jax.formats.format import block_axes
+from fp4jax.formats.roundings import fold_in, typed
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.quantizers.quantizer import (
   Context,
@@ -38,6 +39,18 @@ ROLES = (*recipe_lib.ROLES, "residual.lhs", "residual.rhs")
 _GEMM_SEEDS = {"fprop": 100, "dgrad": 101, "wgrad": 102}
 
 Tap = Float32[Array, "role field"]
+Ids = Int[Array, "*n i"]
+
+
+class DrawIds(NamedTuple):
+  """What each row, the weights of each expert, and the rows of each group draw by: numbers that
+  are theirs wherever they lie. None: all of an operand draws as one array."""
+
+  rows: Ids | None = None
+  weights: Ids | None = None
+  groups: Ids | None = None
+
+
 State = dict[str, Any]  # of the quantizers that have one, by role
 
 
@@ -91,15 +104,18 @@ class Keys(NamedTuple):
     own, one that is replicated by the same. `others` are what dy depends on beside them."""
     if key is None:
       return None
+    key = typed(key)
     of_lhs, of_rhs = sharding.varying_axes(lhs), sharding.varying_axes(rhs)
     of_dy = sharding.varying_axes(lhs, rhs, key, others)
     of_both = tuple(axis for axis in of_lhs if axis in of_rhs)
     return cls(*(sharding.fold_in_axes(key, axes) for axes in (of_lhs, of_rhs, of_dy, of_both)))
 
-  def of_role(self, role: str) -> jax.Array:
+  def of_role(self, role: str, ids: Ids | None = None) -> jax.Array:
+    """One key; with `ids`, one for each entry of the operand's leading axes."""
     gradient = role in ("dgrad.lhs", "wgrad.rhs")
     key = self.dy if gradient else getattr(self, role[-3:])
-    return jax.random.fold_in(key, recipe_lib.ROLES[role])
+    key = jax.random.fold_in(key, recipe_lib.ROLES[role])
+    return key if ids is None else fold_in(key, *jnp.moveaxis(ids, -1, 0))
 
   def of_gemm(self, gemm: str) -> jax.Array:
     return jax.random.fold_in(self.shared, _GEMM_SEEDS[gemm])
@@ -166,6 +182,7 @@ def read(
   tapped: bool = False,
   state: State | None = None,
   slices: Slices = WHOLE,
+  ids: Ids | None = None,
 ) -> Read:
   """The operand `role` ("dgrad.rhs") of x, which its GEMM contracts along `axis`.
 
@@ -174,7 +191,7 @@ def read(
   """
   gemm, length = role.split(".")[0], x.shape[axis]
   x = pad(x, axis, contraction_multiple(getattr(recipe, gemm)))
-  key, gemm_key = (None, None) if keys is None else (keys.of_role(role), keys.of_gemm(gemm))
+  key, gemm_key = (None, None) if keys is None else (keys.of_role(role, ids), keys.of_gemm(gemm))
   ctx = Context(key, gemm_key, (state or {}).get(role, ()), slices, tapped, length)
   return recipe.operand(role).read(x, axis, ctx)
 
@@ -223,7 +240,7 @@ def for_pull(forward: Forward) -> Forward:
   return forward._replace(lhs=only_saved(forward.lhs), rhs=only_saved(forward.rhs))
 
 
-def take_rows(x: Shaped[Array, "t ..."], rows: Int[Array, " m"] | None) -> Shaped[Array, "m ..."]:
+def take_rows(x: Shaped[Array, "t ..."], rows: Int[Array, "*m"] | None) -> Shaped[Array, "..."]:
   """x[rows], zeros where a row is past the end; x for None."""
   return x if rows is None else x.at[rows].get(mode="fill", fill_value=0)
 

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from fp4jax.formats import WHOLE, Slices
+from fp4jax.operands import DrawIds
 from fp4jax.quantizers.quantizer import Read
 
 
@@ -51,6 +52,7 @@ class XlaLayout(Layout, Protocol):
   slices: Slices  # which rows one GEMM reads
   weight_slices: Slices
   group_slices: Slices  # of what `groups` returns
+  ids: DrawIds
 
   def groups(self, x: Float[Array, "*b m k"]) -> Float[Array, "*t m k"]:
     """x as wgrad quantizes it along m: no two groups share a block."""
@@ -75,6 +77,7 @@ class OneMatrix:
   batch: int = dataclasses.field(metadata={"static": True})  # axes in front
 
   rows_in = rows_out = valid = None
+  ids = DrawIds()
 
   @property
   def slices(self) -> Slices:

@@ -68,6 +68,29 @@ class Residual:
         raise ValueError(f"residual.{field.name}={fmt!r} is neither a BlockFormat nor None")
 
 
+@dataclasses.dataclass(frozen=True)
+class Payload:
+  """For `moe_ffn`: in what rows travel to their experts, and so are rounded to, on one device too.
+
+  `forward` is of x, `backward` of the gradient of the result; both arrive in x's dtype. None: as
+  they are, or for x as it is kept where nothing else is read of it.
+  """
+
+  forward: Format | None = None
+  backward: Format | None = None
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      fmt = getattr(self, field.name)
+      if fmt is not None and not (is_format(fmt) and moves_by_rows(fmt)):
+        raise ValueError(f"payload.{field.name}={fmt!r} is no format whose rows stand alone")
+
+
+def moves_by_rows(fmt: Format) -> bool:
+  """Whether no two rows share a scale."""
+  return fmt.block_shape is not None and len(fmt.block_shape) == 1 and not fmt.has_tensor_scale
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe:
   """The numerics of a linear layer, with the source that they are taken from.
@@ -81,12 +104,14 @@ class Recipe:
   dgrad: Gemm
   wgrad: Gemm
   residual: Residual = Residual()
+  payload: Payload = Payload()
   citation: str = dataclasses.field(compare=False)
 
   def __post_init__(self):
     for gemm in ("fprop", "dgrad", "wgrad"):
       check_type(gemm, getattr(self, gemm), Gemm)
     check_type("residual", self.residual, Residual)
+    check_type("payload", self.payload, Payload)
     names.settle(self)
     for role in ("dgrad.lhs", "wgrad.rhs"):
       if self.operand(role).source != "original":
@@ -118,6 +143,8 @@ class Recipe:
     lines = [f"{role}  {names.brief(quantizer)}" for role, quantizer in self.operands()]
     if self.residual != Residual():
       lines.append(f"residual   {names.brief(self.residual)}")
+    if self.payload != Payload():
+      lines.append(f"payload    {names.brief(self.payload)}")
     return "\n  ".join([f"Recipe {self.name}", *lines])
 
   def _check_space(self, forward: str, backward: str) -> None:

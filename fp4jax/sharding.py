@@ -29,13 +29,14 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-Axes = tuple[str, ...]  # of a mesh, sorted by name
+Axes = tuple[str, ...]  # of a mesh, in its order
 
 
 def varying_axes(*operands: PyTree) -> Axes:
   """The mesh axes over which any of the arrays differs from shard to shard, in `shard_map`."""
   types = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(operands)]
-  return tuple(sorted(frozenset().union(*(t.varying for t in types))))
+  found = frozenset().union(*(t.varying for t in types))
+  return tuple(a for a in jax.sharding.get_abstract_mesh().axis_names if a in found)
 
 
 def fold_in_axes(key: jax.Array, axes: Axes) -> jax.Array:

@@ -1,7 +1,8 @@
 """Each function and recipe over 4 devices, against one: `.venv/bin/python tests/sharding_table.py`.
 
 Tokens are divided among the devices, weights are whole on each. Of jit the numbers are those of one
-call on one device; of shard_map those of a call per shard on one device, weights' gradients added.
+call on one device; of shard_map those of a call per shard on one device, weights' gradients added,
+and of moe_ffn those of one call in as many parts.
 """
 
 import contextlib
@@ -46,9 +47,10 @@ def _grouped_dot(recipe, x, w, sizes):
   return fp4jax.grouped_dot(x, w, sizes, recipe, key=jax.random.key(SEED))
 
 
-def _moe_ffn(recipe, x, w13, w2, weights, experts):
+def _moe_ffn(recipe, x, w13, w2, weights, experts, token_parts=1):
   keys = jax.random.key(SEED), jax.random.key(SEED + 1)
-  return fp4jax.moe_ffn(x, w13, w2, experts, weights, recipe, keys=keys)
+  how = {"keys": keys, "token_parts": token_parts}
+  return fp4jax.moe_ffn(x, w13, w2, experts, weights, recipe, **how)
 
 
 def cases() -> dict[str, Case]:
@@ -181,6 +183,20 @@ def shard_by_shard(case: Case, recipe):
   return results
 
 
+def in_parts(case: Case, recipe):
+  """One call of `moe_ffn` on one device, its tokens in as many parts as there are shards; of the
+  weights' gradients a list whose sum they are."""
+  function = functools.partial(_moe_ffn, recipe, token_parts=SHARDS)
+  run = jax.jit(with_gradients(case, recipe, function))
+  arguments, dout = case.arguments, cotangent(case)
+  results = [np.asarray(r) for r in run(*arguments, dout)]
+  part = np.arange(len(dout)) // (len(dout) // SHARDS)
+  alone = [run(*arguments, jnp.where((part == i)[:, None], dout, 0)) for i in range(SHARDS)]
+  for i in (2, 3):  # a part without a gradient adds none
+    results[i] = [np.asarray(r[i]) for r in alone]
+  return results
+
+
 def sum_of_magnitudes(case: Case, recipe):
   """Sum of |x_q| |dy_q| over the tokens: rounding is symmetric, so that it is the gradient of the
   weights of |x| and |dy|. Of recipes without transforms."""
@@ -199,9 +215,12 @@ def differences(function: str, recipe, mode: str) -> list[Difference]:
   """Of the result and of each gradient, in the order of the arguments."""
   case = cases()[function]
   got = over_devices(case, recipe, mode)
-  expected = (
-    shard_by_shard(case, recipe) if mode == "shard_map" else on_one_device(function, recipe)
-  )
+  if mode != "shard_map":
+    expected = on_one_device(function, recipe)
+  elif function == "moe_ffn":
+    expected = in_parts(case, recipe)
+  else:
+    expected = shard_by_shard(case, recipe)
   found = []
   unit = 2.0**-24  # half an ulp of 1
   for i, (a, b) in enumerate(zip(got, expected, strict=True)):

@@ -99,8 +99,11 @@ def quantized(x, fmt, axis, **rounding):
   return values[tuple(slice(n) for n in shape)].astype(np.float64)
 
 
-def as_read(recipe, role, x, axis, key):
-  """The float64 values of an operand that its GEMM contracts along `axis`."""
+def as_read(recipe, role, x, axis, key, by_row=False):
+  """The float64 values of an operand that its GEMM contracts along `axis`.
+
+  `by_row`: each row draws by a key of its own, that of the role with 0 and the row's number.
+  """
   spec = recipe.operand(role)
   if spec.source == "residual":
     kept_axis = {"lhs": -1, "rhs": -2}[role[-3:]]  # packed along k, the axis of fprop
@@ -114,7 +117,13 @@ def as_read(recipe, role, x, axis, key):
     return x.astype(spec.format).astype(np.float64)
   rounding = {}
   if spec.rounding == "stochastic":  # "an operand's place in ROLES seeds its stochastic rounding"
-    rounding = {"rounding": "stochastic", "key": jax.random.fold_in(key, ROLES.index(role))}
+    key = jax.random.fold_in(key, ROLES.index(role))
+    rounding = {"rounding": "stochastic", "key": key}
+    if by_row:
+      own = functools.partial(jit_fake_quantize, fmt=spec.format, axis=axis, rounding="stochastic")
+      key = jax.random.fold_in(key, 0)
+      keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x)))
+      return np.asarray(jax.vmap(lambda row, key: own(row, key=key))(x, keys), np.float64)
   return quantized(x, spec.format, axis, **rounding)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import fp4jax
 from fp4jax import grouped_dot, implementation, moe_ffn, operands, recipes
-from fp4jax.moe_ffn import Order
+from fp4jax.dispatch import Choices, Order
 from fp4jax.swiglu import swiglu
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -124,13 +124,24 @@ def test_master_weights_in_float32():
 # The numbers of the composed layers.
 
 
+def as_sent(x, fmt):
+  if fmt is None:
+    return x
+  padded = jnp.pad(x, [(0, 0), (0, -x.shape[1] % fmt.block_shape[0])])
+  return fp4jax.fake_quantize(padded, fmt)[:, : x.shape[1]]
+
+
 def composed(recipe, x, w13, w2, experts, weights, dout, taps):
   """Two `grouped_dot` on permuted rows, each differentiated on its own."""
   k = experts.shape[1]
+  payload = recipe.payload
+  x = x if payload.forward == recipe.residual.lhs else as_sent(x, payload.forward)  # rounded anyway
+  dout = as_sent(dout, payload.backward)
   order = np.argsort(np.asarray(experts).ravel(), kind="stable")
   back = np.argsort(order)
   sizes = jnp.asarray(np.bincount(np.asarray(experts).ravel(), minlength=len(w13)))
   rows, weight = x[order // k], weights.ravel()[order][:, None]
+  ids = jnp.asarray(order, jnp.int32)  # a row draws by the number of its choice
   second, hidden = recipe, recipe.residual.hidden
   if hidden is not None:
     sources = {f"{gemm}.lhs.source": "original" for gemm in ("fprop", "wgrad")}
@@ -143,10 +154,10 @@ def composed(recipe, x, w13, w2, experts, weights, dout, taps):
     recipe = second
 
   def first_gemm(rows, w13, tap):
-    return grouped_dot(rows, w13, sizes, recipe, key=KEYS[0], tap=tap)
+    return grouped_dot(rows, w13, sizes, recipe, key=KEYS[0], tap=tap, row_ids=ids)
 
   def second_gemm(a, w2, tap):
-    return grouped_dot(a, w2, sizes, second, key=KEYS[1], tap=tap)
+    return grouped_dot(a, w2, sizes, second, key=KEYS[1], tap=tap, row_ids=ids)
 
   h, pull_first = jax.vjp(first_gemm, rows, w13, taps[0])
   kept = h if hidden is None else fp4jax.fake_quantize(h, hidden, -1)
@@ -365,15 +376,34 @@ def test_an_expert_that_does_not_exist_gives_nan_under_jit():
     assert np.isnan(f(experts.at[3, 1].set(bad))).all()
 
 
+def choices_of(experts, parts=(0, 0, 0)):
+  experts, parts = (jnp.asarray(v, jnp.int32) for v in (experts, parts))
+  return Choices(experts, parts, None, jnp.arange(1 + parts.max()))
+
+
 def test_order():
-  order = Order.of(jnp.asarray([[2, 0], [0, 3], [2, 3]]), 4)
+  order = Order.of(choices_of([[2, 0], [0, 3], [2, 3]]), 4)
   np.testing.assert_array_equal(order.choice_of_row, [1, 2, 0, 4, 3, 5])
   np.testing.assert_array_equal(order.row_of_choice, [2, 0, 1, 4, 3, 5])
   np.testing.assert_array_equal(order.group_sizes, [2, 0, 2, 2])
 
 
 def test_order_in_tiles():
-  order = Order.of(jnp.asarray([[2, 0], [0, 3], [2, 0]]), 4, 2)
+  order = Order.of(choices_of([[2, 0], [0, 3], [2, 0]]), 4, 2)
   np.testing.assert_array_equal(order.group_sizes, [4, 0, 2, 2])
   np.testing.assert_array_equal(order.choice_of_row, [1, 2, 5, 6, 0, 4, 3, 6, 6, 6, 6, 6, 6, 6])
   np.testing.assert_array_equal(order.row_of_choice, [4, 0, 1, 6, 5, 2])
+
+
+def test_order_by_parts():
+  choices = choices_of([[2, 0], [0, 9], [2, 0]], (0, 0, 1))  # expert 9 is another device's
+  order = Order.of(choices, 4)
+  np.testing.assert_array_equal(order.group_sizes, [2, 1, 0, 0, 1, 1, 0, 0])
+  np.testing.assert_array_equal(order.choice_of_row, [1, 2, 5, 0, 4, 6])
+  np.testing.assert_array_equal(order.row_of_choice, [3, 0, 1, 6, 4, 2])
+  np.testing.assert_array_equal(order.expert_sizes, [3, 0, 2, 0])
+  assert order.dropped(choices) == 0
+  short = Order.of(choices, 4, rows=4)
+  np.testing.assert_array_equal(short.group_sizes, [2, 1, 0, 0, 1, 0, 0, 0])
+  np.testing.assert_array_equal(short.row_of_choice, [3, 0, 1, 4, 4, 2])
+  assert short.dropped(choices) == 1

@@ -6,10 +6,12 @@ reach 1.
 """
 
 import dataclasses
+import functools
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, UInt32
 
 
@@ -18,7 +20,7 @@ class Rounding(Protocol):
   needs_key: bool
 
   def draw(self, key: jax.Array | None, shape: tuple[int, ...]) -> UInt32[Array, "*s"] | None:
-    """The draws for an array of `shape`."""
+    """The draws for an array of `shape`. Several keys: one for each entry of its leading axes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,11 @@ class Stochastic:
       raise ValueError(f"bits={self.bits!r} is not an int from 1 to 32")
 
   def draw(self, key, shape):
-    drawn = jax.random.bits(key, shape, jnp.uint32)
+    key = typed(key)
+    own = functools.partial(jax.random.bits, shape=shape[key.ndim :], dtype=jnp.uint32)
+    for _ in range(key.ndim):
+      own = jax.vmap(own)
+    drawn = own(key)
     if self.bits == 32:
       return drawn
     unused = 32 - self.bits
@@ -62,3 +68,15 @@ def as_rounding(rounding: Any) -> Rounding:
   if not isinstance(rounding, str) or rounding not in ROUNDINGS:
     raise ValueError(f"{rounding=} is not one of {tuple(ROUNDINGS)}, nor a Rounding")
   return ROUNDINGS[rounding]
+
+
+def typed(key: jax.Array) -> jax.Array:
+  """A key or a batch of keys; of the old kind, uint32 without a type, one key."""
+  return jax.random.wrap_key_data(key) if key.dtype == jnp.uint32 else key
+
+
+def fold_in(key: jax.Array, *numbers: ArrayLike) -> jax.Array:
+  """`jax.random.fold_in` of one number after the other; keys and numbers are broadcast."""
+  for number in numbers:
+    key = jnp.vectorize(jax.random.fold_in, signature="(),()->()")(key, number)
+  return key

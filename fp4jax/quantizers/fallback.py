@@ -3,9 +3,9 @@
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 
+from fp4jax.formats.roundings import fold_in
 from fp4jax.quantizers.quantizer import Composed, Operand, Read
 
 
@@ -24,7 +24,7 @@ class OutlierFallback(Composed):
     x = self.operand.transformed(x, axis, ctx)
     first = self.operand.rounded(x, axis, ctx)
     rest = x.astype(jnp.float32) - first.astype(jnp.float32)
-    key = None if ctx.key is None else jax.random.fold_in(ctx.key, 1)
+    key = None if ctx.key is None else fold_in(ctx.key, 1)
     second = self.operand.rounded(rest, axis, ctx._replace(key=key))
     scaled = self.alpha * second.astype(jnp.float32)
     values = first.astype(jnp.float32) + scaled

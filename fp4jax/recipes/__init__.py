@@ -3,6 +3,7 @@
 import difflib
 
 from fp4jax.recipe import Recipe
+from fp4jax.recipes.dispatched import FP8_DISPATCH, HOPPER_FP4_DISPATCH
 from fp4jax.recipes.fp8 import FP8, FP8_POW2
 from fp4jax.recipes.high_precision import BF16, FP32
 from fp4jax.recipes.hopper import HOPPER_FP4
@@ -10,16 +11,30 @@ from fp4jax.recipes.mxfp4 import MXFP4, MXFP4_RHT_SR
 from fp4jax.recipes.mxfp4_weights import FP8_MXFP4_WEIGHTS
 
 RECIPES = {
-  r.name: r for r in (FP32, BF16, FP8, FP8_POW2, MXFP4, MXFP4_RHT_SR, HOPPER_FP4, FP8_MXFP4_WEIGHTS)
+  r.name: r
+  for r in (
+    FP32,
+    BF16,
+    FP8,
+    FP8_POW2,
+    MXFP4,
+    MXFP4_RHT_SR,
+    HOPPER_FP4,
+    FP8_MXFP4_WEIGHTS,
+    FP8_DISPATCH,
+    HOPPER_FP4_DISPATCH,
+  )
 }
 
 __all__ = [
   "BF16",
   "FP8",
+  "FP8_DISPATCH",
   "FP8_MXFP4_WEIGHTS",
   "FP8_POW2",
   "FP32",
   "HOPPER_FP4",
+  "HOPPER_FP4_DISPATCH",
   "MXFP4",
   "MXFP4_RHT_SR",
   "RECIPES",
