@@ -49,6 +49,21 @@ class Data:
 
 
 @dataclasses.dataclass
+class Mesh:
+  """The devices: data * fsdp * expert of them. Each has its part of every batch."""
+
+  data: int | None = None  # None: the devices that the other two leave
+  fsdp: int = 1  # divides each matrix where it is kept
+  expert: int = 1  # divides the experts
+  # No block along the tokens of the experts' GEMMs reaches from one part of a microbatch into
+  # another: the numbers depend on them, not on the devices. None: one for each device.
+  token_parts: int | None = None
+  # Choices that the experts of a device have room for, in their share where all are chosen alike;
+  # the others are dropped, and the share of them is logged. None: none is dropped.
+  capacity_factor: float | None = None
+
+
+@dataclasses.dataclass
 class Quantize:
   """Which modules run the recipe; the others run in bf16, the router in float32."""
 
@@ -116,6 +131,7 @@ class Experiment:
   implementation: str | None = None  # "mosaic" or "xla", see `Policy`; None: "mosaic" if it can run
   data: Data = dataclasses.field(default_factory=Data)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
   quantize: Quantize = dataclasses.field(default_factory=Quantize)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
 
@@ -151,7 +167,7 @@ _RANGES = (
     lambda x: x >= 1,
     "log_every eval_every eval_batches checkpoints_kept"
     " model.num_layers model.d_model model.num_heads model.num_kv_heads model.head_dim model.top_k"
-    " model.d_ff optimizer.stable_spam.reset_every",
+    " model.d_ff optimizer.stable_spam.reset_every mesh.fsdp mesh.expert",
   ),
   (
     "at least 0",
@@ -165,6 +181,12 @@ _RANGES = (
     lambda x: x > 0,
     "optimizer.learning_rate optimizer.clip_norm optimizer.stable_spam.eps model.rope_theta",
   ),
+  (
+    "None or at least 1",
+    lambda x: x is None or x >= 1,
+    "mesh.data mesh.token_parts",
+  ),
+  ("None or above 0", lambda x: x is None or x > 0, "mesh.capacity_factor"),
   ("above 0 and below 1", lambda x: 0 < x < 1, "final_share"),
   (
     "from 0 to 1",
@@ -192,7 +214,7 @@ def validate(config: Experiment) -> None:
   for allowed, holds, names in _RANGES:
     for name in names.split():
       value = operator.attrgetter(name)(config)
-      if not (holds(value) and math.isfinite(value)):
+      if not (holds(value) and (value is None or math.isfinite(value))):
         raise ValueError(f"{name}={value} is not {allowed}")
   _validate_final(config)
   kept = config.quantize.first_bf16 + config.quantize.last_bf16

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float32
 
 from experiments import data
 from experiments.config import Experiment
+from experiments.mesh import make_mesh
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
 
@@ -20,8 +21,8 @@ def measure(config: Experiment, under: str, after: int, batches: int) -> Iterato
   train, seed = data.batches(corpus, config.data, 0, "train"), jnp.int32(0)
 
   def trainer_of(name):
-    policy = policy_of(recipes.by_name(name), config.quantize, config.implementation)
-    return make_trainer(config, corpus.vocab_size, policy)
+    policy = policy_of(recipes.by_name(name), config)
+    return make_trainer(config, corpus.vocab_size, policy, make_mesh(config))
 
   trainer = trainer_of(under)
   state = trainer.init(seed)

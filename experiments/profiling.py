@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from experiments import data
 from experiments.config import Experiment
+from experiments.mesh import make_mesh
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
 
@@ -51,8 +52,8 @@ def profile(config: Experiment, recipe: str) -> dict[tuple[str, str], float]:
   """Milliseconds per step, by part and kind."""
   corpus = data.load_corpus(config.data)
   batches = data.batches(corpus, config.data, 0, "train")
-  policy = policy_of(recipes.by_name(recipe), config.quantize, config.implementation)
-  trainer = make_trainer(config, corpus.vocab_size, policy)
+  policy = policy_of(recipes.by_name(recipe), config)
+  trainer = make_trainer(config, corpus.vocab_size, policy, make_mesh(config))
   seed = jnp.int32(0)
   state = trainer.init(seed)
   step = trainer.step.lower(state, batches[0], seed).compile()

@@ -13,6 +13,7 @@ if __name__ == "__main__":
   _STOP = StopSignals().listen()  # before the imports that take seconds and start threads
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from experiments import command_line, data, logs
 from experiments.config import Experiment, validate
 from experiments.environment import COMMIT, describe_environment
 from experiments.loop import Interrupted, train_run
+from experiments.mesh import make_mesh
 from experiments.report import write_report
 from experiments.speed_of_light import at_peak
 from experiments.summary import write_summary
@@ -56,10 +58,15 @@ def run(
   stop = stop or StopSignals()
   choose(config.implementation, device_obstacle())  # before what "mosaic" asks of other settings
   validate(config)
+  mesh = make_mesh(config)
+  if mesh is not None and config.mesh.token_parts is None:
+    config = dataclasses.replace(
+      config, mesh=dataclasses.replace(config.mesh, token_parts=mesh.size)
+    )
   corpus = data.load_corpus(config.data)
   phases = {
     name: [
-      (step, make_trainer(config, corpus.vocab_size, policy))
+      (step, make_trainer(config, corpus.vocab_size, policy, mesh))
       for step, policy in schedule_of(config, name)
     ]
     for name in config.recipes

@@ -17,6 +17,7 @@ from absl import app, flags
 from experiments import command_line, data, logs
 from experiments.config import Experiment, validate
 from experiments.environment import COMMIT, describe_environment
+from experiments.mesh import make_mesh
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
 
@@ -32,8 +33,8 @@ def measure(config: Experiment, commit: str | None, recipe: str) -> dict:
   """
   corpus = data.load_corpus(config.data)
   batches = data.batches(corpus, config.data, 0, "train")
-  policy = policy_of(recipes.by_name(recipe), config.quantize, config.implementation)
-  trainer = make_trainer(config, corpus.vocab_size, policy)
+  policy = policy_of(recipes.by_name(recipe), config)
+  trainer = make_trainer(config, corpus.vocab_size, policy, make_mesh(config))
   seed = jnp.int32(0)
   state = jax.eval_shape(trainer.init, seed)
   # Compiled before anything is on the device, so that no tuning run adds to the peak.

@@ -8,6 +8,7 @@ its like. `make tables` puts the rows into the README.
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 
@@ -18,6 +19,7 @@ from absl import app, flags
 from experiments import command_line, data, logs
 from experiments.config import Experiment, validate
 from experiments.environment import COMMIT, describe_environment
+from experiments.mesh import make_mesh
 from experiments.summary import BASELINE
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
@@ -41,7 +43,8 @@ def time_steps(config: Experiment, policies: dict, rounds: int) -> dict[str, lis
   corpus = data.load_corpus(config.data)
   batches = data.batches(corpus, config.data, 0, "train")
   seed = jnp.int32(0)
-  trainers = {name: make_trainer(config, corpus.vocab_size, p) for name, p in policies.items()}
+  make = functools.partial(make_trainer, config, corpus.vocab_size, mesh=make_mesh(config))
+  trainers = {name: make(policy) for name, policy in policies.items()}
   state = next(iter(trainers.values())).init(seed)
   times = {name: [] for name in policies}
   for i in range(rounds + 1):
@@ -68,10 +71,7 @@ def main(_) -> None:
     for gemm in ("fprop", "dgrad", "wgrad"):
       recipe = single_gemm(recipes.by_name(name), gemm)
       chosen[recipe.name] = recipe
-  policies = {
-    name: policy_of(recipe, config.quantize, config.implementation)
-    for name, recipe in chosen.items()
-  }
+  policies = {name: policy_of(recipe, config) for name, recipe in chosen.items()}
   log = logs.Rewritten(_OUT.value)
   times = time_steps(config, policies, _ROUNDS.value)
   environment = describe_environment(COMMIT.value)

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32, PyTree
 
-from experiments.config import Experiment, Quantize
+from experiments.config import Experiment
+from experiments.mesh import BATCH, shardings
 from experiments.optimizers import make_optimizer
 from fp4jax import operands
-from fp4jax.implementation import Implementation
 from fp4jax.models import LanguageModel, LayerRule, Policy
 from fp4jax.models.matrix import Matrix
 from fp4jax.models.policy import KINDS
@@ -53,10 +54,9 @@ class Trainer:
   adopt: Callable[[TrainState], TrainState]  # a state of another policy
 
 
-def policy_of(
-  recipe: Recipe, quantize: Quantize, implementation: Implementation | None = None
-) -> Policy:
-  """The recipe where `quantize` says so, high precision elsewhere."""
+def policy_of(recipe: Recipe, config: Experiment) -> Policy:
+  """The recipe where `config.quantize` says so, high precision elsewhere."""
+  quantize, mesh = config.quantize, config.mesh
   kinds = [kind for kind in KINDS if getattr(quantize, kind)]
   ends = (*range(quantize.first_bf16), *range(-quantize.last_bf16, 0))
   rules = [
@@ -65,19 +65,30 @@ def policy_of(
     if ends
   ]
   recipes = dict.fromkeys(kinds, recipe)
-  return Policy(**recipes, implementation=implementation, layers=tuple(rules))
+  return Policy(
+    **recipes,
+    implementation=config.implementation,
+    layers=tuple(rules),
+    token_parts=mesh.token_parts or 1,
+    capacity_factor=mesh.capacity_factor,
+  )
 
 
 def schedule_of(config: Experiment, run: str) -> tuple[tuple[int, Policy], ...]:
   """The policies of the run of that name, each with the step from which it trains."""
-  return tuple(
-    (step, policy_of(recipe, config.quantize, config.implementation))
-    for step, recipe in config.recipes_of(run)
-  )
+  return tuple((step, policy_of(recipe, config)) for step, recipe in config.recipes_of(run))
 
 
-def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer:
-  """Functions that train `config.model` under `policy`; nothing is compiled before first use."""
+def make_trainer(
+  config: Experiment, vocab_size: int, policy: Policy, mesh: Mesh | None = None
+) -> Trainer:
+  """Functions that train `config.model` under `policy`; nothing is compiled before first use.
+
+  With a mesh, `init` makes a state that lies as `experiments.mesh` says, and batches lie as
+  `experiments.mesh.BATCH` says.
+  """
+  if mesh is not None and config.mesh.token_parts is None:
+    policy = dataclasses.replace(policy, token_parts=mesh.size)
   make_model = functools.partial(LanguageModel, config.model, vocab_size)
   model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
   graph, _ = nnx.split(model)
@@ -98,6 +109,8 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
       return first if old is None or old.shape != first.shape else old
 
     quantizers = jax.tree_util.tree_map_with_path(own, model.new_states(policy))
+    if mesh is not None:
+      quantizers = jax.device_put(quantizers, shardings(quantizers, mesh))
     return dataclasses.replace(state, quantizers=quantizers)
 
   def losses(params, quantizers, tokens, key, taps=None):
@@ -119,11 +132,17 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
 
   parts = config.data.microbatches
 
+  def divided(tokens):
+    """A batch with its sequences divided among the devices."""
+    if mesh is None:
+      return tokens
+    return jax.lax.with_sharding_constraint(tokens, NamedSharding(mesh, BATCH))
+
   def microbatches(tokens, key):
     """The parts of a batch, and a key for each."""
     each = jax.vmap(functools.partial(jax.random.fold_in, key))
     keys = key[None] if parts == 1 else each(jnp.arange(parts))
-    return tokens.reshape(parts, -1, tokens.shape[1]), keys
+    return jax.vmap(divided)(tokens.reshape(parts, -1, tokens.shape[1])), keys
 
   def mean_gradients(state, tokens, key):
     """Means over the microbatches: loss and routing, gradients. The states of the quantizers go
@@ -146,6 +165,7 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     return said, jax.tree.map(lambda x: x / parts, total), quantizers
 
   def step(state, tokens, seed):
+    tokens = divided(tokens)
     (loss, routing), grads, quantizers = mean_gradients(state, tokens, _key(seed, state.step))
     with jax.named_scope("optimizer"):
       norm = optax.tree.norm(grads)
@@ -158,10 +178,10 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     return new, {"loss": loss, "grad_norm": norm} | routing
 
   def gradients(state, tokens, seed):
-    return mean_gradients(state, tokens, _key(seed, state.step))[1]
+    return mean_gradients(state, divided(tokens), _key(seed, state.step))[1]
 
   def evaluate(state, tokens, seed, batch=0):
-    key = jax.random.fold_in(_key(seed, state.step), _EVALUATION)
+    tokens, key = divided(tokens), jax.random.fold_in(_key(seed, state.step), _EVALUATION)
     loss_of = lambda part: losses(state.params, state.quantizers, *part)[0]  # noqa: E731
     key = jax.random.fold_in(key, batch)
     if parts == 1:
@@ -170,7 +190,7 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
 
   def probe(state, tokens, seed):
     """Taps at the first microbatch, with the numbers that a step draws for it."""
-    tokens, key = (x[0] for x in microbatches(tokens, _key(seed, state.step)))
+    tokens, key = (x[0] for x in microbatches(divided(tokens), _key(seed, state.step)))
     own = state.params, state.quantizers
     return jax.grad(lambda taps: total_loss(*own, tokens, key, taps)[0])(taps)
 
@@ -184,13 +204,30 @@ def make_trainer(config: Experiment, vocab_size: int, policy: Policy) -> Trainer
     leaves = jax.tree.leaves(jax.eval_shape(residuals, params, tokens))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if _is_number(leaf))
 
+  if mesh is None:
+    places = params = everywhere = None
+  else:
+    places = shardings(jax.eval_shape(init, jnp.int32(0)), mesh)
+    params, everywhere = places.params, NamedSharding(mesh, PartitionSpec())
+
+  def compiled(function, out, **options):
+    if mesh is None:
+      return jax.jit(function, **options)
+
+    @functools.wraps(function)
+    def over_mesh(*args):
+      with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return function(*args)
+
+    return jax.jit(over_mesh, out_shardings=out, **options)
+
   return Trainer(
     policy,
-    jax.jit(init),
-    jax.jit(step, donate_argnums=0),
-    jax.jit(gradients),
-    jax.jit(evaluate),
-    jax.jit(probe),
+    compiled(init, places),
+    compiled(step, (places, everywhere), donate_argnums=0),
+    compiled(gradients, params),
+    compiled(evaluate, everywhere),
+    compiled(probe, everywhere),
     saved_bytes,
     adopt,
   )

@@ -594,7 +594,7 @@ sections = {name: cls(**settings[name]) for name, cls in SECTIONS.items()}
 config = Experiment(**settings | sections | {"recipes": Names(settings["recipes"])})
 recipe = recipes.by_name(RECIPE)
 vocab_size = environment["corpus"]["vocab_size"]
-trainer = make_trainer(config, vocab_size, policy_of(recipe, config.quantize))
+trainer = make_trainer(config, vocab_size, policy_of(recipe, config))
 
 checkpoints = Checkpoints(WORKDIR / "runs" / f"{RECIPE}-0" / "checkpoints", keep=1)
 step, state, _ = checkpoints.restore_latest(jax.eval_shape(trainer.init, jnp.int32(0)))

@@ -41,6 +41,7 @@ from fake_kernels import fake_kernels  # noqa: E402
 from small_runs import command, corpus_file, straight  # noqa: E402, F401
 
 import pallas_kernels  # noqa: E402
+from experiments import mesh  # noqa: E402
 from fp4jax import implementation, sharding  # noqa: E402
 
 # An emulated warpgroup that waits at a barrier keeps the XLA thread that it runs on. XLA has one
@@ -49,6 +50,12 @@ from fp4jax import implementation, sharding  # noqa: E402
 os.environ["PJRT_NPROC"] = str(max(16, os.cpu_count()))
 
 jax.config.update("jax_num_cpu_devices", 4)  # for test_sharding; other tests compute on the first
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """A run within a test has one device, as the same command has; a mesh has those that it names."""
+  monkeypatch.setattr(mesh, "all_devices", lambda: jax.devices()[:1])
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.config import Quantize
+from experiments.config import Experiment, Quantize
 from experiments.probes import probe_rows
 from experiments.train import policy_of
 from fp4jax import formats, operands, recipes
@@ -81,7 +81,7 @@ def test_what_no_model_has_is_refused():
 @pytest.mark.parametrize("first, last", [(0, 0), (1, 0), (0, 2), (1, 2)])
 def test_first_and_last_blocks_in_bf16(first, last):
   quantize = Quantize(router=True, head=True, first_bf16=first, last_bf16=last)
-  policy = policy_of(recipes.MXFP4, quantize)
+  policy = policy_of(recipes.MXFP4, Experiment(quantize=quantize))
   middle = 4 - first - last
   expected = ["bf16"] * first + ["mxfp4"] * middle + ["bf16"] * last
   assert names(policy, "experts.w13")[:-1] == names(policy, "attention.out")[:-1] == expected

@@ -56,7 +56,7 @@ def test_recipes_begin_with_the_same_weights_and_see_the_same_batches(corpus_fil
   corpus = data.load_corpus(config.data)
   states, losses = [], []
   for name in ("bf16", "mxfp4"):
-    policy = policy_of(recipes.by_name(name), config.quantize)
+    policy = policy_of(recipes.by_name(name), config)
     trainer = make_trainer(config, corpus.vocab_size, policy)
     state = trainer.init(jnp.int32(0))
     states.append(state.params)
@@ -171,7 +171,7 @@ def test_a_diverged_recipe_ends_alone_and_names_the_first_probe(tmp_path, corpus
   assert events[0]["probe"] is None and events[1]["probe"]["module"].startswith("attention")
   assert all(np.isfinite(r["loss"]) for r in rows if r["split"] == "train")
   for event in events:  # the checkpoint is of the weights that diverged, before any NaN
-    policy = policy_of(recipes.by_name(event["recipe"]), config.quantize)
+    policy = policy_of(recipes.by_name(event["recipe"]), config)
     abstract = jax.eval_shape(make_trainer(config, 256, policy).init, jnp.int32(0))
     folder = tmp_path / "runs" / f"{event['recipe']}-0" / "checkpoints"
     step, state, _ = Checkpoints(folder, keep=2).restore_latest(abstract)
@@ -225,7 +225,7 @@ def test_every_config_takes_one_step(path):
   assert all(word in module.__doc__ for word in ("Claim:", "Command:", "Cost:", "Expected:"))
   corpus = data.load_corpus(config.data)
   recipe = recipes.by_name(config.recipes[-1])
-  policy = policy_of(recipe, config.quantize, config.implementation)
+  policy = policy_of(recipe, config)
   trainer = make_trainer(config, corpus.vocab_size, policy)
   batch = data.batches(corpus, config.data, 0, "train")[0]
   state, scalars = trainer.step(trainer.init(jnp.int32(0)), batch, jnp.int32(0))
@@ -236,7 +236,7 @@ def test_every_config_takes_one_step(path):
 def test_probe_reads_the_tensors_of_training_and_changes_nothing(corpus_file):
   config = small(**{"data.path": corpus_file})
   corpus = data.load_corpus(config.data)
-  policy = policy_of(recipes.HOPPER_FP4, config.quantize)
+  policy = policy_of(recipes.HOPPER_FP4, config)
   trainer = make_trainer(config, corpus.vocab_size, policy)
   batch = data.batches(corpus, config.data, 0, "train")[0]
   state = trainer.init(jnp.int32(0))
@@ -257,7 +257,7 @@ def test_saved_bytes_of_activations_count_no_weights(corpus_file):
 
   def cost(name, batch=8, **model):
     changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
-    policy = policy_of(recipes.by_name(name), config.quantize)
+    policy = policy_of(recipes.by_name(name), config)
     return saved_activation_bytes(make_trainer(changed, 256, policy), batch, 128)
 
   bf16 = cost("bf16", num_experts=0)

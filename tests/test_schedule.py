@@ -145,7 +145,7 @@ def test_the_state_is_that_of_steps_under_one_policy_and_then_the_other(runner, 
   config, seed = runner.config, jnp.int32(0)
   last = MXFP4_SR.replace({"fprop": recipes.BF16.fprop, "name": "by hand"})
   first, last = (
-    make_trainer(config, runner.corpus.vocab_size, policy_of(recipe, config.quantize))
+    make_trainer(config, runner.corpus.vocab_size, policy_of(recipe, config))
     for recipe in (MXFP4_SR, last)
   )
   batches = data.batches(runner.corpus, config.data, 0, "train")

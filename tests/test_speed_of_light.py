@@ -1,5 +1,6 @@
 """What a step would take at the device's peak: its GEMMs by hand and as the compiler sees them."""
 
+import dataclasses
 import math
 
 import jax
@@ -66,7 +67,7 @@ def test_a_dense_step_multiplies_what_is_counted(name):
   the scores alone are computed a second time, for the backward pass."""
   config = experiment(num_experts=0, d_model=128, num_heads=8, num_kv_heads=4, d_ff=128)
   config.data.sequence_length = 64
-  policy = policy_of(recipes.by_name(name), config.quantize, "xla")
+  policy = policy_of(recipes.by_name(name), dataclasses.replace(config, implementation="xla"))
   trainer = make_trainer(config, VOCAB, policy)
   state = jax.eval_shape(trainer.init, jnp.int32(0))
   tokens = jax.ShapeDtypeStruct((2, 65), jnp.int32)
@@ -108,20 +109,21 @@ def test_on_hopper_the_kernels_multiply_in_fp8(hopper):
   total = sum(sum(own.values()) for own in flops.values())
   router = sum(flops["router.logits"].values())
   for name, dtype in (("hopper_fp4", FP8), ("fp8", FP8), ("bf16", BF16)):
-    policy = policy_of(recipes.by_name(name), config.quantize)
+    policy = policy_of(recipes.by_name(name), config)
     found = speed_of_light.flops_by_dtype(config, VOCAB, policy)
     assert found[FLOAT32] == router and sum(found.values()) == total
     assert found[dtype] >= of_experts
     assert (FP8 in found) == (dtype == FP8)
     if dtype == FP8:
       assert found[FP8] == of_experts
-  xla = policy_of(recipes.FP8, config.quantize, "xla")
+  xla = policy_of(recipes.FP8, dataclasses.replace(config, implementation="xla"))
   assert FP8 not in speed_of_light.flops_by_dtype(config, VOCAB, xla)
 
 
 def test_seconds_are_the_operations_over_the_peaks(monkeypatch):
   config = experiment(num_experts=0)
-  policies = {n: policy_of(recipes.by_name(n), config.quantize, "xla") for n in ("bf16", "fp8")}
+  config = dataclasses.replace(config, implementation="xla")
+  policies = {n: policy_of(recipes.by_name(n), config) for n in ("bf16", "fp8")}
   peaks = {BF16: 1e9, FLOAT32: 2e9}
   monkeypatch.setattr(speed_of_light, "measured_peak", peaks.get)
   found = speed_of_light.at_peak(config, VOCAB, policies)

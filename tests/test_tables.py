@@ -139,7 +139,7 @@ def test_the_demo_keeps_the_bytes_that_its_rows_say():
   for row in rows("demo"):
     if row["kind"] != "recipe":
       continue
-    policy = policy_of(recipes.by_name(row["recipe"]), config.quantize)
+    policy = policy_of(recipes.by_name(row["recipe"]), config)
     trainer = make_trainer(config, 256, policy)
     kept = saved_activation_bytes(trainer, config.data.batch_size, config.data.sequence_length)
     assert kept == row["saved_activation_bytes_per_token"], row["recipe"]

@@ -1,5 +1,6 @@
 """Whole training steps of the language model: the Hopper kernels against XLA."""
 
+import dataclasses
 import functools
 import types
 
@@ -34,7 +35,9 @@ CONFIG = Experiment(
 
 @functools.cache
 def trainer_of(name, implementation):
-  policy = policy_of(recipes.by_name(name), CONFIG.quantize, implementation)
+  policy = policy_of(
+    recipes.by_name(name), dataclasses.replace(CONFIG, implementation=implementation)
+  )
   return make_trainer(CONFIG, 256, policy)
 
 
@@ -106,7 +109,7 @@ SMALL = ModelConfig(
 def in_parts(recipe, parts):
   config = Experiment(model=SMALL, optimizer=Optimizer(warmup_steps=0))
   config.data.microbatches = parts
-  return make_trainer(config, 256, policy_of(recipe, config.quantize))
+  return make_trainer(config, 256, policy_of(recipe, config))
 
 
 @pytest.mark.slow
@@ -180,8 +183,8 @@ def test_gradients_are_of_the_state_and_the_batches_that_follow(monkeypatch):
     off = state / 100 * (-1) ** (batch // 2) if name == "fp8" else 0.0
     return {"w": jnp.array([1.0 + off])}
 
-  def make_trainer(_, vocab_size, recipe):
-    del vocab_size
+  def make_trainer(_, vocab_size, recipe, mesh):
+    del vocab_size, mesh
     return types.SimpleNamespace(
       init=lambda seed: 0.0,
       adopt=lambda state: state,

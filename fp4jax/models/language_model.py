@@ -69,11 +69,12 @@ class Block(nnx.Module):
         return x + self.feed_forward(normed, numerics), {}
       out, routing = self.feed_forward(normed, numerics)
       x = x + out
-    return x, {
+    said = {
       "load_balance_loss": routing.load_balance_loss,
       "router_z_loss": routing.z_loss,
       "expert_load": routing.load,
     }
+    return x, said if routing.dropped is None else said | {"dropped": routing.dropped}
 
 
 def _norm(norm: nnx.RMSNorm, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -110,8 +111,8 @@ class LanguageModel(nnx.Module):
     taps: dict[str, Float32[Array, "... role field"]] | None = None,
     states: States | None = None,
   ) -> tuple[Float32[Array, "b t vocab"], dict[str, Float32[Array, "..."]]]:
-    """Logits, and of the routing (nothing without experts) the losses, averaged over layers, and
-    the share of the choices by layer and expert.
+    """Logits, and of the routing (nothing without experts) the losses, averaged over layers, the
+    share of the choices by layer and expert, and the share that was dropped, if any can be.
 
     Args:
       tokens: ids below the vocabulary's size.

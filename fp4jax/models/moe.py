@@ -20,6 +20,7 @@ class Routing(NamedTuple):
   load: Float32[Array, " e"]  # share of the choices that fall on each expert
   load_balance_loss: Float32[Array, ""]
   z_loss: Float32[Array, ""]
+  dropped: Float32[Array, ""] | None = None  # share of the choices, where experts have a capacity
 
 
 def route(logits: Float32[Array, "token e"], top_k: int) -> Routing:
@@ -104,14 +105,17 @@ class MoE(nnx.Module):
       tokens, self.w_router[...], (((1,), (0,)), ((), ()))
     )  # float32, for the weights are
     routing = route(logits, self.top_k)
-    out = numerics.moe_ffn(
+    out, dropped = numerics.moe_ffn(
       ("experts.w13", "experts.w2"),
       tokens,
       self.w13[...],
       self.w2[...],
       routing.experts,
       routing.weights,
-    ).reshape(x.shape)
+    )
+    out = out.reshape(x.shape)
+    if dropped is not None:
+      routing = routing._replace(dropped=dropped / routing.experts.size)
     if self.shared is not None:
       out = out + self.shared(x, numerics)
     return out, routing

@@ -7,14 +7,14 @@ import zlib
 from collections.abc import Callable, Iterable
 
 import jax
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from fp4jax import operands, recipes
 from fp4jax.arguments import check_type
 from fp4jax.dot import dot_general
 from fp4jax.implementation import Implementation
+from fp4jax.models.over_mesh import moe_ffn_over_mesh
 from fp4jax.models.scores import causal_recipe
-from fp4jax.moe_ffn import moe_ffn
 from fp4jax.recipe import Recipe
 
 # Of the weights of each GEMM, (*experts, k, n); 1 where tokens are instead.
@@ -59,6 +59,9 @@ class Policy:
   head: Recipe = recipes.BF16
   # Of `moe_ffn`, and of the matmuls whose recipes quantize.
   implementation: Implementation | None = None
+  # Of `moe_ffn`: in how many parts the tokens come, and how many choices a device has room for.
+  token_parts: int = 1
+  capacity_factor: float | None = None
   layers: tuple[LayerRule, ...] = ()
 
   def recipe(self, name: str, layer: int, num_layers: int) -> Recipe:
@@ -137,8 +140,9 @@ class Numerics:
     w2: Float[Array, "e f d"],
     experts: Int[Array, "token k"],
     weights: Float32[Array, "token k"],
-  ) -> Float[Array, "token d"]:
-    """`names` are those of its two GEMMs, which run one recipe."""
+  ) -> tuple[Float[Array, "token d"], Int32[Array, ""] | None]:
+    """Over the mesh around the call, with the number of choices dropped where there is a
+    capacity_factor. `names` are those of its two GEMMs, which run one recipe."""
     (recipe, *first), (second, *then) = map(self._gemm, names)
     if recipe != second:
       raise ValueError(
@@ -146,7 +150,8 @@ class Numerics:
         f" {self.layer}; moe_ffn runs one recipe"
       )
     keys, taps, states = zip(first, then, strict=True)
-    return moe_ffn(
+    bounded = self.policy.capacity_factor is not None
+    out = moe_ffn_over_mesh(
       x,
       w13,
       w2,
@@ -156,8 +161,11 @@ class Numerics:
       keys=keys,
       taps=taps,
       states=states,
+      token_parts=self.policy.token_parts,
+      capacity_factor=self.policy.capacity_factor,
       implementation=self.policy.implementation,
     )
+    return out if bounded else (out, None)
 
   def matmul(self, name: str, x: Float[Array, "*t k"], w: Float[Array, "k n"]) -> Array:
     """x @ w, with w cast to x's dtype."""
