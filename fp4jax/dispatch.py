@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, PyTree, Shaped
 
 from fp4jax.operands import DrawIds, take_rows
@@ -36,8 +37,10 @@ class Dispatch(Protocol):
   def send(self, rows: PyTree[Shaped[Array, "token ..."]]) -> PyTree[Shaped[Array, "r ..."]]:
     """Rows of tokens as they arrive at the experts."""
 
-  def collect(self, rows: Float32[Array, "r d"]) -> Float32[Array, "token d"]:
-    """For each token the sum of the rows that were sent for it."""
+  def collect(
+    self, rows: Float32[Array, "r d"], dtype: DTypeLike = jnp.float32
+  ) -> Float32[Array, "token d"]:
+    """For each token the sum of the rows that were sent for it, each sent back in `dtype`."""
 
   def collect_choices(self, values: Float[Array, "r k"]) -> Float[Array, "token k"]:
     """For each choice the value from the device that had its expert; zero where none had."""
@@ -54,7 +57,7 @@ class Whole:
   def send(self, rows):
     return rows
 
-  def collect(self, rows):
+  def collect(self, rows, dtype=jnp.float32):
     return rows
 
   def collect_choices(self, values):
@@ -111,10 +114,10 @@ class AllToAll:
   def send(self, rows):
     return _exchange(jax.tree.map(lambda x: take_rows(x, self.token_of_slot), rows), self.axis)
 
-  def collect(self, rows):
-    (returned,) = self._returned(rows)
+  def collect(self, rows, dtype=jnp.float32):
+    (returned,) = self._returned(rows.astype(dtype))
     own = jax.vmap(take_rows)(returned, self.slot_of_token)
-    return jnp.sum(own, axis=0)
+    return jnp.sum(own.astype(jnp.float32), axis=0)
 
   def collect_choices(self, values):
     (returned,) = self._returned(values)

@@ -40,16 +40,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from fp4jax import operands as ops
+from fp4jax import quantization as qz
 from fp4jax.arguments import to_arrays
 from fp4jax.dispatch import AllToAll, Choices, Dispatch, Order, Whole
 from fp4jax.ffn_gemms import make_gemms
-from fp4jax.formats import Format
 from fp4jax.formats.roundings import typed
 from fp4jax.grouped import check_recipe
 from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import nan_unless
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.operands import for_pull, take_rows
+from fp4jax.quantizers.quantizer import pad_to_blocks
 from fp4jax.recipe import Recipe, moves_by_rows
 from fp4jax.sharding import (
   Axes,
@@ -235,7 +236,7 @@ def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, s
   token = order.choice_of_row // weights.shape[1]
   w13_read, w2_read = first.keep_weights(w13.astype(dtype)), second.keep_weights(w2.astype(dtype))
 
-  x = _sent(recipe, dispatch, first, x, tapped[0])
+  x = _sent(recipe, implementation, dispatch, first, x, tapped[0])
   h, of_first = first.fprop(x, w13_read, token)
   h = first.keep(h.astype(dtype), residual.hidden)
   a = second.activation(h, recipe.fprop.lhs.source)
@@ -246,7 +247,7 @@ def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, s
   choices = take_rows(y.astype(dtype), order.row_of_choice).reshape(*arrived.shape, -1)
   # Not an einsum: a GPU would round float32 to TF32 there.
   out = jnp.sum(choices.astype(jnp.float32) * arrived[..., None], axis=1)
-  out = dispatch.collect(out).astype(dtype)
+  out = dispatch.collect(out, recipe.payload.sums).astype(dtype)
 
   def keep_weights(w, tensor, forward):  # as they were passed, not their copy in x's dtype
     tensor = dataclasses.replace(tensor, original=w)
@@ -282,7 +283,7 @@ def _bwd(recipe, implementation, mesh, saved, dout):
 
   # g = dgrad(weight * dout) has the numbers of the composed layers, but a weight of zero would hide
   # <dout, y> from its own gradient; so tiny ones go to the other side of the products.
-  dout_sent = _as_sent(recipe.payload.backward, dispatch, dout)
+  dout_sent = _as_sent(recipe.payload.backward, implementation, dispatch, dout)
   weight = take_rows(weights.reshape(-1, 1), order.choice_of_row)
   divisible = jnp.abs(weight) >= SMALLEST_DIVISOR
   before, after = jnp.where(divisible, weight, 1), jnp.where(divisible, 1, weight)
@@ -300,7 +301,8 @@ def _bwd(recipe, implementation, mesh, saved, dout):
   # Not the sum over choices: a select there keeps XLA from fusing what follows.
   dx, dw13, dw2, dweights = (nan_unless(valid, g) for g in (dx, dw13, dw2, dweights))
   dx = take_rows(dx.astype(dtype), order.row_of_choice).reshape(*weights.shape, -1)
-  dx = dispatch.collect(jnp.sum(dx.astype(jnp.float32), axis=1)).astype(dtype)
+  dx = jnp.sum(dx.astype(jnp.float32), axis=1)
+  dx = dispatch.collect(dx, recipe.payload.sums).astype(dtype)
 
   backward = (dgrad_1 | wgrad_1, dgrad_2 | wgrad_2)
   taps = tuple(s and ops.tap_of(s | b) for s, b in zip(summaries, backward, strict=True))
@@ -315,7 +317,7 @@ def _bwd(recipe, implementation, mesh, saved, dout):
 _ffn.defvjp(_fwd, _bwd)
 
 
-def _sent(recipe, dispatch, gemms, x, tapped) -> ops.Tensor:
+def _sent(recipe, implementation, dispatch, gemms, x, tapped) -> ops.Tensor:
   """x as it arrives at the experts, and as it is kept there.
 
   Where all that is read of x is what is kept, that is what travels.
@@ -327,14 +329,15 @@ def _sent(recipe, dispatch, gemms, x, tapped) -> ops.Tensor:
   if kept is not None and fmt in (None, kept) and "original" not in read and not tapped:
     packed = dispatch.send(gemms.keep(x, kept).packed)
     return ops.Tensor(None, packed, packed.shape[:1] + x.shape[1:])
-  return gemms.keep(_as_sent(fmt, dispatch, x), kept)
+  return gemms.keep(_as_sent(fmt, implementation, dispatch, x), kept)
 
 
-def _as_sent(fmt: Format | None, dispatch: Dispatch, x: Float[Array, "token d"]):
+def _as_sent(fmt, implementation, dispatch, x) -> Float[Array, "token d"]:
   """x as it arrives, in its dtype: with a format, rounded to it before."""
   if fmt is None:
     return dispatch.send(x)
-  packed = dispatch.send(ops.Tensor.of(x, fmt).packed)
+  packed = qz.pack_rows(pad_to_blocks(x, fmt, -1), fmt, implementation)
+  packed = dispatch.send(packed)
   return ops.Tensor(None, packed, packed.shape[:1] + x.shape[1:]).read("residual").astype(x.dtype)
 
 

@@ -84,6 +84,13 @@ def _quantize(fmt, axis, rounding, implementation, x, key):
   return dataclasses.replace(pack_blocks(x, fmt, axis, rounding, key), trace=trace)
 
 
+def pack_rows(x: Float[Array, "*s"], fmt: Format, implementation: Implementation) -> QuantizedArray:
+  """`quantize` along the last axis to nearest: with "mosaic" by the kernels where they serve `fmt`.
+  Arguments are not checked, and a gradient is not refused."""
+  named = "xla" if implementation == "xla" else None
+  return dataclasses.replace(_quantize(fmt, -1, "nearest", named, x, None), trace=None)
+
+
 def pack_blocks(
   x: Float[Array, "*s"],
   fmt: Format,

@@ -12,6 +12,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
 from fp4jax import names
 from fp4jax.arguments import check_type
 from fp4jax.formats import Format, is_format
@@ -74,16 +77,23 @@ class Payload:
 
   `forward` is of x, `backward` of the gradient of the result; both arrive in x's dtype. None: as
   they are, or for x as it is kept where nothing else is read of it.
+
+  What returns are a device's sums over its experts, of the result and of dx, in the dtype `sums`.
+  Below float32 they are the one number that depends on which experts share a device.
   """
 
   forward: Format | None = None
   backward: Format | None = None
+  sums: DTypeLike = jnp.float32
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      fmt = getattr(self, field.name)
+    for name in ("forward", "backward"):
+      fmt = getattr(self, name)
       if fmt is not None and not (is_format(fmt) and moves_by_rows(fmt)):
-        raise ValueError(f"payload.{field.name}={fmt!r} is no format whose rows stand alone")
+        raise ValueError(f"payload.{name}={fmt!r} is no format whose rows stand alone")
+    object.__setattr__(self, "sums", jnp.dtype(self.sums))
+    if self.sums not in (jnp.float32, jnp.bfloat16):
+      raise ValueError(f"payload.sums={self.sums.name} is neither float32 nor bfloat16")
 
 
 def moves_by_rows(fmt: Format) -> bool:
