@@ -74,7 +74,7 @@ def plan_of(experts: jax.Array, num_experts: int) -> AllToAll:
 
 
 def programs(mesh: Mesh, num_experts: int) -> dict[tuple[str, str], Callable]:
-  """By payload and what is done, of (x, experts, plan, sums): all that lies in shards."""
+  """By payload and what is done, of (x, experts, plan, what arrived): all in shards."""
   over = functools.partial(jax.shard_map, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
   found = {("", "plan"): over(lambda x, experts, plan, sums: plan_of(experts, num_experts))}
   for name, fmt in PAYLOADS.items():
@@ -82,19 +82,19 @@ def programs(mesh: Mesh, num_experts: int) -> dict[tuple[str, str], Callable]:
     def dispatch(x, experts, plan, sums, fmt=fmt):
       return jax.tree.leaves(widened(plan.send(packed(x, fmt)), fmt))
 
-    def wire(x, experts, plan, sums, fmt=fmt):
-      """As many bytes, without gathers."""
-      like = jax.tree.leaves(jax.eval_shape(lambda x: packed(x, fmt), x))
-      peers = lax.axis_size(AXIS)
-      rows = [lax.pcast(jnp.zeros((peers, *a.shape), a.dtype), AXIS, to="varying") for a in like]
-      return [lax.all_to_all(r, AXIS, 0, 0).reshape(-1, *r.shape[2:]) for r in rows]
+    def wire(x, experts, plan, sums, name=name):
+      """As many bytes from buffers that lie ready."""
+      rows = [r.reshape(lax.axis_size(AXIS), -1, r.shape[1]) for r in sums[name]]
+      return [lax.all_to_all(r, AXIS, 0, 0).reshape(-1, r.shape[2]) for r in rows]
 
     found[name, "dispatch"] = over(dispatch)
     found[name, "wire"] = over(wire)
   for dtype in ("float32", "bfloat16"):
 
     def combine(x, experts, plan, sums, dtype=dtype):
-      return plan.collect(sums.astype(jnp.float32), jnp.dtype(dtype)).astype(jnp.bfloat16)
+      return plan.collect(sums["bf16"][0].astype(jnp.float32), jnp.dtype(dtype)).astype(
+        jnp.bfloat16
+      )
 
     found[dtype, "combine"] = over(combine)
   return found
@@ -182,13 +182,17 @@ def measure(num_experts: int) -> Iterator[dict[str, Any]]:
   shape = {"tokens": _TOKENS.value, "d": d, "experts": num_experts, "top_k": k}
   shape["devices"] = len(devices)
   sums = normal(2, (tokens * len(devices), d))
-  arguments = x, experts, plan, sums
+  ready = {
+    name: jax.tree.leaves(jax.jit(over(lambda x, f=fmt: packed(x, f)))(sums))
+    for name, fmt in PAYLOADS.items()
+  }
+  arguments = x, experts, plan, ready
   compiled = {key: jax.jit(f) for key, f in programs(mesh, num_experts).items()}
   for (payload, part), time_of in in_turns(
     compiled, arguments, _ROUNDS.value, _CALLS.value
   ).items():
     yield shape | {"kind": "exchange", "payload": payload, "part": part} | time_of
-  del sums, arguments, compiled
+  del sums, ready, arguments, compiled
 
   f = _F.value
   w13, w2 = normal(3, (num_experts, d, 2 * f)), normal(4, (num_experts, f, d))

@@ -162,7 +162,8 @@ def _fwd(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state):
     for_pull(forward)._replace(summaries=None),
   )
   out = nan_unless(layout.valid, take_rows(out, layout.rows_out))
-  return out.astype(dtype), saved
+  # JAX takes what a kernel returns for the same on every shard.
+  return vary(out.astype(dtype), varying_axes(lhs, rhs)), saved
 
 
 @one_program(3)
@@ -178,7 +179,7 @@ def _bwd(recipe, implementation, dtype, saved, dy):
   dx = nan_unless(layout.valid, take_rows(dx, layout.rows_out)).astype(lhs_like.dtype)
   dw = nan_unless(layout.valid, dw).astype(rhs_like.dtype)
   states = forward.states | dgrad_states | wgrad_states
-  tap, states = vary((tap, states), axes)
+  dx, dw, tap, states = vary((dx, dw, tap, states), axes)
   return None, dx, dw, None, tap, states
 
 

@@ -266,7 +266,10 @@ def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, s
     tuple(for_pull(f)._replace(summaries=None) for f in (of_first, of_second)),
   )
   # Here and not after `_ffn`, where differentiating a select would save its zeros.
-  return nan_unless(valid, out), saved
+  out = nan_unless(valid, out)
+  # JAX takes what a kernel returns for the same on every shard.
+  (out, tensors), others = vary((out, saved[:4]), varying_axes(operands)), saved[4:]
+  return out, (*tensors, *others)
 
 
 @one_program(3)
@@ -311,7 +314,8 @@ def _bwd(recipe, implementation, mesh, saved, dout):
     forwards[1].states | dgrad_states_2 | wgrad_states_2,
   )
   gradients = dx, dw13.astype(w13_like.dtype), dw2.astype(w2_like.dtype), dweights
-  return *gradients, None, None, *vary((taps, states), varying_axes(dout))
+  gradients, taps, states = vary((gradients, taps, states), varying_axes(dout))
+  return *gradients, None, None, taps, states
 
 
 _ffn.defvjp(_fwd, _bwd)
