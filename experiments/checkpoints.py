@@ -1,62 +1,78 @@
 """Checkpoints of one run: Orbax writes the arrays, a manifest proves them whole, a rename counts.
 
-  folder/00000100/state/          the arrays by leaf name, a plain Orbax PyTree checkpoint
-  folder/00000100/manifest.json   step, metadata, leaves, and size and SHA-256 of every file
+  folder/00000100/state/          the arrays by leaf name, an Orbax PyTree checkpoint
+  folder/00000100/manifest.json   step, metadata, leaves, size and SHA-256 of every file in state
 
-Until its last rename a checkpoint is `00000100.tmp`, which nothing reads and the next save removes:
-kill -9 at any moment leaves the earlier checkpoints as they were. Orbax restores arrays with
-flipped bytes without a word, so it opens no file before every hash agrees. Its CheckpointManager
-would save an eighth of these lines: it proves nothing, and meets damage with tracebacks.
+Every process writes its own shards, in the background; once all have, process 0 hashes the files,
+writes the manifest and renames. Until then the checkpoint is `00000100.orbax-checkpoint-tmp`, which
+nothing reads and the next save removes: kill -9 of any process at any moment leaves the earlier
+checkpoints as they were. Orbax restores arrays with flipped bytes without a word, so it opens no
+file before every hash agrees: hashes of files, because they are known before anything is restored,
+whatever the mesh. All processes share in checking them, and pass over what one finds damaged.
+Orbax's CheckpointManager proves nothing, and meets damage with tracebacks.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
+import logging as python_logging
 import os
 import re
 import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
 from experiments import logs
+from experiments.processes import Group
 
 _MANIFEST = "manifest.json"
+_PARTIAL = ".orbax-checkpoint-tmp"
 _BASE_BYTES = 128 << 10  # room on the disk beside the data: for any checkpoint
 _LEAF_BYTES = 2 << 10  # and for each of its leaves
 
 
 class Checkpoints:
-  """The newest `keep` checkpoints in `folder`, written by one process at a time.
+  """The newest `keep` checkpoints in `folder`, written by all processes of `group` together.
 
-  A state is any pytree of jax.Arrays; it is restored bit for bit, to the default device.
+  A state is any pytree of jax.Arrays, with several processes arrays over the devices of all; it is
+  restored bit for bit, to any sharding. The methods are called by all processes.
   """
 
-  def __init__(self, folder: str | os.PathLike, keep: int):
+  def __init__(self, folder: str | os.PathLike, keep: int, group: Group | None = None):
     if keep < 1:
       raise ValueError(f"{keep=} must be at least 1")
     self._folder = Path(folder).absolute()
     self._keep = keep
+    self._group = group or Group()
     self._damaged: set[int] = set()  # passed over by restore_latest; the next save removes them
-    with _quiet_orbax():
-      self._orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    self._writing: int | None = None  # the step that is being written
+    self._content: dict[str, Any] = {}  # of its manifest, but for the files
+    logging.get_absl_logger().addFilter(_not_of_orbax)
+    self._orbax = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(),
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._prove),
+      checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False),
+    )
 
   def latest_step(self) -> int | None:
-    """Step of the newest checkpoint, without those that restore_latest found damaged."""
+    """Step of the newest checkpoint that is on the disk, without those that restore_latest found
+    damaged."""
     return max(set(self._steps()) - self._damaged, default=None)
 
   def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-    """Returns with the checkpoint on the disk, then removes all but the newest `keep`.
+    """Returns once `state` is copied and may be donated; it is written while training goes on.
 
-    Raises ValueError for a step not after the latest and for metadata that JSON would change,
-    OSError when the files can't be written: the earlier checkpoints are then all still there.
+    Waits for the save before, whose errors it raises. Raises ValueError for a step not after the
+    latest and for metadata that JSON would change, OSError when there is no room: the earlier
+    checkpoints are then all still there.
     """
+    self.wait()
     latest = self.latest_step()
     if latest is not None and step <= latest:
       raise ValueError(f"{step=} is not after the latest checkpoint, {latest}, in {self._folder}")
@@ -68,46 +84,65 @@ class Checkpoints:
         raise TypeError(f"leaf {name!r} must be a jax.Array of numbers, not {leaf!r:.60}")
       if leaf.size == 0:
         raise ValueError(f"leaf {name!r} is {_describe(leaf)}; Orbax saves no empty arrays")
-    partial = self._path(step).with_suffix(".tmp")
+    self._content = {
+      "step": step,
+      "metadata": metadata,
+      "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
+    }
+    self._writing = step
     try:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      self._remove_rubbish()
-      self._write(partial, step, leaves, metadata)
-      os.replace(partial, self._path(step))
-      logs.sync_folder(self._folder)
+      if self._group.index == 0:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._remove_rubbish()
+      self._damaged = set()
+      self._group.gather(None)
+      self._check_room(leaves)
+      self._orbax.save(self._path(step), args=ocp.args.Composite(state=ocp.args.PyTreeSave(leaves)))
+    except (OSError, ValueError) as error:
+      raise self._failed(error) from error
+
+  def wait(self) -> None:
+    """Returns once the last save is on the disk, and removes all but the newest `keep`.
+
+    Raises OSError, with the step, when it can't be written.
+    """
+    try:
+      self._orbax.wait_until_finished()
+      if self._writing is not None and self._group.index == 0:
+        logs.sync_folder(self._folder)
+        for old in sorted(self._steps())[: -self._keep]:
+          self._remove(old)
     except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
-      shutil.rmtree(partial, ignore_errors=True)  # Orbax's threads may still be writing there
-      raise OSError(
-        f"cannot save the checkpoint of step {step} in {self._folder}: {_reason(error)}"
-      ) from error
-    for old in sorted(self._steps())[: -self._keep]:
-      self._remove(old)
+      raise self._failed(error) from error
+    self._writing = None
 
   def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """(step, state, metadata) of the newest whole checkpoint; None when there is no checkpoint.
 
     `abstract_state` has the state's tree, shapes and dtypes, as jax.eval_shape gives it, or is a
-    function of the step that gives it. A damaged checkpoint is passed over with a warning. Raises
-    OSError when all are damaged, ValueError when the leaves saved are not those of
+    function of the step that gives it. A leaf with a sharding is restored to it, each device
+    reading its part, another to the default device. A damaged checkpoint is passed over with a
+    warning. Raises OSError when all are damaged, ValueError when the leaves saved are not those of
     `abstract_state`. Writes nothing.
     """
+    self.wait()
     damage: dict[int, str] = {}
-    for step in sorted(self._steps(), reverse=True):
+    for step in self._group.gather(sorted(self._steps(), reverse=True))[0]:
       path = self._path(step)
       try:
-        manifest = _checked_manifest(path)
+        manifest, reason = _checked_manifest(path, self._group), None
       except _DamageError as error:
-        damage[step] = str(error)
-        logging.warning("checkpoint of step %d in %s is damaged: %s", step, self._folder, error)
+        reason = str(error)
+      reason = next(filter(None, self._group.gather(reason)), None)
+      if reason is not None:
+        damage[step] = reason
+        logging.warning("checkpoint of step %d in %s is damaged: %s", step, self._folder, reason)
         continue
       abstract = abstract_state(step) if callable(abstract_state) else abstract_state
       wanted = _named_leaves(abstract)
       _check_leaves(manifest["leaves"], wanted, path)
-      with _quiet_orbax():
-        saved = self._orbax.restore(path / "state", args=ocp.args.PyTreeRestore())
-      arrays = [jax.device_put(saved[name]) for name in wanted]
       self._damaged = set(damage)
-      state = jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+      state = jax.tree.unflatten(jax.tree.structure(abstract), _read(path / "state", wanted))
       return step, state, manifest["metadata"]
     if damage:
       found = "; ".join(f"step {step}: {reason}" for step, reason in damage.items())
@@ -118,11 +153,17 @@ class Checkpoints:
     return None
 
   def close(self) -> None:
-    with _quiet_orbax():
+    """Waits for the last save; raises its error."""
+    try:
+      self.wait()
+    finally:
       self._orbax.close()
 
   def _path(self, step: int) -> Path:
     return self._folder / f"{step:08d}"
+
+  def _partial(self, step: int) -> Path:
+    return self._folder / f"{step:08d}{_PARTIAL}"
 
   def _matching(self, pattern: str) -> list[Path]:
     if not self._folder.is_dir():
@@ -133,21 +174,18 @@ class Checkpoints:
     return [int(path.name) for path in self._matching(r"\d{8,}")]
 
   def _remove(self, step: int) -> None:
-    rubbish = self._path(step).with_suffix(".tmp")  # so that no half-removed checkpoint is read
+    rubbish = self._partial(step)  # so that no half-removed checkpoint is read
     os.replace(self._path(step), rubbish)
     shutil.rmtree(rubbish)
 
   def _remove_rubbish(self) -> None:
-    for path in self._matching(r"\d{8,}\.tmp"):
+    for path in self._matching(rf"\d{{8,}}(\.tmp|{re.escape(_PARTIAL)})"):
       shutil.rmtree(path)
     for step in self._damaged:
       self._remove(step)
-    self._damaged = set()
 
-  def _write(
-    self, path: Path, step: int, leaves: dict[str, jax.Array], metadata: dict[str, Any]
-  ) -> None:
-    # Looked at first because Orbax's threads meet both limits with pages of tracebacks.
+  def _check_room(self, leaves: dict[str, jax.Array]) -> None:
+    """Looked at first because Orbax's threads meet both limits with pages of tracebacks."""
     need = sum(leaf.nbytes + _LEAF_BYTES for leaf in leaves.values()) + _BASE_BYTES
     free = shutil.disk_usage(self._folder).free
     if free < need:
@@ -155,29 +193,33 @@ class Checkpoints:
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limit != resource.RLIM_INFINITY and limit < need:
       raise OSError(errno.EFBIG, f"files are limited to {limit} bytes, {need} may be needed")
-    arrays = dict(zip(leaves, jax.device_get(list(leaves.values())), strict=True))
-    path.mkdir()
-    with _quiet_orbax():
-      self._orbax.save(path / "state", args=ocp.args.PyTreeSave(arrays))
-    content = {
-      "step": step,
-      "metadata": metadata,
-      "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
-      "files": {
-        file.relative_to(path).as_posix(): _fingerprint(file)
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-      },
+
+  def _prove(self) -> None:
+    """Called by Orbax in process 0 when all have written, before the rename."""
+    path = self._partial(self._content["step"])
+    files = {
+      file.relative_to(path).as_posix(): _fingerprint(file)
+      for file in sorted((path / "state").rglob("*"))
+      if file.is_file()
     }
+    content = self._content | {"files": files}
     logs.write_json(path / _MANIFEST, {"sha256": _digest(content), "content": content})
+
+  def _failed(self, error: OSError | ValueError) -> OSError:
+    step, self._writing = self._writing, None
+    if self._group.index == 0:
+      shutil.rmtree(
+        self._partial(step), ignore_errors=True
+      )  # Orbax's threads may still write there
+    return OSError(f"cannot save the checkpoint of step {step} in {self._folder}: {_reason(error)}")
 
 
 class _DamageError(Exception):
   """A checkpoint's files are not those that were saved."""
 
 
-def _checked_manifest(path: Path) -> dict[str, Any]:
-  """The manifest's content, after comparing it and every file with what was saved."""
+def _checked_manifest(path: Path, group: Group) -> dict[str, Any]:
+  """The manifest's content; it, and this process's share of the files, are what was saved."""
   try:
     manifest = json.loads((path / _MANIFEST).read_bytes())
     content, digest = manifest["content"], manifest["sha256"]
@@ -187,7 +229,7 @@ def _checked_manifest(path: Path) -> dict[str, Any]:
     raise _DamageError(f"{_MANIFEST} is not a manifest: {error!r}") from error
   if _digest(content) != digest:
     raise _DamageError(f"{_MANIFEST} has changed since it was saved")
-  for name, saved in content["files"].items():
+  for name, saved in list(content["files"].items())[group.index :: group.count]:
     try:
       found = _fingerprint(path / name)
     except OSError as error:
@@ -197,6 +239,20 @@ def _checked_manifest(path: Path) -> dict[str, Any]:
     if found != saved:
       raise _DamageError(f"{name} has changed since it was saved")
   return content
+
+
+def _read(path: Path, wanted: dict[str, Any]) -> list[jax.Array]:
+  """The arrays of the leaves `wanted`, in their order, where their shardings say."""
+  arguments = {
+    name: ocp.RestoreArgs(restore_type=np.ndarray)
+    if getattr(leaf, "sharding", None) is None
+    else ocp.ArrayRestoreArgs(sharding=leaf.sharding)
+    for name, leaf in wanted.items()
+  }
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    found = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
+  arrays = [found[name] for name in wanted]
+  return [jax.device_put(array) if isinstance(array, np.ndarray) else array for array in arrays]
 
 
 def _check_leaves(saved: dict[str, str], wanted: dict[str, Any], path: Path) -> None:
@@ -244,12 +300,6 @@ def _reason(error: OSError | ValueError) -> str:
   return getattr(error, "strerror", None) or str(error)
 
 
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
+def _not_of_orbax(record: python_logging.LogRecord) -> bool:
   """Orbax logs 20 lines a save, and tracebacks for errors that it raises as well."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.FATAL)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(verbosity)
+  return "orbax" not in Path(record.pathname).parts

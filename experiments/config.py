@@ -108,6 +108,17 @@ class Optimizer:
   stable_spam: StableSpam = dataclasses.field(default_factory=StableSpam)
 
 
+@dataclasses.dataclass
+class Distributed:
+  """Which of several processes this is; no part of the experiment, which others may go on with."""
+
+  coordinator: str | None = None  # host:port where process 0 meets the others; None: one process
+  num_processes: int | None = None
+  process_id: int | None = None  # 0 to num_processes - 1
+  initialization_timeout: int = 300  # seconds until all have met
+  heartbeat_timeout: int = 30  # seconds until a machine that vanished is missed
+
+
 ALL_GEMMS = Names(("fprop", "dgrad", "wgrad"))
 ALL_RECIPES = Names(("bf16", "fp8", "mxfp4", "mxfp4_rht_sr", "hopper_fp4"))
 
@@ -134,6 +145,7 @@ class Experiment:
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   quantize: Quantize = dataclasses.field(default_factory=Quantize)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  distributed: Distributed = dataclasses.field(default_factory=Distributed)
 
   def recipes_of(self, run: str) -> tuple[tuple[int, Recipe], ...]:
     """The recipes of the run of that name, each with the step from which it trains."""
@@ -217,6 +229,7 @@ def validate(config: Experiment) -> None:
       if not (holds(value) and (value is None or math.isfinite(value))):
         raise ValueError(f"{name}={value} is not {allowed}")
   _validate_final(config)
+  validate_distributed(config.distributed)
   kept = config.quantize.first_bf16 + config.quantize.last_bf16
   if kept > config.model.num_layers:
     raise ValueError(
@@ -237,6 +250,35 @@ def validate(config: Experiment) -> None:
     )
   if config.model.dtype not in ("bfloat16", "float32"):
     raise ValueError(f"model.dtype={config.model.dtype!r} is not 'bfloat16' or 'float32'")
+
+
+def validate_distributed(settings: Distributed) -> None:
+  """Raises ValueError for settings that are not those of one of `num_processes` processes."""
+  for name in ("initialization_timeout", "heartbeat_timeout"):
+    if (value := getattr(settings, name)) < 1:
+      raise ValueError(f"distributed.{name}={value} is not at least 1")
+  names = ("coordinator", "num_processes", "process_id")
+  missing = [f"distributed.{name}" for name in names if getattr(settings, name) is None]
+  if missing and len(missing) < len(names):
+    raise ValueError(f"{', '.join(missing)} not given; give all of {', '.join(names)}, or none")
+  if missing:
+    return
+  address_of(settings.coordinator)
+  if settings.num_processes < 1:
+    raise ValueError(f"distributed.num_processes={settings.num_processes} is not at least 1")
+  if not 0 <= settings.process_id < settings.num_processes:
+    raise ValueError(
+      f"distributed.process_id={settings.process_id} is not from 0 to "
+      f"{settings.num_processes - 1}, as distributed.num_processes={settings.num_processes} asks"
+    )
+
+
+def address_of(coordinator: str) -> tuple[str, int]:
+  """(host, port) of `host:port`."""
+  host, _, port = coordinator.rpartition(":")
+  if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
+    raise ValueError(f"distributed.coordinator={coordinator!r} is not host:port")
+  return host, int(port)
 
 
 def _check_types(config: Experiment) -> None:
@@ -284,8 +326,9 @@ def why_not_longer(config: Experiment) -> str | None:
 
 
 def to_dict(config: Experiment) -> dict[str, Any]:
-  """Nested plain values, as written to config.json."""
+  """Nested plain values, as written to config.json: what belongs to the experiment."""
   fields = dataclasses.asdict(config)
+  del fields["distributed"]
   return {name: list(v) if isinstance(v, Names) else v for name, v in fields.items()}
 
 

@@ -68,6 +68,7 @@ def train_run(
       start, state, metadata = restored
       offsets = metadata["offsets"]
       logging.info("%s resumes from its checkpoint of step %d", run.name, start)
+    saved = restored and start
     rows = {name: closing(log) for name, log in run.open_logs(offsets).items()}
     board = closing(logs.TensorBoard(run.folder / "tensorboard", start + 1 if restored else None))
 
@@ -91,9 +92,11 @@ def train_run(
       return found
 
     def save(step: int) -> None:
+      nonlocal saved
       lengths = {name: log.sync() for name, log in rows.items()}
-      if config.checkpoint_every and checkpoints.latest_step() != step:
+      if config.checkpoint_every and saved != step:
         checkpoints.save(step, state, {"offsets": lengths})
+        saved = step
 
     progress.start(run.name, config.steps, start)
     if start == 0:

@@ -15,6 +15,8 @@ import numpy as np
 import optax
 import pytest
 from absl import logging
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from experiments import checkpoints
 
@@ -62,6 +64,7 @@ def saved(tmp_path):
   manager = checkpoints.Checkpoints(tmp_path / "ck", keep=2)
   for step, state in states.items():
     manager.save(step, state, {"metrics_bytes": step})
+  manager.wait()
   yield tmp_path / "ck", manager, states
   manager.close()
 
@@ -84,6 +87,94 @@ def test_restores_the_same_bits(saved):
   again.close()
 
 
+def sharded(state, devices: int, axis: int):
+  """Every array that divides into `devices` parts along `axis` in parts, the others on each."""
+  mesh = jax.make_mesh((devices,), ("x",), devices=jax.devices()[:devices])
+
+  def sharding(leaf):
+    divides = leaf.ndim > axis and leaf.shape[axis] % devices == 0
+    return NamedSharding(mesh, P(*[None] * axis, "x") if divides else P())
+
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(leaf)), state
+  )
+
+
+@pytest.mark.parametrize("meshes", [((4, 0), (2, 1)), ((2, 1), (1, 0)), ((1, 0), (4, 1)), None])
+def test_restores_onto_another_mesh(tmp_path, meshes):
+  state = make_state(1)
+  there, here = ((4, 0), None) if meshes is None else meshes
+  placed = jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), state, sharded(state, *there))
+  assert len(placed["params"]["blocks"][0]["w"].devices()) == there[0]
+  manager = checkpoints.Checkpoints(tmp_path, keep=1)
+  manager.save(1, placed, {})
+  wanted = abstract(state) if here is None else sharded(state, *here)
+  _, found, _ = manager.restore_latest(wanted)
+  manager.close()
+  assert_same(found, state)
+  if here:
+    for leaf, asked in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+      assert leaf.sharding.is_equivalent_to(asked.sharding, leaf.ndim)
+  else:
+    assert {leaf.committed for leaf in jax.tree.leaves(found)} == {False}
+
+
+def test_a_state_can_be_donated_as_soon_as_save_returns(tmp_path, monkeypatch):
+  written = threading.Event()
+  hold(monkeypatch, written)
+  manager = checkpoints.Checkpoints(tmp_path, keep=1)
+  overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 + 7, s), donate_argnums=0)
+  state = {str(i): jnp.arange(1 << 21, dtype=jnp.float32) + i for i in range(4)}
+  kept = jax.tree.map(np.array, state)
+  manager.save(1, state, {})
+  for _ in range(3):
+    state = overwrite(state)
+  jax.block_until_ready(state)
+  written.set()
+  _, found, _ = manager.restore_latest(abstract(state))
+  manager.close()
+  assert_same(found, jax.tree.map(jnp.asarray, kept))
+
+
+def hold(monkeypatch, written: threading.Event):
+  """Saves end only once `written` is set."""
+  fingerprint = checkpoints._fingerprint
+  monkeypatch.setattr(checkpoints, "_fingerprint", lambda f: written.wait(20) and fingerprint(f))
+
+
+def test_a_save_goes_on_in_the_background(tmp_path, monkeypatch):
+  written = threading.Event()
+  hold(monkeypatch, written)
+  manager = checkpoints.Checkpoints(tmp_path, keep=1)
+  manager.save(1, {"x": jnp.ones(4)}, {})
+  assert manager.latest_step() is None
+  assert os.listdir(tmp_path) == ["00000001.orbax-checkpoint-tmp"]
+  written.set()
+  manager.save(2, {"x": jnp.ones(4)}, {})  # waits for the first
+  assert manager.latest_step() == 1
+  manager.close()
+  assert os.listdir(tmp_path) == ["00000002"]
+
+
+@pytest.mark.parametrize("raised_by", ["save", "close"])
+def test_the_next_call_raises_what_went_wrong_in_the_background(tmp_path, monkeypatch, raised_by):
+  def broken(file):
+    raise OSError(5, "Input/output error")
+
+  manager = checkpoints.Checkpoints(tmp_path, keep=2)
+  manager.save(1, {"x": jnp.ones(4)}, {})
+  manager.wait()
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints, "_fingerprint", broken)
+    manager.save(2, {"x": jnp.ones(4)}, {})
+    with pytest.raises(OSError, match=r"checkpoint of step 2 in .*: Input/output error"):
+      manager.close() if raised_by == "close" else manager.save(3, {"x": jnp.ones(4)}, {})
+  assert os.listdir(tmp_path) == ["00000001"]
+  manager.save(3, {"x": jnp.ones(4)}, {})
+  manager.close()
+  assert manager.latest_step() == 3
+
+
 def test_restored_arrays_can_be_donated(saved):
   _, manager, states = saved
   _, state, _ = manager.restore_latest(abstract(states[20]))
@@ -100,6 +191,7 @@ def test_keeps_the_newest(tmp_path):
   assert not (tmp_path / "new").exists()  # looking writes nothing
   for step in (1, 2, 30, 123_456_789):
     manager.save(step, state, {})
+    manager.wait()
     assert manager.latest_step() == step
   assert sorted(os.listdir(tmp_path / "new" / "ck")) == ["00000002", "00000030", "123456789"]
   manager.close()
@@ -158,7 +250,9 @@ def flip(file: Path):
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 def test_damage_to_any_file_is_found(saved, absl_log, damage):
   folder, manager, states = saved
-  files = [f for f in (folder / "00000020").rglob("*") if f.is_file() and f.stat().st_size]
+  checkpoint = folder / "00000020"
+  files = [checkpoint / "manifest.json", *(checkpoint / "state").rglob("*")]  # what is read
+  files = [f for f in files if f.is_file() and f.stat().st_size]
   assert len(files) > 5
   for file in files:
     content = file.read_bytes()
@@ -204,6 +298,7 @@ def test_a_damaged_checkpoint_can_be_saved_again(saved):
   assert manager.restore_latest(abstract(states[10]))[0] == 10
   assert manager.latest_step() == 10
   manager.save(20, states[10], {"again": 1})
+  manager.wait()
   step, state, metadata = manager.restore_latest(abstract(states[10]))
   assert (step, metadata) == (20, {"again": 1})
   assert_same(state, states[10])
@@ -245,11 +340,13 @@ def test_another_state_is_no_damage(saved):
 
 def test_leftovers_of_a_killed_save_are_ignored_then_removed(saved):
   folder, manager, states = saved
-  shutil.copytree(folder / "00000020", folder / "00000030.tmp")
+  for suffix in (".orbax-checkpoint-tmp", ".tmp"):  # as Orbax names it, as earlier versions did
+    shutil.copytree(folder / "00000020", folder / f"00000030{suffix}")
   (folder / "notes.tmp").write_text("mine")
   assert manager.latest_step() == 20
   assert manager.restore_latest(abstract(states[20]))[0] == 20
   manager.save(40, states[20], {})
+  manager.wait()
   assert sorted(os.listdir(folder)) == ["00000020", "00000040", "notes.tmp"]
 
 
@@ -269,8 +366,8 @@ restored = manager.restore_latest(jax.eval_shape(lambda: state(0)))
 step = restored[0] if restored else 0
 while True:
   step += 1
-  manager.save(step, state(step), {"step": step})
-  print(step, flush=True)
+  manager.save(step, state(step), {"step": step})  # waits for the one before
+  print(step - 1, flush=True)
 """
 
 
@@ -312,12 +409,14 @@ manager = checkpoints.Checkpoints(folder, keep=3)
 rng = np.random.default_rng(0)
 state = {str(i): jax.numpy.asarray(rng.integers(0, 256, 500_000, np.uint8)) for i in range(3)}
 manager.save(1, state, {"n": 1})
+manager.wait()
 if kind == "size limit":
   resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
 elif kind == "full, unforeseen":
   shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12)
 try:
   manager.save(2, state, {"n": 2})
+  manager.wait()
 except OSError as error:
   print(json.dumps(str(error)))
 print(json.dumps(os.listdir(folder)))
@@ -326,6 +425,7 @@ step, restored, metadata = manager.restore_latest(jax.eval_shape(lambda: state))
 assert step == manager.latest_step() == 1 and metadata == {"n": 1}, step
 assert all(np.array_equal(a, b) for a, b in zip(restored.values(), state.values(), strict=True))
 manager.save(3, {"small": jax.numpy.ones(4)}, {})
+manager.close()
 print(json.dumps(sorted(os.listdir(folder))))
 """
 

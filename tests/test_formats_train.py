@@ -57,9 +57,10 @@ def test_every_format_trains_is_probed_and_resumes(tmp_path):
   assert {row["format"] for row in rows} == set(formats.FORMATS)
   assert all(5 < row["sqnr_db"] < 60 for row in rows)
 
-  Checkpoints(tmp_path, 1).save(1, states[1], {})
+  saved = Checkpoints(tmp_path, 1)
+  saved.save(1, states[1], {})
   again = make_trainer(CONFIG, 50, policy)
-  _, found, _ = Checkpoints(tmp_path, 1).restore_latest(jax.eval_shape(again.init, seed))
+  _, found, _ = saved.restore_latest(jax.eval_shape(again.init, seed))
   found, scalars = again.step(found, batch(1), seed)
   jax.tree.map(np.testing.assert_array_equal, found, states[2])
   assert np.isfinite(scalars["loss"])

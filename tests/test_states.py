@@ -176,10 +176,9 @@ def test_evaluation_gradients_and_probes_read_the_states(trained):
 
 def test_states_are_saved(trained, tmp_path):
   trainer, _, state = trained
-  Checkpoints(tmp_path, 1).save(3, state, {})
-  step, found, _ = Checkpoints(tmp_path, 1).restore_latest(
-    lambda step: jax.eval_shape(trainer.init, jnp.int32(step))
-  )
+  saved = Checkpoints(tmp_path, 1)
+  saved.save(3, state, {})
+  step, found, _ = saved.restore_latest(lambda step: jax.eval_shape(trainer.init, jnp.int32(step)))
   assert step == 3 and isinstance(found, TrainState) and len(jax.tree.leaves(found.quantizers)) == 2
   jax.tree.map(np.testing.assert_array_equal, found, state)
 
@@ -213,9 +212,10 @@ def test_a_resumed_step_of_each_quantizer_with_state_is_the_same(recipe, tmp_pat
   for step in range(3):
     before = jax.tree.map(jnp.copy, states[-1])
     states.append(trainer.step(before, batch(step), jnp.int32(0))[0])
-  Checkpoints(tmp_path, 1).save(2, states[2], {})
+  saved = Checkpoints(tmp_path, 1)
+  saved.save(2, states[2], {})
   again = make_trainer(CONFIG, 50, Policy(experts=recipe))
-  _, found, _ = Checkpoints(tmp_path, 1).restore_latest(jax.eval_shape(again.init, jnp.int32(0)))
+  _, found, _ = saved.restore_latest(jax.eval_shape(again.init, jnp.int32(0)))
   found, scalars = again.step(found, batch(2), jnp.int32(0))
   jax.tree.map(np.testing.assert_array_equal, found, states[3])
   assert np.isfinite(scalars["loss"])
