@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grain
+import jax
 import numpy as np
 import tokenizers
 
@@ -98,9 +99,15 @@ def load_corpus(config: config_lib.Data) -> Corpus:
 
 
 def batches(
-  corpus: Corpus, config: config_lib.Data, seed: int, split: Literal["train", "validation"]
+  corpus: Corpus,
+  config: config_lib.Data,
+  seed: int,
+  split: Literal["train", "validation"],
+  sharding: jax.sharding.Sharding | None = None,
 ) -> grain.MapDataset:
   """`dataset[step]` is int32[batch_size, sequence_length + 1]: inputs [:, :-1], targets [:, 1:].
+
+  With `sharding` it is a jax.Array so sharded, of which each process reads its own windows alone.
 
   Window i starts at token i * sequence_length, so every token but the first is a target once.
   train: all windows in an order drawn from `seed`, a new order every epoch, without end.
@@ -118,10 +125,15 @@ def batches(
     tokens, order = corpus.validation, grain.MapDataset.source(_spread(n))
   offsets = np.arange(length + 1)
 
-  def gather(windows: np.ndarray) -> np.ndarray:
-    return tokens[windows[:, None] * length + offsets].astype(np.int32)
+  def read(windows: np.ndarray, columns: slice = slice(None)) -> np.ndarray:
+    return tokens[windows[:, None] * length + offsets[columns]].astype(np.int32)
 
-  return order.batch(config.batch_size, drop_remainder=True).map(gather)
+  def place(windows: np.ndarray) -> jax.Array:
+    part = lambda index: read(windows[index[0]], index[1])  # noqa: E731
+    return jax.make_array_from_callback((len(windows), length + 1), sharding, part)
+
+  batched = order.batch(config.batch_size, drop_remainder=True)
+  return batched.map(read if sharding is None else place)
 
 
 def _check_settings(config: config_lib.Data) -> None:

@@ -63,6 +63,17 @@ class JsonLines:
     self._file.close()
 
 
+class Nowhere:
+  """What a process writes to that is not the first of several."""
+
+  def write(self, *_: Any) -> None: ...
+
+  def sync(self) -> int:
+    return 0
+
+  def close(self) -> None: ...
+
+
 class Rewritten(JsonLines):
   """A .jsonl file written anew: a place that can't be written is refused at once, and what it held
   stays until there is a first row. `header` is written before that."""

@@ -14,6 +14,7 @@ from experiments import data, logs, probes
 from experiments.checkpoints import Checkpoints
 from experiments.config import Experiment
 from experiments.optimizers import learning_rate
+from experiments.processes import Group
 from experiments.train import Trainer
 from experiments.workdir import LOGS, Run
 
@@ -33,15 +34,18 @@ def train_run(
   phases: Sequence[tuple[int, Trainer]],
   progress: logs.Progress,
   asked_to_stop: Callable[[], int | None],
+  group: Group | None = None,
 ) -> None:
-  """Trains `run` to its end.
+  """Trains `run` to its end, with all processes of `group`, of which the first writes.
 
   `phases` are trainers with the step from which each trains, the first at 0: what is measured after
   a step runs under the policy of the next one, after the last step under the last policy.
   Rows behind the checkpoint from which the run resumes are from a process that died, and are cut
-  off. `asked_to_stop` tells the number of the signal that did.
+  off. `asked_to_stop` tells the number of the signal that did; all processes stop after the step in
+  which one of them was asked.
   """
-  if stop := asked_to_stop():
+  group = group or Group()
+  if stop := _first(group.gather(asked_to_stop())):
     raise Interrupted(f"stopped before {run.name}; the same command goes on from there", stop)
   seed = jnp.int32(run.seed)
   train = data.batches(corpus, config.data, run.seed, "train")
@@ -55,7 +59,7 @@ def train_run(
 
   with contextlib.ExitStack() as stack:
     closing = lambda resource: stack.enter_context(contextlib.closing(resource))  # noqa: E731
-    checkpoints = closing(Checkpoints(run.folder / "checkpoints", config.checkpoints_kept))
+    checkpoints = closing(Checkpoints(run.folder / "checkpoints", config.checkpoints_kept, group))
     restored = checkpoints.restore_latest(lambda step: jax.eval_shape(trainer_of(step).init, seed))
     if restored is None:
       if (step := run.finished_at()) is not None:
@@ -69,8 +73,11 @@ def train_run(
       offsets = metadata["offsets"]
       logging.info("%s resumes from its checkpoint of step %d", run.name, start)
     saved = restored and start
-    rows = {name: closing(log) for name, log in run.open_logs(offsets).items()}
-    board = closing(logs.TensorBoard(run.folder / "tensorboard", start + 1 if restored else None))
+    if group.index == 0:
+      rows = {name: closing(log) for name, log in run.open_logs(offsets).items()}
+      board = closing(logs.TensorBoard(run.folder / "tensorboard", start + 1 if restored else None))
+    else:
+      rows, board = dict.fromkeys(LOGS, logs.Nowhere()), logs.Nowhere()
 
     def write(log: str, step: int, row: dict) -> None:
       rows[log].write(label | {"step": step} | row)
@@ -108,6 +115,7 @@ def train_run(
       began = time.perf_counter()
       state, scalars = trainer_of(step).step(state, batch, seed)
       following = train[step + 1]  # gathered while the device computes
+      stop = _first(group.gather(asked_to_stop()))  # as is this
       scalars = jax.device_get(scalars)
       step_time = time.perf_counter() - began
       load = scalars.pop("expert_load", None)
@@ -140,7 +148,6 @@ def train_run(
       if config.probe_every and (done % config.probe_every == 0 or last):
         probe(done, validation[0])
       batch = following
-      stop = asked_to_stop()
       if last or stop or (config.checkpoint_every and done % config.checkpoint_every == 0):
         save(done)
       if stop and not last:
@@ -153,4 +160,11 @@ def train_run(
           stop,
         )
     progress.end()
-  run.finish(done, diverged)
+  if group.index == 0:
+    run.finish(done, diverged)
+  group.gather(None)  # none begins the next run, or a report, before
+
+
+def _first(numbers: Sequence[int | None]) -> int | None:
+  """Of the signal that a process was sent."""
+  return next(filter(None, numbers), None)

@@ -177,28 +177,28 @@ def _accept(
     server = socket.create_server((host, port), backlog=count)
   except OSError as error:
     raise OSError(f"process 0 cannot listen at {host}:{port}: {error}") from error
-  met = {}
+  met, connected = {}, []
   try:
     with server:
       while len(met) < count - 1:
         server.settimeout(max(deadline - time.monotonic(), 0.1))
-        found = _connection(server.accept()[0])
-        if not found.poll(_HELLO_SECONDS):
+        connected.append(_connection(server.accept()[0]))
+        if not connected[-1].poll(_HELLO_SECONDS):
           raise OSError(f"who connects to {host}:{port} does not say which process it is")
-        index, theirs = json.loads(found.recv_bytes())
+        index, theirs = json.loads(connected[-1].recv_bytes())
         if theirs != count:
           raise OSError(f"process {index} counts {theirs} processes, process 0 counts {count}")
         if index in met:
           raise OSError(f"two processes are distributed.process_id={index}")
-        met[index] = found
+        met[index] = connected[-1]
     return met
   except (OSError, EOFError, ValueError) as error:
     missing = ", ".join(str(i) for i in range(1, count) if i not in met)
     late = f"{len(met) + 1} of {count} processes met at {where}; missing: {missing}"
     reason = late if isinstance(error, TimeoutError) else str(error)
-    for found in met.values():
+    for each in connected:
       with contextlib.suppress(OSError):
-        found.send_bytes(json.dumps({"end": reason}).encode())
+        each.send_bytes(json.dumps({"end": reason}).encode())
     raise OSError(reason) from error
 
 

@@ -5,6 +5,11 @@
 
 The same command goes on where a stopped one left off. SIGTERM and Ctrl-C save first, unless
 `checkpoint_every` is 0; the status is 143 or 130.
+
+Several processes train together, on a workdir that all of them see: each is started with the same
+flags and `--config.distributed.coordinator=host:port --config.distributed.num_processes=2
+--config.distributed.process_id=0`, or 1; in a Slurm step of several tasks without these. A signal
+to any of them stops all. The first alone writes, but for the others' parts of the checkpoints.
 """
 
 from experiments.stop_signals import StopSignals
@@ -14,16 +19,18 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
 from absl import app
 
-from experiments import command_line, data, logs
+from experiments import command_line, data, logs, processes
 from experiments.config import Experiment, validate
 from experiments.environment import COMMIT, describe_environment
 from experiments.loop import Interrupted, train_run
 from experiments.mesh import make_mesh
+from experiments.processes import Group
 from experiments.report import write_report
 from experiments.speed_of_light import at_peak
 from experiments.summary import write_summary
@@ -41,11 +48,14 @@ _WORKDIR = command_line.define_workdir("Folder of this experiment.")
 
 
 def main(_) -> None:
-  try:
-    run(_CONFIG.value, _WORKDIR.value, _STOP, COMMIT.value)
-  except Interrupted as stopped:
-    print(f"\n{stopped}", file=sys.stderr)
-    sys.exit(128 + stopped.number)
+  status = 0
+  with processes.joined(_CONFIG.value.distributed, os.environ) as group:
+    try:
+      run(_CONFIG.value, _WORKDIR.value, _STOP, COMMIT.value, group)
+    except Interrupted as stopped:
+      print(f"\n{stopped}", file=sys.stderr)
+      status = 128 + stopped.number
+  sys.exit(status)
 
 
 def run(
@@ -53,9 +63,14 @@ def run(
   workdir: str | Path,
   stop: StopSignals | None = None,
   commit: str | None = None,
+  group: Group | None = None,
 ) -> None:
-  """Trains whatever of `config` is not yet in `workdir`, then writes its report."""
+  """Trains whatever of `config` is not yet in `workdir`, then writes its report.
+
+  With several processes in `group`, each of them calls this.
+  """
   stop = stop or StopSignals()
+  group = group or Group()
   choose(config.implementation, device_obstacle())  # before what "mosaic" asks of other settings
   validate(config)
   mesh = make_mesh(config)
@@ -81,19 +96,25 @@ def run(
     | {"corpus": corpus.describe(), "saved_activation_bytes_per_token": costs}
     | at_peak(config, corpus.vocab_size, {name: p[0][1].policy for name, p in phases.items()})
   )
-  with folder.begin(environment):
-    runs = folder.unfinished()
-    progress = logs.Progress(len(runs) * config.steps, batch * length)
+  folder.agree(group, environment)
+  first = group.index == 0
+  with folder.begin(environment) if first else contextlib.nullcontext():
+    unfinished = group.gather([this.name for this in folder.unfinished()] if first else None)[0]
+    runs = [this for this in folder.runs if this.name in unfinished]
+    progress = logs.Progress(len(runs) * config.steps * first, batch * length)
     try:
       with stop.after_step(), contextlib.closing(progress):
         for this in runs:
-          train_run(this, config, corpus, phases[this.recipe], progress, lambda: stop.number)
+          phase = phases[this.recipe]
+          train_run(this, config, corpus, phase, progress, lambda: stop.number, group)
     except BaseException:
       # After a full disk, say: what went wrong first is what counts.
       with contextlib.suppress(OSError, ValueError):
-        _report(folder)
+        if first:
+          _report(folder)
       raise
-    print(f"report: {_report(folder)}")
+    if first:
+      print(f"report: {_report(folder)}")
 
 
 def _report(folder: WorkDir) -> Path:

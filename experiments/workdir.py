@@ -17,6 +17,7 @@ from absl import logging
 
 from experiments import logs
 from experiments.config import Experiment, to_dict, why_not_longer
+from experiments.processes import Group
 from fp4jax import recipes
 
 LOGS = ("metrics", "probes", "timing")
@@ -98,6 +99,18 @@ class WorkDir:
       logs.write_json(self.path / "recipes.json", definitions | self._recipes)
       logs.write_json(self.path / "config.json", _grown(config, self._config))
       yield
+
+  def agree(self, group: Group, environment: dict[str, Any]) -> None:
+    """Raises ValueError, alike in all processes, where one of them would train something else."""
+    facts = {name: environment[name] for name in ("corpus", "versions", "git_commit")}
+    mine = {"config": to_dict(self._config), "recipes": self._recipes} | facts
+    first, *others = group.gather(mine)
+    for process, theirs in enumerate(others, 1):
+      words = "in process 0", f"in process {process}"
+      if found := [
+        d for name in first for d in _differences(first[name], theirs[name], name, words)
+      ]:
+        raise ValueError(f"the processes differ: {'; '.join(found)}")
 
   def unfinished(self) -> list[Run]:
     return [run for run in self.runs if not run.is_finished(self._config.steps)]
@@ -188,11 +201,11 @@ def _plain(value: Any) -> Any:
   return value if plain else jnp.dtype(value).name
 
 
-def _differences(was, now, path):
+def _differences(was, now, path, words=("there", "here")):
   """`config.model.num_layers: 2 there, 6 here`."""
   if isinstance(was, dict) and isinstance(now, dict):
     for name in {**was, **now}:
       if name != "type" or name in was:  # recipes.json did not always tell types
-        yield from _differences(was.get(name), now.get(name), f"{path}.{name}")
+        yield from _differences(was.get(name), now.get(name), f"{path}.{name}", words)
   elif was != now:
-    yield f"{path}: {was!r} there, {now!r} here"
+    yield f"{path}: {was!r} {words[0]}, {now!r} {words[1]}"

@@ -6,9 +6,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from experiments import config, data
@@ -115,6 +118,20 @@ def test_sha256_tells_corpora_apart(words, change):
     case "name":
       first.rename(first.with_name("00b.txt"))
   assert data.load_corpus(settings).sha256 != before
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("y", "x"), P()])
+def test_a_sharded_batch_is_the_same_and_each_device_reads_its_part(spec):
+  corpus = counting_corpus(1000)
+  settings = config.Data(sequence_length=7, batch_size=4)
+  sharding = NamedSharding(jax.make_mesh((2, 2), ("x", "y")), spec)
+  for split in ("train", "validation"):
+    whole = data.batches(corpus, settings, 3, split)
+    parts = data.batches(corpus, settings, 3, split, sharding)
+    for step in (0, 5):
+      assert parts[step].sharding == sharding and parts[step].dtype == np.int32
+      for shard in parts[step].addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole[step][shard.index])
 
 
 @pytest.mark.parametrize("pattern", ["one.txt", "on?.txt"])

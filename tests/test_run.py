@@ -135,10 +135,13 @@ def test_without_checkpoints_a_stopped_run_begins_again(command, straight, tmp_p
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(command, straight, tmp_path):
   process = command(tmp_path, "--config.recipes=bf16")
-  wait_for_lines(tmp_path / "runs/bf16-0/metrics.jsonl", 8, process)
+  found = lambda: sorted((tmp_path / "runs/bf16-0/checkpoints").glob("*[0-9]"))  # noqa: E731
+  while len(found()) < 2:
+    assert process.poll() is None, process.communicate()[0]
+    time.sleep(0.01)
   process.kill()
   process.communicate()
-  newest = max((tmp_path / "runs/bf16-0/checkpoints").glob("*[0-9]"))
+  newest = found()[-1]
   victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
   victim.write_bytes(victim.read_bytes()[:-1])
   out = finish(command(tmp_path, "--config.recipes=bf16"))

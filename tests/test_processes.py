@@ -1,0 +1,330 @@
+"""Several processes that train one run: two on this machine, each with two CPU devices."""
+
+import concurrent.futures
+import contextlib
+import functools
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import connection
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_runs import ROOT, SMALL, finish, rows_of, small, wait_for_lines
+from test_checkpoints import sharded
+
+from experiments import config as configs
+from experiments import processes
+from experiments.checkpoints import Checkpoints
+from experiments.train import make_trainer, policy_of
+from fp4jax import recipes
+
+TIMEOUT = 60  # seconds within which the others notice; they take less than one
+
+
+def free_port() -> int:
+  with socket.create_server(("localhost", 0)) as server:
+    return server.getsockname()[1]
+
+
+def in_threads(*calls):
+  with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+    return [future.result(TIMEOUT) for future in [pool.submit(call) for call in calls]]
+
+
+def meet(indices, count=None, timeout=10):
+  """What each of the processes `indices` of `count` gets: its group, or the error's message."""
+  port = free_port()
+
+  def one(index):
+    try:
+      return processes.meet(index, count or len(indices), "localhost", port, timeout)
+    except OSError as error:
+      return str(error).replace(f"localhost:{port}", "here")
+
+  return in_threads(*[lambda i=i: one(i) for i in indices])
+
+
+@pytest.fixture
+def ended(monkeypatch):
+  """Lines of the groups that end; not the process but the thread that noticed stops."""
+  lines = queue.SimpleQueue()
+  monkeypatch.setattr(processes, "print", lambda line, **_: lines.put(line), raising=False)
+  monkeypatch.setattr(os, "_exit", lambda code: threading.Event().wait())
+  return lambda: lines.get(timeout=TIMEOUT)
+
+
+def test_every_process_learns_what_all_say_in_their_order():
+  groups = meet([2, 0, 1])
+  for turn in range(20):
+    said = in_threads(*[functools.partial(g.gather, [turn, g.index]) for g in groups])
+    assert said == [[[turn, 0], [turn, 1], [turn, 2]]] * 3
+  in_threads(*[g.leave for g in groups])
+
+
+def test_alone_there_is_nobody_to_ask():
+  group = processes.Group()
+  assert (group.index, group.count, group.gather({"a": 1})) == (0, 1, [{"a": 1}])
+  group.leave()
+
+
+def test_processes_that_never_arrive_are_counted(ended):
+  first, _ = meet([0, 3], count=4, timeout=1)
+  assert first == "2 of 4 processes met at here within 1 s; missing: 1, 2"
+  assert ended().startswith("error: 2 of 4 processes met")  # process 3 is told
+  (alone,) = meet([1], count=2, timeout=1)
+  assert alone.startswith("process 1 met no process 0 at here within 1 s: ")
+
+
+def test_all_miss_a_process_that_ends(ended):
+  port = free_port()
+
+  def goes_again():
+    while True:
+      with contextlib.suppress(ConnectionRefusedError):
+        found = socket.create_connection(("localhost", port))
+        with contextlib.closing(connection.Connection(found.detach())) as first:
+          return first.send_bytes(b"[2, 3]")
+
+  stay = [functools.partial(processes.meet, i, 3, "localhost", port, 10) for i in (0, 1)]
+  groups = in_threads(*stay, goes_again)
+  expected = "error: process 2 has ended without a word, as one that was killed; "
+  assert ended() == ended() == expected + "the same commands go on from the last checkpoint"
+  del groups
+
+
+def test_all_say_why_one_fails(ended):
+  groups = meet([0, 1])
+  threading.Thread(target=groups[1].fail, args=[OSError("no space")], daemon=True).start()
+  assert {ended(), ended()} == {"error: no space", "error: process 1: no space"}
+
+
+@pytest.mark.parametrize(
+  "others, message",
+  [
+    ([(1, 3), (1, 3)], "two processes are distributed.process_id=1"),
+    ([(1, 2)], "process 1 counts 2 processes, process 0 counts 3"),
+  ],
+)
+def test_processes_that_do_not_fit_together(ended, others, message):
+  port = free_port()
+  calls = [lambda i=i, n=n: processes.meet(i, n, "localhost", port, 10) for i, n in others]
+  with pytest.raises(OSError, match=message):
+    in_threads(*calls, lambda: processes.meet(0, 3, "localhost", port, 10))
+  assert ended() == f"error: {message}"
+
+
+def test_a_port_in_use_is_named():
+  with socket.create_server(("localhost", 0)) as server:
+    port = server.getsockname()[1]
+    with pytest.raises(OSError, match=f"process 0 cannot listen at localhost:{port}: .* in use"):
+      processes.meet(0, 2, "localhost", port, 1)
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    ({"coordinator": "a:1"}, "distributed.num_processes, distributed.process_id not given"),
+    ({"process_id": 0}, "distributed.coordinator, distributed.num_processes not given"),
+    ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "coordinator='a' is not host:port"),
+    (
+      {"coordinator": "a:1", "num_processes": 0, "process_id": 0},
+      "num_processes=0 is not at least",
+    ),
+    (
+      {"coordinator": "a:1", "num_processes": 2, "process_id": 2},
+      "process_id=2 is not from 0 to 1",
+    ),
+    (
+      {"coordinator": "a:1", "num_processes": 2, "process_id": -1},
+      "process_id=-1 is not from 0 to",
+    ),
+    ({"heartbeat_timeout": 0}, "heartbeat_timeout=0 is not at least 1"),
+  ],
+)
+def test_settings_that_name_no_process_are_refused(settings, message):
+  with (
+    pytest.raises(ValueError, match=message),
+    processes.joined(configs.Distributed(**settings), {}),
+  ):
+    raise AssertionError
+  with pytest.raises(ValueError, match=message):
+    configs.validate(small(distributed=configs.Distributed(**settings)))
+
+
+def test_which_process_it_is_does_not_belong_to_the_experiment():
+  assert configs.to_dict(small(**{"distributed.process_id": 1})) == configs.to_dict(small())
+
+
+def test_all_pass_over_what_one_finds_damaged(tmp_path):
+  states = {step: {"x": jnp.full(8, step)} for step in (1, 2)}
+  with contextlib.closing(Checkpoints(tmp_path, 2)) as saving:
+    for step, state in states.items():
+      saving.save(step, state, {})
+  files = sorted(json.loads((tmp_path / "00000002/manifest.json").read_bytes())["content"]["files"])
+  groups = meet([0, 1])
+  for victim in files[:2]:  # process 0 reads the first, process 1 the second
+    path = tmp_path / "00000002" / victim
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    restoring = [Checkpoints(tmp_path, 2, group) for group in groups]
+    found = in_threads(
+      *[lambda c=c: c.restore_latest(jax.eval_shape(lambda: states[1])) for c in restoring]
+    )
+    assert [step for step, _, _ in found] == [1, 1]
+    path.write_bytes(content)
+  in_threads(*[g.leave for g in groups])
+
+
+class Job:
+  """The runner in two processes; those that still run are killed at the end of the test."""
+
+  def __init__(self, corpus_file):
+    self._corpus = corpus_file
+    self._started = []
+
+  def start(self, workdir, *arguments, devices=(2, 2), only=None, **own):
+    values = SMALL | {
+      "data.path": self._corpus,
+      "recipes": "bf16",
+      "data.batch_size": 4,
+      "probe_every": 0,
+    }
+    flags = [f"--config.{k}={v}" for k, v in values.items()]
+    port, count = free_port(), len(devices)
+    started = []
+    for i, number in enumerate(devices):
+      line = [sys.executable, "tests/data_parallel.py", str(number), "--config=configs/demo.py"]
+      line += [f"--workdir={workdir}", *flags, *arguments, *own.get(f"process_{i}", ())]
+      if count > 1:
+        line.append(f"--config.distributed.coordinator=localhost:{port}")
+        line.append(f"--config.distributed.num_processes={count}")
+        line.append(f"--config.distributed.process_id={i}")
+      if only is None or i in only:
+        started.append(
+          subprocess.Popen(
+            line,
+            cwd=ROOT,
+            env=os.environ
+            | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+          )
+        )
+    self._started += started
+    return started
+
+  def close(self):
+    for process in self._started:
+      process.kill()
+      process.communicate()
+
+
+def finish_all(started, *codes):
+  return [finish(p, code) for p, code in zip(started, codes or [0] * len(started), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def job(corpus_file):
+  with contextlib.closing(Job(corpus_file)) as job:
+    yield job
+
+
+@pytest.fixture(scope="module")
+def of_two(job, tmp_path_factory):
+  """A run of two processes that was never stopped."""
+  workdir = tmp_path_factory.mktemp("of_two")
+  outs = finish_all(job.start(workdir))
+  assert "report: " in outs[0] and "report: " not in outs[1] and "tokens/s" not in outs[1]
+  return workdir
+
+
+METRICS = "runs/bf16-0/metrics.jsonl"
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(job, of_two, tmp_path):
+  finish_all(job.start(tmp_path, devices=[4]))
+  mine, other = (rows_of(workdir, "metrics") for workdir in (of_two, tmp_path))
+  assert len(mine) == len(other) > 8
+  for a, b in zip(mine, other, strict=True):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+      if isinstance(value, str):
+        assert value == b[name]
+      else:  # devices are summed in another order: float32's eps of 6e-8, grown over 8 steps
+        np.testing.assert_allclose(value, b[name], rtol=1e-4)
+  assert (of_two / "config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
+  names = [{p.relative_to(w).parts[:3] for p in w.rglob("*")} for w in (of_two, tmp_path)]
+  assert names[0] == names[1]
+  assert len(list((of_two / "runs/bf16-0/tensorboard").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_stopped_and_killed_it_goes_on_bit_for_bit(job, of_two, tmp_path):
+  started = job.start(tmp_path)
+  wait_for_lines(tmp_path / METRICS, 2, started[0])
+  started[1].send_signal(signal.SIGTERM)  # to one: both save the same step
+  outs = finish_all(started, *[128 + signal.SIGTERM] * 2)
+  steps = {out.split("saved its state after step ")[1].split()[0] for out in outs}
+  assert len(steps) == 1 and int(steps.pop()) < 8
+
+  started = job.start(tmp_path)
+  lines = (tmp_path / METRICS).read_bytes().count(b"\n")
+  wait_for_lines(tmp_path / METRICS, lines + 1, started[0])
+  started[1].kill()
+  began = time.monotonic()
+  out, _ = finish_all(started, 1, -signal.SIGKILL)
+  assert time.monotonic() - began < TIMEOUT
+  errors = [line for line in out.splitlines() if line.startswith("error: ")]
+  assert errors == [
+    "error: process 1 has ended without a word, as one that was killed; "
+    "the same commands go on from the last checkpoint"
+  ]
+  assert "Traceback" not in out
+
+  finish_all(job.start(tmp_path))
+  assert (tmp_path / METRICS).read_bytes() == (of_two / METRICS).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "own, message",
+  [
+    (
+      {"process_1": ["--config.steps=9"]},
+      "processes differ: config.steps: 8 in process 0, 9 in process 1",
+    ),
+    ({"process_1": ["--config.steps=0"]}, "steps=0 is not from 1"),
+    ({"only": [0]}, "1 of 2 processes met at localhost:"),
+    ({"only": [1]}, "process 1 met no process 0 at localhost:"),
+  ],
+)
+def test_what_one_process_can_not_do_ends_all_with_one_line(job, tmp_path, own, message):
+  started = job.start(tmp_path / "run", "--config.distributed.initialization_timeout=8", **own)
+  for out in finish_all(started, *[1] * len(started)):
+    (error,) = [line for line in out.splitlines() if "error: " in line]
+    assert error.startswith("error: ") and message in error and "Traceback" not in out
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_two_processes_saved_one_restores_onto_any_mesh(of_two, corpus_file):
+  config = small(**{"data.path": corpus_file})
+  policy = policy_of(recipes.by_name("bf16"), config.quantize)
+  wanted = jax.eval_shape(make_trainer(config, 256, policy).init, jnp.int32(0))
+  with contextlib.closing(Checkpoints((of_two / METRICS).parent / "checkpoints", 2)) as saved:
+    step, plain, _ = saved.restore_latest(wanted)
+    assert step == int(plain.step) == 8
+    for devices in (4, 2, 1):
+      _, found, _ = saved.restore_latest(sharded(wanted, devices, 0))
+      jax.tree.map(np.testing.assert_array_equal, found, plain)
