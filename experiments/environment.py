@@ -23,11 +23,14 @@ def describe_environment(commit: str | None = None) -> dict[str, Any]:
   """
   device = jax.devices()[0]
   kind = platform.machine() if device.platform == "cpu" else device.device_kind
+  count = f"x{jax.device_count()}"
+  if jax.process_count() > 1:
+    count += f" in {jax.process_count()} processes"
   return {
     "argv": ["python", *sys.orig_argv[1:]],
     "versions": {"python": platform.python_version()}
     | {name: _version(name) for name in _PACKAGES},
-    "device": f"{device.platform} {kind} x{jax.device_count()}, {os.cpu_count()} CPU cores",
+    "device": f"{device.platform} {kind} {count}, {os.cpu_count()} CPU cores",
     "git_commit": commit or _git("rev-parse", "HEAD"),
     "git_dirty": None if commit else _is_dirty(),
   }

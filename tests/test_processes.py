@@ -191,7 +191,8 @@ class Job:
     self._corpus = corpus_file
     self._started = []
 
-  def start(self, workdir, *arguments, devices=(2, 2), only=None, **own):
+  def start(self, workdir, *arguments, devices=(2, 2), only=None, slurm=False, **own):
+    """Processes of that many devices each; `process_1=` are flags that it alone is given."""
     values = SMALL | {
       "data.path": self._corpus,
       "recipes": "bf16",
@@ -200,26 +201,23 @@ class Job:
     }
     flags = [f"--config.{k}={v}" for k, v in values.items()]
     port, count = free_port(), len(devices)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     started = []
     for i, number in enumerate(devices):
       line = [sys.executable, "tests/data_parallel.py", str(number), "--config=configs/demo.py"]
       line += [f"--workdir={workdir}", *flags, *arguments, *own.get(f"process_{i}", ())]
-      if count > 1:
+      if slurm:
+        environment |= {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost"}
+        environment |= dict.fromkeys(["SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"], str(count))
+        environment |= dict.fromkeys(["SLURM_PROCID", "SLURM_LOCALID"], str(i))
+      elif count > 1:
         line.append(f"--config.distributed.coordinator=localhost:{port}")
         line.append(f"--config.distributed.num_processes={count}")
         line.append(f"--config.distributed.process_id={i}")
       if only is None or i in only:
-        started.append(
-          subprocess.Popen(
-            line,
-            cwd=ROOT,
-            env=os.environ
-            | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-          )
-        )
+        out = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started.append(subprocess.Popen(line, cwd=ROOT, env=environment, **out))
     self._started += started
     return started
 
@@ -233,17 +231,18 @@ def finish_all(started, *codes):
   return [finish(p, code) for p, code in zip(started, codes or [0] * len(started), strict=True)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def job(corpus_file):
   with contextlib.closing(Job(corpus_file)) as job:
     yield job
 
 
 @pytest.fixture(scope="module")
-def of_two(job, tmp_path_factory):
+def of_two(corpus_file, tmp_path_factory):
   """A run of two processes that was never stopped."""
   workdir = tmp_path_factory.mktemp("of_two")
-  outs = finish_all(job.start(workdir))
+  with contextlib.closing(Job(corpus_file)) as job:
+    outs = finish_all(job.start(workdir))
   assert "report: " in outs[0] and "report: " not in outs[1] and "tokens/s" not in outs[1]
   return workdir
 
@@ -304,7 +303,7 @@ def test_stopped_and_killed_it_goes_on_bit_for_bit(job, of_two, tmp_path):
       {"process_1": ["--config.steps=9"]},
       "processes differ: config.steps: 8 in process 0, 9 in process 1",
     ),
-    ({"process_1": ["--config.steps=0"]}, "steps=0 is not from 1"),
+    ({"process_1": ["--config.steps=0"], "slurm": True}, "steps=0 is not from 1"),
     ({"only": [0]}, "1 of 2 processes met at localhost:"),
     ({"only": [1]}, "process 1 met no process 0 at localhost:"),
   ],
