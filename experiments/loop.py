@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh, NamedSharding
 
 from experiments import data, logs, probes
 from experiments.checkpoints import Checkpoints
 from experiments.config import Experiment
+from experiments.mesh import BATCH, shardings
 from experiments.optimizers import learning_rate
 from experiments.processes import Group
-from experiments.train import Trainer
+from experiments.train import Trainer, TrainState
 from experiments.workdir import LOGS, Run
 
 
@@ -35,8 +37,10 @@ def train_run(
   progress: logs.Progress,
   asked_to_stop: Callable[[], int | None],
   group: Group | None = None,
+  mesh: Mesh | None = None,
 ) -> None:
-  """Trains `run` to its end, with all processes of `group`, of which the first writes.
+  """Trains `run` to its end on the `mesh` of its trainers, with all processes of `group`, of which
+  the first writes.
 
   `phases` are trainers with the step from which each trains, the first at 0: what is measured after
   a step runs under the policy of the next one, after the last step under the last policy.
@@ -48,8 +52,9 @@ def train_run(
   if stop := _first(group.gather(asked_to_stop())):
     raise Interrupted(f"stopped before {run.name}; the same command goes on from there", stop)
   seed = jnp.int32(run.seed)
-  train = data.batches(corpus, config.data, run.seed, "train")
-  validation = data.batches(corpus, config.data, run.seed, "validation")
+  place = mesh and NamedSharding(mesh, BATCH)
+  train = data.batches(corpus, config.data, run.seed, "train", place)
+  validation = data.batches(corpus, config.data, run.seed, "validation", place)
   validation = [validation[i] for i in range(min(config.eval_batches, len(validation)))]
   schedule = learning_rate(config.optimizer, config.steps)
   label = {"recipe": run.recipe, "seed": run.seed}
@@ -57,10 +62,16 @@ def train_run(
   def trainer_of(step: int) -> Trainer:
     return [trainer for start, trainer in phases if start <= step][-1]
 
+  def abstract_state(step: int) -> TrainState:
+    state = jax.eval_shape(trainer_of(step).init, seed)
+    if mesh is None:
+      return state
+    return jax.tree.map(lambda x, where: x.update(sharding=where), state, shardings(state, mesh))
+
   with contextlib.ExitStack() as stack:
     closing = lambda resource: stack.enter_context(contextlib.closing(resource))  # noqa: E731
     checkpoints = closing(Checkpoints(run.folder / "checkpoints", config.checkpoints_kept, group))
-    restored = checkpoints.restore_latest(lambda step: jax.eval_shape(trainer_of(step).init, seed))
+    restored = checkpoints.restore_latest(abstract_state)
     if restored is None:
       if (step := run.finished_at()) is not None:
         raise ValueError(
@@ -89,7 +100,7 @@ def train_run(
       write("metrics", step, {"split": "validation", "loss": loss})
       board.write(step, {"validation/loss": loss})
 
-    def probe(step: int, tokens: np.ndarray) -> list[dict]:
+    def probe(step: int, tokens: np.ndarray | jax.Array) -> list[dict]:
       trainer = trainer_of(step)
       taps = jax.device_get(trainer.probe(state, tokens, seed))
       found = probes.probe_rows(taps, trainer.policy, config.model.num_layers)

@@ -106,7 +106,7 @@ def run(
       with stop.after_step(), contextlib.closing(progress):
         for this in runs:
           phase = phases[this.recipe]
-          train_run(this, config, corpus, phase, progress, lambda: stop.number, group)
+          train_run(this, config, corpus, phase, progress, lambda: stop.number, group, mesh)
     except BaseException:
       # After a full disk, say: what went wrong first is what counts.
       with contextlib.suppress(OSError, ValueError):

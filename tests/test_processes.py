@@ -201,11 +201,10 @@ class Job:
     }
     flags = [f"--config.{k}={v}" for k, v in values.items()]
     port, count = free_port(), len(devices)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     started = []
     for i, number in enumerate(devices):
-      line = [sys.executable, "tests/data_parallel.py", str(number), "--config=configs/demo.py"]
+      line = [sys.executable, "-m", "experiments.run", "--config=configs/demo.py"]
       line += [f"--workdir={workdir}", *flags, *arguments, *own.get(f"process_{i}", ())]
       if slurm:
         environment |= {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost"}
@@ -215,6 +214,7 @@ class Job:
         line.append(f"--config.distributed.coordinator=localhost:{port}")
         line.append(f"--config.distributed.num_processes={count}")
         line.append(f"--config.distributed.process_id={i}")
+      environment["JAX_NUM_CPU_DEVICES"] = str(number)
       if only is None or i in only:
         out = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         started.append(subprocess.Popen(line, cwd=ROOT, env=environment, **out))
@@ -319,7 +319,7 @@ def test_what_one_process_can_not_do_ends_all_with_one_line(job, tmp_path, own, 
 @pytest.mark.slow
 def test_what_two_processes_saved_one_restores_onto_any_mesh(of_two, corpus_file):
   config = small(**{"data.path": corpus_file})
-  policy = policy_of(recipes.by_name("bf16"), config.quantize)
+  policy = policy_of(recipes.by_name("bf16"), config)
   wanted = jax.eval_shape(make_trainer(config, 256, policy).init, jnp.int32(0))
   with contextlib.closing(Checkpoints((of_two / METRICS).parent / "checkpoints", 2)) as saved:
     step, plain, _ = saved.restore_latest(wanted)
