@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_dispatch import RECIPES, E, K, assert_same, make_mesh, over_mesh, with_gradients
+from test_dispatch import NAMES, RECIPES, E, K, make_mesh, over_mesh, with_gradients
 
 from fp4jax import moe_ffn, recipes
 
@@ -29,7 +29,10 @@ def test_kernels_over_devices_compute_what_one_computes(name):
   want = [np.asarray(r, np.float64) for r in jax.jit(with_gradients(layer))(*arguments)]
   run = over_mesh(recipe, make_mesh(1, devices), implementation="mosaic")
   first = run(*arguments)
-  assert_same(name, first, want, data=2)  # kernels may sum a weight's gradient in another order
+  for what, a, e in zip(NAMES, first, want, strict=True):
+    error = np.asarray(a, np.float64) - e
+    # Sums in two orders: few results fall on the other side of a rounding, by 2^-8 or 2^-3 of them.
+    assert np.linalg.norm(error) < 0.002 * np.linalg.norm(e), what
   for _ in range(50):
     for a, b in zip(run(*arguments), first, strict=True):
       np.testing.assert_array_equal(a, b)
