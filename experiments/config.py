@@ -56,7 +56,8 @@ class Mesh:
   fsdp: int = 1  # divides each matrix where it is kept
   expert: int = 1  # divides the experts
   # No block along the tokens of the experts' GEMMs reaches from one part of a microbatch into
-  # another: the numbers depend on them, not on the devices. None: one for each device.
+  # another: the numbers depend on them, not on the devices. None: as many as the workdir began with,
+  # one for each device in a new one.
   token_parts: int | None = None
   # Choices that the experts of a device have room for, in their share where all are chosen alike;
   # the others are dropped, and the share of them is logged. None: none is dropped.
@@ -329,6 +330,8 @@ def to_dict(config: Experiment) -> dict[str, Any]:
   """Nested plain values, as written to config.json: what belongs to the experiment."""
   fields = dataclasses.asdict(config)
   del fields["distributed"]
+  for axis in ("data", "fsdp", "expert"):  # other devices may go on with it
+    del fields["mesh"][axis]
   return {name: list(v) if isinstance(v, Names) else v for name, v in fields.items()}
 
 

@@ -18,7 +18,6 @@ if __name__ == "__main__":
   _STOP = StopSignals().listen()  # before the imports that take seconds and start threads
 
 import contextlib
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ from experiments import command_line, data, logs, processes
 from experiments.config import Experiment, validate
 from experiments.environment import COMMIT, describe_environment
 from experiments.loop import Interrupted, train_run
-from experiments.mesh import make_mesh
+from experiments.mesh import all_devices, make_mesh, mesh_sizes
 from experiments.processes import Group
 from experiments.report import write_report
 from experiments.speed_of_light import at_peak
@@ -40,7 +39,7 @@ from experiments.train import (
   saved_activation_bytes,
   schedule_of,
 )
-from experiments.workdir import WorkDir
+from experiments.workdir import WorkDir, with_token_parts
 from fp4jax.implementation import choose, device_obstacle
 
 _CONFIG = command_line.define_config()
@@ -73,11 +72,8 @@ def run(
   group = group or Group()
   choose(config.implementation, device_obstacle())  # before what "mosaic" asks of other settings
   validate(config)
+  config = with_token_parts(config, Path(workdir), len(all_devices()))
   mesh = make_mesh(config)
-  if mesh is not None and config.mesh.token_parts is None:
-    config = dataclasses.replace(
-      config, mesh=dataclasses.replace(config.mesh, token_parts=mesh.size)
-    )
   corpus = data.load_corpus(config.data)
   phases = {
     name: [
@@ -94,6 +90,7 @@ def run(
     describe_environment(commit)
     | parameter_counts(config, corpus.vocab_size)
     | {"corpus": corpus.describe(), "saved_activation_bytes_per_token": costs}
+    | {"mesh": mesh_sizes(config, len(all_devices()))}
     | at_peak(config, corpus.vocab_size, {name: p[0][1].policy for name, p in phases.items()})
   )
   folder.agree(group, environment)

@@ -32,7 +32,10 @@ def test_kernels_over_devices_compute_what_one_computes(name):
   for what, a, e in zip(NAMES, first, want, strict=True):
     error = np.asarray(a, np.float64) - e
     # Sums in two orders: few results fall on the other side of a rounding, by 2^-8 or 2^-3 of them.
-    assert np.linalg.norm(error) < 0.002 * np.linalg.norm(e), what
+    # A device's sum that returns in bf16 is rounded once more, by up to 2^-9.
+    sums_round = what in ("y", "dx") and recipe.payload.sums == jnp.bfloat16
+    tolerance = 0.002 + (2.0**-9 if sums_round else 0)
+    assert np.linalg.norm(error) < tolerance * np.linalg.norm(e), what
   for _ in range(50):
     for a, b in zip(run(*arguments), first, strict=True):
       np.testing.assert_array_equal(a, b)

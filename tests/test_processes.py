@@ -327,3 +327,24 @@ def test_what_two_processes_saved_one_restores_onto_any_mesh(of_two, corpus_file
     for devices in (4, 2, 1):
       _, found, _ = saved.restore_latest(sharded(wanted, devices, 0))
       jax.tree.map(np.testing.assert_array_equal, found, plain)
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_with_fewer_devices(job, of_two, tmp_path):
+  for devices, codes in (([2, 2], [128 + signal.SIGTERM] * 2), ([2], [128 + signal.SIGTERM])):
+    started = job.start(tmp_path, devices=devices)
+    path = tmp_path / METRICS
+    lines = path.read_bytes().count(b"\n") if path.exists() else 0
+    wait_for_lines(path, lines + 1, started[0])
+    started[-1].send_signal(signal.SIGTERM)
+    finish_all(started, *codes)
+  finish_all(job.start(tmp_path, devices=[1]))
+  found, expected = (rows_of(workdir, "metrics") for workdir in (tmp_path, of_two))
+  assert [row["step"] for row in found] == [row["step"] for row in expected]
+  for a, b in zip(found, expected, strict=True):
+    # The parts of the tokens are those that the workdir began with: sums alone differ.
+    np.testing.assert_allclose(a.get("loss", 0), b.get("loss", 0), rtol=1e-4)
+  environment = json.loads((tmp_path / "environment.json").read_bytes())
+  sizes = [environment["mesh"], *(again["mesh"] for again in environment["resumed"])]
+  assert [each["data"] for each in sizes] == [4, 2, 1]
+  assert json.loads((tmp_path / "config.json").read_bytes())["mesh"]["token_parts"] == 4
