@@ -157,7 +157,7 @@ _RANGES = (
     "at least 0",
     lambda x: x >= 0,
     "probe_every checkpoint_every quantize.first_bf16 quantize.last_bf16 model.num_experts"
-    " model.d_ff_shared optimizer.warmup_steps optimizer.weight_decay"
+    " model.d_ff_shared model.vocab_chunk optimizer.warmup_steps optimizer.weight_decay"
     " optimizer.load_balance_weight optimizer.router_z_weight",
   ),
   (
@@ -207,6 +207,11 @@ def validate(config: Experiment) -> None:
     raise ValueError(
       f"probe_every={config.probe_every}: probes read the tensors of implementation='xla'; "
       "set probe_every=0 for implementation='mosaic'"
+    )
+  if config.implementation == "mosaic" and config.quantize.head and config.model.vocab_chunk:
+    raise ValueError(
+      f"model.vocab_chunk={config.model.vocab_chunk}: a head in chunks is XLA's; set it to 0, or "
+      "quantize.head=false, for implementation='mosaic'"
     )
   if config.optimizer.warmup_steps >= config.steps:
     raise ValueError(
