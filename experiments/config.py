@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from fp4jax import recipes as fp4_recipes
 from fp4jax.implementation import Implementation
 from fp4jax.models import ModelConfig
+from fp4jax.models.remat import Remat
 from fp4jax.recipe import Recipe
 
 
@@ -217,6 +218,10 @@ def validate(config: Experiment) -> None:
     raise ValueError(
       f"optimizer.warmup_steps={config.optimizer.warmup_steps} is not below steps={config.steps}; "
       f"add --config.optimizer.warmup_steps={config.steps // 5}"
+    )
+  if config.model.remat not in typing.get_args(Remat):
+    raise ValueError(
+      f"model.remat={config.model.remat!r} is not one of {', '.join(typing.get_args(Remat))}"
     )
   if config.model.dtype not in ("bfloat16", "float32"):
     raise ValueError(f"model.dtype={config.model.dtype!r} is not 'bfloat16' or 'float32'")

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
@@ -220,12 +221,12 @@ def _fwd(recipe, implementation, x, w13, w2, weights, valid, order, keys, taps, 
   kept_h = "original" if residual.hidden is None else "residual"
   as_read = recipe.wgrad.lhs.source == "fprop"
   saved = (
-    x.kept_for(recipe.wgrad.lhs.source, of_first.lhs),
-    h.kept_for(kept_h),
+    checkpoint_name(x.kept_for(recipe.wgrad.lhs.source, of_first.lhs), "experts.x"),
+    checkpoint_name(h.kept_for(kept_h), "experts.h"),
     a.kept_for("fprop", of_second.lhs) if as_read else None,
     (keep_weights(w13, w13_read, of_first), keep_weights(w2, w2_read, of_second)),
     (jnp.empty(0, w13.dtype), jnp.empty(0, w2.dtype)),
-    (weights, valid, order, keys, states),
+    (weights, valid, checkpoint_name(order, "experts.order"), keys, states),
     tuple(f.summaries if t else None for f, t in zip((of_first, of_second), tapped, strict=True)),
     tuple(for_pull(f)._replace(summaries=None) for f in (of_first, of_second)),
   )

@@ -14,6 +14,7 @@ from fp4jax.models import attention, moe
 from fp4jax.models.cross_entropy import HEAD, cross_entropy
 from fp4jax.models.matrix import Matrix
 from fp4jax.models.policy import Numerics, Policy, Weights
+from fp4jax.models.remat import rematerialize
 
 
 @dataclasses.dataclass
@@ -31,6 +32,7 @@ class ModelConfig:
   d_ff_shared: int = 0  # of the shared expert; 0: none
   rope_theta: float = 10_000.0
   dtype: str = "bfloat16"  # of activations; master weights are float32
+  remat: str = "none"  # what the backward pass computes again, see `fp4jax.models.remat`
   vocab_chunk: int = 0  # logits of a token that the loss holds at once; 0: all of them
 
 
@@ -94,7 +96,8 @@ class LanguageModel(nnx.Module):
 
   def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
     self.dtype = jnp.dtype(config.dtype)
-    self.num_layers, self.vocab_chunk = config.num_layers, config.vocab_chunk
+    self.num_layers = config.num_layers
+    self.remat, self.vocab_chunk = config.remat, config.vocab_chunk
     self.embedding = nnx.Embed(vocab_size, config.d_model, rngs=rngs)
     make_blocks = nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
     self.blocks = make_blocks(rngs.split(config.num_layers))
@@ -161,6 +164,7 @@ class LanguageModel(nnx.Module):
       segment = inputs
       if stop - first < n:  # a slice of everything would be a copy
         segment = jax.tree.map(operator.itemgetter(slice(first, stop)), inputs)
+      block = rematerialize(block, self.remat, policy.recipe("experts.w13", first, n))
       x, of_blocks = lax.scan(block, x, (segment, states.get(_layers(first, stop), {})))
       routing.append(of_blocks)
     head = Numerics(policy, None if keys is None else keys[-1], taps, states.get("head"), n, n)
