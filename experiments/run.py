@@ -23,7 +23,7 @@ from experiments.config import Experiment, validate
 from experiments.environment import COMMIT, describe_environment
 from experiments.loop import Interrupted, train_run
 from experiments.report import write_report
-from experiments.speed_of_light import at_peak
+from experiments.speed_of_light import at_peak, flops_by_dtype, seconds_at_peak
 from experiments.summary import write_summary
 from experiments.train import (
   make_trainer,
@@ -74,13 +74,22 @@ def run(
     | {"corpus": corpus.describe(), "saved_activation_bytes_per_token": costs}
     | at_peak(config, corpus.vocab_size, {name: p[0][1].policy for name, p in phases.items()})
   )
+  peaks = environment["peak_flops_per_s"]
+  gemm_seconds = {
+    name: [
+      seconds_at_peak(flops_by_dtype(config, corpus.vocab_size, trainer.policy), peaks)
+      for _, trainer in own
+    ]
+    for name, own in phases.items()
+  }
   with folder.begin(environment):
     runs = folder.unfinished()
     progress = logs.Progress(len(runs) * config.steps, batch * length)
     try:
       with stop.after_step(), contextlib.closing(progress):
         for this in runs:
-          train_run(this, config, corpus, phases[this.recipe], progress, lambda: stop.number)
+          of_run = phases[this.recipe], gemm_seconds[this.recipe]
+          train_run(this, config, corpus, *of_run, progress, lambda: stop.number)
     except BaseException:
       # After a full disk, say: what went wrong first is what counts.
       with contextlib.suppress(OSError, ValueError):

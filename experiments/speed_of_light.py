@@ -40,11 +40,15 @@ def at_peak(config: Experiment, vocab_size: int, policies: dict[str, Policy]) ->
   """
   work = {name: flops_by_dtype(config, vocab_size, policy) for name, policy in policies.items()}
   peaks = {dtype: measured_peak(dtype) for dtype in sorted(set().union(*work.values()))}
-  seconds = {
-    name: None if None in map(peaks.get, own) else sum(own[d] / peaks[d] for d in own)
-    for name, own in work.items()
-  }
+  seconds = {name: seconds_at_peak(own, peaks) for name, own in work.items()}
   return {"peak_flops_per_s": peaks, "gemm_seconds_at_peak": seconds}
+
+
+def seconds_at_peak(work: dict[str, int], peaks: dict[str, float | None]) -> float | None:
+  """What `flops_by_dtype` says of a step takes at the peaks; None where one is not known."""
+  if None in map(peaks.get, work):
+    return None
+  return sum(flops / peaks[dtype] for dtype, flops in work.items())
 
 
 def gemm_flops(config: Experiment, vocab_size: int) -> dict[str, dict[str, int]]:
