@@ -12,7 +12,7 @@ that neither shrink nor stretch it.
 from absl import app, flags
 
 from experiments import command_line, gradients, logs
-from experiments.config import validate
+from experiments.checks import validate
 from experiments.environment import COMMIT, describe_environment
 
 _CONFIG = command_line.define_config()

@@ -34,6 +34,7 @@ def train_run(
   config: Experiment,
   corpus: data.Corpus,
   phases: Sequence[tuple[int, Trainer]],
+  gemm_seconds: Sequence[float | None],
   progress: logs.Progress,
   asked_to_stop: Callable[[], int | None],
   group: Group | None = None,
@@ -44,6 +45,8 @@ def train_run(
 
   `phases` are trainers with the step from which each trains, the first at 0: what is measured after
   a step runs under the policy of the next one, after the last step under the last policy.
+  `gemm_seconds` are what the GEMMs of a step of each phase take at the peak of the device, None
+  where it is not known; over the time of a step, that is its row's `flops_utilization`.
   Rows behind the checkpoint from which the run resumes are from a process that died, and are cut
   off. `asked_to_stop` tells the number of the signal that did; all processes stop after the step in
   which one of them was asked.
@@ -67,6 +70,11 @@ def train_run(
     if mesh is None:
       return state
     return jax.tree.map(lambda x, where: x.update(sharding=where), state, shardings(state, mesh))
+
+  def utilization_of(step: int, step_time: float) -> float | None:
+    pairs = zip(phases, gemm_seconds, strict=True)
+    seconds = [own for (start, _), own in pairs if start <= step][-1]
+    return None if seconds is None else seconds / step_time
 
   with contextlib.ExitStack() as stack:
     closing = lambda resource: stack.enter_context(contextlib.closing(resource))  # noqa: E731
@@ -147,8 +155,12 @@ def train_run(
         scalars["learning_rate"] = float(schedule(step))
         write("metrics", done, {"split": "train"} | scalars)
         tokens_per_s = config.data.batch_size * config.data.sequence_length / step_time
-        write("timing", done, {"step_time_ms": step_time * 1e3, "tokens_per_s": tokens_per_s})
+        timing = {"step_time_ms": step_time * 1e3, "tokens_per_s": tokens_per_s}
+        timing["flops_utilization"] = utilization_of(step, step_time)
+        write("timing", done, timing)
         board.write(done, {f"train/{name}": value for name, value in scalars.items()})
+        known = {name: value for name, value in timing.items() if value is not None}
+        board.write(done, {f"timing/{name}": value for name, value in known.items()})
       progress.update(done, scalars["loss"])
       if done % config.eval_every == 0 or last:
         evaluate(done)

@@ -24,7 +24,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.config import Distributed, address_of, validate_distributed
+from experiments.checks import address_of, validate_distributed
+from experiments.config import Distributed
 
 _HELLO_SECONDS = 10  # that a process which has connected may take to say which one it is
 

@@ -87,7 +87,7 @@ def render(records: Records, name: str) -> str:
     min_seeds=MIN_SEEDS,
     confidence=f"{100 * CONFIDENCE:.0f}",
     styles=styles_of(records.arms.values()),
-    has_light=any(own["speed_of_light"] is not None for own in recipes.values()),
+    has_peak=any(own["flops_utilization"] is not None for own in recipes.values()),
     window=smoothing_window(records),
     runs_finished=sum(own["seeds_finished"] for own in recipes.values()),
     runs_planned=sum(own["seeds"] or 1 for own in recipes.values()),

@@ -25,13 +25,14 @@ from pathlib import Path
 from absl import app
 
 from experiments import command_line, data, logs, processes
-from experiments.config import Experiment, validate
+from experiments.checks import validate
+from experiments.config import Experiment
 from experiments.environment import COMMIT, describe_environment
 from experiments.loop import Interrupted, train_run
 from experiments.mesh import all_devices, make_mesh, mesh_sizes
 from experiments.processes import Group
 from experiments.report import write_report
-from experiments.speed_of_light import at_peak
+from experiments.speed_of_light import at_peak, flops_by_dtype, seconds_at_peak
 from experiments.summary import write_summary
 from experiments.train import (
   make_trainer,
@@ -41,6 +42,7 @@ from experiments.train import (
 )
 from experiments.workdir import WorkDir, with_token_parts
 from fp4jax.implementation import choose, device_obstacle
+from fp4jax.models import Policy
 
 _CONFIG = command_line.define_config()
 _WORKDIR = command_line.define_workdir("Folder of this experiment.")
@@ -93,6 +95,14 @@ def run(
     | {"mesh": mesh_sizes(config, len(all_devices()))}
     | at_peak(config, corpus.vocab_size, {name: p[0][1].policy for name, p in phases.items()})
   )
+  peaks = environment["peak_flops_per_s"]
+  gemm_seconds = {
+    name: [
+      seconds_at_peak(_work_of_a_device(config, corpus.vocab_size, trainer.policy), peaks)
+      for _, trainer in own
+    ]
+    for name, own in phases.items()
+  }
   folder.agree(group, environment)
   first = group.index == 0
   with folder.begin(environment) if first else contextlib.nullcontext():
@@ -102,8 +112,8 @@ def run(
     try:
       with stop.after_step(), contextlib.closing(progress):
         for this in runs:
-          phase = phases[this.recipe]
-          train_run(this, config, corpus, phase, progress, lambda: stop.number, group, mesh)
+          of_run = phases[this.recipe], gemm_seconds[this.recipe]
+          train_run(this, config, corpus, *of_run, progress, lambda: stop.number, group, mesh)
     except BaseException:
       # After a full disk, say: what went wrong first is what counts.
       with contextlib.suppress(OSError, ValueError):
@@ -112,6 +122,11 @@ def run(
       raise
     if first:
       print(f"report: {_report(folder)}")
+
+
+def _work_of_a_device(config: Experiment, vocab_size: int, policy: Policy) -> dict[str, float]:
+  work = flops_by_dtype(config, vocab_size, policy)
+  return {dtype: flops / len(all_devices()) for dtype, flops in work.items()}
 
 
 def _report(folder: WorkDir) -> Path:

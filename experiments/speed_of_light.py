@@ -40,24 +40,31 @@ def at_peak(config: Experiment, vocab_size: int, policies: dict[str, Policy]) ->
   """
   work = {name: flops_by_dtype(config, vocab_size, policy) for name, policy in policies.items()}
   peaks = {dtype: measured_peak(dtype) for dtype in sorted(set().union(*work.values()))}
-  seconds = {
-    name: None if None in map(peaks.get, own) else sum(own[d] / peaks[d] for d in own)
-    for name, own in work.items()
-  }
+  seconds = {name: seconds_at_peak(own, peaks) for name, own in work.items()}
   return {"peak_flops_per_s": peaks, "gemm_seconds_at_peak": seconds}
+
+
+def seconds_at_peak(work: dict[str, float], peaks: dict[str, float | None]) -> float | None:
+  """What `flops_by_dtype` says of a step takes at the peaks; None where one is not known."""
+  if None in map(peaks.get, work):
+    return None
+  return sum(flops / peaks[dtype] for dtype, flops in work.items())
 
 
 def gemm_flops(config: Experiment, vocab_size: int) -> dict[str, dict[str, int]]:
   """Floating-point operations per training step, by name of the GEMM, and fprop, dgrad and wgrad.
 
-  2 m k n each, of all layers: "experts.w13" of 10 tokens, top_k=2, has m=20. The scores of
-  attention are t x t, as they are computed: what is masked counts too.
+  2 m k n each, of all layers: "experts.w13" of 10 tokens, top_k=2, has m=20. Of the scores of
+  attention those count that the model asks for, t (t + 1) / 2 of t x t: what is masked does not,
+  whether or not an implementation computes it.
   """
-  parts = config.data.microbatches
-  return {
-    name: dict.fromkeys(ALL_GEMMS, 2 * x.size * w.shape[-1] * parts * len(_layers(config, name)))
-    for name, (x, w) in _operands(config, vocab_size).items()
-  }
+  length, found = config.data.sequence_length, {}
+  for name, (x, w) in _operands(config, vocab_size).items():
+    flops = 2 * x.size * w.shape[-1] * config.data.microbatches * len(_layers(config, name))
+    if name.startswith("scores."):
+      flops = flops * (length + 1) // (2 * length)
+    found[name] = dict.fromkeys(ALL_GEMMS, flops)
+  return found
 
 
 def flops_by_dtype(config: Experiment, vocab_size: int, policy: Policy) -> dict[str, int]:

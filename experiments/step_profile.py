@@ -11,7 +11,7 @@ import os
 from absl import app, flags
 
 from experiments import command_line, logs
-from experiments.config import validate
+from experiments.checks import validate
 from experiments.environment import COMMIT, describe_environment
 from experiments.profiling import profile
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments import command_line, data, logs
-from experiments.config import Experiment, validate
+from experiments.checks import validate
+from experiments.config import Experiment
 from experiments.environment import COMMIT, describe_environment
 from experiments.mesh import make_mesh
 from experiments.summary import BASELINE

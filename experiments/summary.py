@@ -147,7 +147,7 @@ def summarize_records(records: Records) -> dict[str, Any]:
       "saved_activation_ratio": _ratio(saved[name], saved.get(arm.baseline)),
       "step_time_ms": step_times[name],
       "step_time_ratio": _ratio(step_times[name], step_times.get(arm.baseline)),
-      "speed_of_light": _ratio(at_peak[name], step_times[name] / 1000),
+      "flops_utilization": _ratio(at_peak[name], step_times[name] / 1000),
       "decomposition": _decomposition(records.probes, name),
     }
   return logs.plain({"workdirs": facts, "notes": _notes(records, runs), "recipes": recipes})

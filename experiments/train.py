@@ -115,10 +115,9 @@ def make_trainer(
 
   def losses(params, quantizers, tokens, key, taps=None):
     """Mean cross-entropy in nats per token, and what the model says of its routing."""
-    logits, routing = nnx.merge(graph, params)(
-      tokens[:, :-1], policy, key=key, taps=taps, states=quantizers
+    entropy, routing = nnx.merge(graph, params).cross_entropy(
+      tokens[:, :-1], tokens[:, 1:], policy, key=key, taps=taps, states=quantizers
     )
-    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return jnp.mean(entropy), routing
 
   def total_loss(params, quantizers, tokens, key, taps=None):

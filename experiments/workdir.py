@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from absl import logging
 
 from experiments import logs
-from experiments.config import Experiment, to_dict, why_not_longer
+from experiments.checks import why_not_longer
+from experiments.config import Experiment, to_dict
 from experiments.processes import Group
 from fp4jax import recipes
 

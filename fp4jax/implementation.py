@@ -56,7 +56,10 @@ def dtype_obstacle(**arrays: Array | jax.ShapeDtypeStruct) -> str | None:
 
 def compute_capability() -> str:
   """Of the default device: "9.0" on Hopper, "none (cpu)" without a GPU."""
-  device = jax.config.jax_default_device or jax.devices()[0]
-  if isinstance(device, str):
-    device = jax.devices(device)[0]
+  device = default_device()
   return getattr(device, "compute_capability", None) or f"none ({device.platform})"
+
+
+def default_device() -> jax.Device:
+  device = jax.config.jax_default_device or jax.devices()[0]
+  return jax.devices(device)[0] if isinstance(device, str) else device

@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32, Integer
@@ -256,12 +257,12 @@ def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, s
   kept_h = "original" if residual.hidden is None else "residual"
   as_read = recipe.wgrad.lhs.source == "fprop"
   saved = (
-    x.kept_for(recipe.wgrad.lhs.source, of_first.lhs),
-    h.kept_for(kept_h),
+    checkpoint_name(x.kept_for(recipe.wgrad.lhs.source, of_first.lhs), "experts.x"),
+    checkpoint_name(h.kept_for(kept_h), "experts.h"),
     a.kept_for("fprop", of_second.lhs) if as_read else None,
     (keep_weights(w13, w13_read, of_first), keep_weights(w2, w2_read, of_second)),
     (jnp.empty(0, w13.dtype), jnp.empty(0, w2.dtype)),
-    (arrived, where, keys, states),
+    (arrived, checkpoint_name(where, "experts.order"), keys, states),
     tuple(f.summaries if t else None for f, t in zip((of_first, of_second), tapped, strict=True)),
     tuple(for_pull(f)._replace(summaries=None) for f in (of_first, of_second)),
   )

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from fp4jax import names
 from fp4jax.arguments import check_type
 from fp4jax.formats import Format, is_format
-from fp4jax.quantizers import Quantizer
+from fp4jax.quantizers import Operand, Quantizer
 
 # In the order of the table of a tap. A role's number seeds its draws: it never changes.
 ROLES = {
@@ -177,6 +177,13 @@ class Recipe:
   @property
   def is_stochastic(self) -> bool:
     return any(quantizer.needs_key for _, quantizer in self.operands())
+
+  @property
+  def plain_dtype(self) -> jnp.dtype | None:
+    """The one dtype to which all operands are cast; None where a recipe does anything else."""
+    first, *others = (quantizer for _, quantizer in self.operands())
+    plain = not is_format(first.format) and first == Operand(first.format)
+    return first.format if plain and all(other == first for other in others) else None
 
   def replace(self, changes: dict[str, Any]) -> "Recipe":
     """The recipe with single fields changed: `{"wgrad.lhs.rounding": "stochastic"}`.

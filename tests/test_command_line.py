@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments import checks, kernel_peers
 from experiments import config as configs
-from experiments import kernel_peers
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,9 +72,9 @@ def changed(**changes) -> configs.Experiment:
   ],
 )
 def test_senseless_settings_are_refused(changes, message):
-  configs.validate(changed())
+  checks.validate(changed())
   with pytest.raises(ValueError, match=re.escape(message)):
-    configs.validate(changed(**changes))
+    checks.validate(changed(**changes))
 
 
 def test_no_number_is_left_unchecked():
@@ -83,7 +83,7 @@ def test_no_number_is_left_unchecked():
   numbers = [p for p, v in values.items() if type(v) in (int, float) and not p.startswith("data.")]
   for path in numbers:
     with pytest.raises(ValueError, match=rf"^{path}=-7 is not"):
-      configs.validate(changed(**{path: -7}))
+      checks.validate(changed(**{path: -7}))
   assert len(numbers) > 25
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments.config import Experiment, validate
+from experiments.checks import validate
+from experiments.config import Experiment
 from experiments.mesh import make_mesh, shardings
 from experiments.train import make_trainer, policy_of
 from fp4jax import MXFP4, recipes

@@ -21,8 +21,8 @@ import pytest
 from small_runs import ROOT, SMALL, finish, rows_of, small, wait_for_lines
 from test_checkpoints import sharded
 
+from experiments import checks, processes
 from experiments import config as configs
-from experiments import processes
 from experiments.checkpoints import Checkpoints
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
@@ -157,7 +157,7 @@ def test_settings_that_name_no_process_are_refused(settings, message):
   ):
     raise AssertionError
   with pytest.raises(ValueError, match=message):
-    configs.validate(small(distributed=configs.Distributed(**settings)))
+    checks.validate(small(distributed=configs.Distributed(**settings)))
 
 
 def test_which_process_it_is_does_not_belong_to_the_experiment():

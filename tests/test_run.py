@@ -14,8 +14,8 @@ import pytest
 from small_runs import ROOT, assert_same_logs, finish, rows_of, small, wait_for_lines
 from test_logs import events
 
+from experiments import checks, data, logs, probes
 from experiments import config as configs
-from experiments import data, logs, probes
 from experiments.checkpoints import Checkpoints
 from experiments.loop import Interrupted, train_run
 from experiments.run import run
@@ -41,7 +41,15 @@ def test_a_run_leaves_everything_that_it_promises(straight):
     tags = {value.tag for event in events(board) for value in event.summary.value}
     assert {"train/learning_rate", "routing/busiest_expert", "validation/loss"} <= tags
     assert ("probe/dgrad.lhs/sqnr_db" in tags) == (recipe != "bf16")
+    assert {"timing/step_time_ms", "timing/tokens_per_s"} <= tags
   environment = json.loads((straight / "environment.json").read_text())
+  for row in rows_of(straight, "timing"):
+    seconds = environment["gemm_seconds_at_peak"][row["recipe"]]
+    known = seconds is not None
+    assert (row["flops_utilization"] is not None) == known
+    assert not known or row["flops_utilization"] * row["step_time_ms"] / 1e3 == pytest.approx(
+      seconds
+    )
   assert environment["corpus"]["sha256"] and environment["versions"]["jax"]
   assert environment["saved_activation_bytes_per_token"]["bf16"] > 0
   found = {(r["module"], r["gemm"], r["operand"]) for r in rows_of(straight, "probes")}
@@ -113,7 +121,7 @@ def test_before_training_a_signal_ends_the_process_at_once(command, tmp_path, nu
 
 def test_a_signal_between_two_runs_is_no_step_late(tmp_path):
   with pytest.raises(Interrupted, match="stopped before bf16-1") as caught:
-    train_run(Run("bf16", 1, tmp_path), *[None] * 4, asked_to_stop=lambda: signal.SIGINT)
+    train_run(Run("bf16", 1, tmp_path), *[None] * 5, asked_to_stop=lambda: signal.SIGINT)
   assert caught.value.number == signal.SIGINT
 
 
@@ -219,7 +227,7 @@ def test_every_config_takes_one_step(path):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   config = module.get_config()
-  configs.validate(config)
+  checks.validate(config)
   if config.implementation == "mosaic":  # made for a GPU: its model cut to what a CPU can do
     config.implementation = "xla"
     cut = dict(num_layers=1, d_model=32, head_dim=16, num_experts=4, top_k=2, d_ff=32)

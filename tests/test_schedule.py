@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from stateful import Clipped, with_state
 
+from experiments import checks, data, logs
 from experiments import config as configs
-from experiments import data, logs
 from experiments.checkpoints import Checkpoints
 from experiments.loop import Interrupted, train_run
 from experiments.train import make_trainer, policy_of, schedule_of
@@ -54,7 +54,7 @@ def experiment(**changes) -> configs.Experiment:
   )
   config.quantize.attention = False  # fewer programs
   config.optimizer.warmup_steps = 2
-  configs.validate(config)
+  checks.validate(config)
   return config
 
 
@@ -120,7 +120,7 @@ class Runner:
 
       try:
         progress = logs.Progress(STEPS, 1, io.StringIO())
-        train_run(this, self.config, self.corpus, self.phases, progress, asked)
+        train_run(this, self.config, self.corpus, self.phases, [0.5, None], progress, asked)
       except Interrupted:
         stops.pop(0)
     assert not stops
@@ -137,6 +137,18 @@ def runner():
 @pytest.fixture(scope="module")
 def straight(runner, tmp_path_factory):
   return runner.run(tmp_path_factory.mktemp("straight"))
+
+
+@pytest.mark.slow
+def test_the_flops_of_a_step_are_those_of_its_phase(runner, tmp_path):
+  """0.5 s of GEMMs in the first phase, not known of the second."""
+  runner.run(tmp_path)
+  rows = logs.read_rows(next(tmp_path.glob("runs/*/timing.jsonl")))
+  assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+  for row in rows:
+    seconds = row["step_time_ms"] / 1e3
+    expected = pytest.approx(0.5 / seconds) if row["step"] <= SWITCH else None
+    assert row["flops_utilization"] == expected
 
 
 @pytest.mark.slow

@@ -90,6 +90,7 @@ def test_memory_time_and_entropy_by_hand(tmp_path):
     "parameters": 7,
     "corpus": {"unigram_entropy_nats": 3.0},
     "saved_activation_bytes_per_token": {"bf16": 400.0, "r": 100.0},
+    "gemm_seconds_at_peak": {"bf16": None, "r": 0.0066},
   }
   workdir = small_workdir(tmp_path, {"bf16": [2.0], "r": [2.5]}, environment=environment)
   times = {"bf16": [9000, 10, 11, 12], "r": [9000, 33, 22, 50]}
@@ -104,6 +105,8 @@ def test_memory_time_and_entropy_by_hand(tmp_path):
   assert recipe["saved_activation_bytes_per_token"] == 100.0
   assert recipe["saved_activation_ratio"] == 0.25
   assert (recipe["step_time_ms"], recipe["step_time_ratio"]) == (33, 3.0)
+  assert recipe["flops_utilization"] == pytest.approx(0.2)
+  assert found["recipes"]["bf16"]["flops_utilization"] is None
   assert recipe["nats_below_unigram"] == 0.5
   facts = found["workdirs"][tmp_path.name]
   assert (facts["unigram_entropy_nats"], facts["parameters"]) == (3.0, 7)

@@ -1,10 +1,13 @@
 """Causal grouped-query attention with rotary positions."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from fp4jax.implementation import default_device
 from fp4jax.models.matrix import Matrix
 from fp4jax.models.policy import Numerics, Weights
 
@@ -59,7 +62,6 @@ class Attention(nnx.Module):
     return numerics.matmul("attention.out", values.reshape(b, t, -1), self.w_out[...])
 
 
-@jax.checkpoint  # keeps q, k and v for the backward pass, not the t x t probabilities
 def attend(
   q: Float[Array, "b t h g d"],
   k: Float[Array, "b t h d"],
@@ -68,8 +70,44 @@ def attend(
 ) -> Float[Array, "b t h g d"]:
   """Causal softmax attention of g query heads to each of h key heads; the softmax in float32.
 
-  In both products einsum makes k or v the lhs: "fprop.lhs" of a tap is theirs.
+  What is kept for the backward pass grows with t, not with t x t. Products whose recipes only cast,
+  to the dtype that q, k and v have, are `jax.nn.dot_product_attention`.
   """
+  plain = {numerics.recipe(name).plain_dtype for name in ("scores.qk", "scores.av")}
+  if plain != {q.dtype}:
+    return _attend_as_recipes_say(q, k, v, numerics)
+  match fused_implementation(q.dtype, q.shape[-1]):
+    case "cudnn":
+      return _fused(q, k, v, "cudnn")  # keeps its result and the log-sum-exp of each row
+    case "xla":
+      return jax.checkpoint(_fused, static_argnums=3)(q, k, v, "xla")
+
+
+def fused_implementation(dtype: jnp.dtype, head_dim: int) -> Literal["cudnn", "xla"]:
+  """Of `jax.nn.dot_product_attention`: cuDNN's, which makes no t x t array, on a GPU in bfloat16
+  with 8 to 128 features a head, a multiple of 8; else XLA's.
+
+  cuDNN's backward pass adds into dq in any order, unless XLA's flag
+  `xla_gpu_exclude_nondeterministic_ops` (or `xla_gpu_deterministic_ops`) is set: JAX hands cuDNN a
+  fixed algorithm and no choice of its own (jax/_src/cudnn/fused_attention_stablehlo.py), XLA asks
+  cuDNN for its deterministic one under either flag.
+  """
+  served = dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
+  return "cudnn" if served and default_device().platform == "gpu" else "xla"
+
+
+def _fused(q, k, v, implementation):
+  b, t, h, g, d = q.shape
+  with jax.default_matmul_precision("highest"):  # a GPU would round float32 to TF32
+    out = jax.nn.dot_product_attention(
+      q.reshape(b, t, h * g, d), k, v, is_causal=True, implementation=implementation
+    )
+  return out.reshape(q.shape)
+
+
+@jax.checkpoint  # keeps q, k and v for the backward pass, not the t x t probabilities
+def _attend_as_recipes_say(q, k, v, numerics):
+  """In both products einsum makes k or v the lhs: "fprop.lhs" of a tap is theirs."""
   t, d = q.shape[1], q.shape[-1]
   scores = jnp.einsum(
     "bqhgd,bkhd->bhgqk",

@@ -11,8 +11,10 @@ from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax import operands
 from fp4jax.models import attention, moe
+from fp4jax.models.cross_entropy import HEAD, cross_entropy
 from fp4jax.models.matrix import Matrix
 from fp4jax.models.policy import Numerics, Policy, Weights
+from fp4jax.models.remat import rematerialize
 
 
 @dataclasses.dataclass
@@ -30,6 +32,8 @@ class ModelConfig:
   d_ff_shared: int = 0  # of the shared expert; 0: none
   rope_theta: float = 10_000.0
   dtype: str = "bfloat16"  # of activations; master weights are float32
+  remat: str = "none"  # what the backward pass computes again, see `fp4jax.models.remat`
+  vocab_chunk: int = 0  # logits of a token that the loss holds at once; 0: all of them
 
 
 # Of quantizers: by segment of the layers, "0:2", and "head"; then by GEMM, then by role.
@@ -94,6 +98,7 @@ class LanguageModel(nnx.Module):
   def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
     self.dtype = jnp.dtype(config.dtype)
     self.num_layers = config.num_layers
+    self.remat, self.vocab_chunk = config.remat, config.vocab_chunk
     self.embedding = nnx.Embed(vocab_size, config.d_model, rngs=rngs)
     make_blocks = nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
     self.blocks = make_blocks(rngs.split(config.num_layers))
@@ -121,6 +126,30 @@ class LanguageModel(nnx.Module):
       taps: from `new_taps`; their gradient holds the error summary of every operand.
       states: from `new_states`, for policies with state; their gradient is the next states.
     """
+    x, head, routing = self._hidden(tokens, policy, key, taps, states)
+    with jax.named_scope("head"):
+      return head.matmul(HEAD, x, self.w_head[...]).astype(jnp.float32), routing
+
+  def cross_entropy(
+    self,
+    tokens: Int[Array, "b t"],
+    targets: Int[Array, "b t"],
+    policy: Policy,
+    *,
+    key: jax.Array | None = None,
+    taps: dict[str, Float32[Array, "... role field"]] | None = None,
+    states: States | None = None,
+  ) -> tuple[Float32[Array, "b t"], dict[str, Float32[Array, "..."]]]:
+    """Of each token in nats, and what a call says of the routing, whose other arguments it takes.
+
+    The logits are computed `vocab_chunk` at a time, see `fp4jax.models.cross_entropy`.
+    """
+    x, head, routing = self._hidden(tokens, policy, key, taps, states)
+    with jax.named_scope("head"):
+      return cross_entropy(x, self.w_head[...], targets, head, self.vocab_chunk), routing
+
+  def _hidden(self, tokens, policy, key, taps, states):
+    """What the head reads, its numerics, and what is said of the routing."""
     x = self.embedding(tokens).astype(self.dtype)
     graph, blocks = nnx.split(self.blocks)
     keys = None if key is None else jax.random.split(key, self.num_layers + 1)
@@ -136,23 +165,24 @@ class LanguageModel(nnx.Module):
       segment = inputs
       if stop - first < n:  # a slice of everything would be a copy
         segment = jax.tree.map(operator.itemgetter(slice(first, stop)), inputs)
+      block = rematerialize(block, self.remat, policy.recipe("experts.w13", first, n))
       x, of_blocks = lax.scan(block, x, (segment, states.get(_layers(first, stop), {})))
       routing.append(of_blocks)
     head = Numerics(policy, None if keys is None else keys[-1], taps, states.get("head"), n, n)
     with jax.named_scope("head"):
       x = _norm(self.norm, x)
-      logits = head.matmul("head.logits", x, self.w_head[...]).astype(jnp.float32)
     routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routing)
-    return logits, {
+    routing = {
       name: of_layers if name == "expert_load" else jnp.mean(of_layers)
       for name, of_layers in routing.items()
     }
+    return x, head, routing
 
   def new_taps(self) -> dict[str, Float32[Array, "... role field"]]:
     """A tap for each GEMM by name; those of the blocks have a leading layer axis."""
     tap = operands.new_tap()
     layers = jnp.broadcast_to(tap, (self.num_layers, *tap.shape))
-    return dict.fromkeys(self.block_gemms, layers) | {"head.logits": tap}
+    return dict.fromkeys(self.block_gemms, layers) | {HEAD: tap}
 
   def new_states(self, policy: Policy) -> States:
     """The first states of the quantizers that have one; none may depend on how many tokens come.
@@ -164,7 +194,7 @@ class LanguageModel(nnx.Module):
       own = _new_states(policy, self.block_gemms, first, n)
       stack = lambda x, layers=stop - first: jnp.broadcast_to(x, (layers, *x.shape))  # noqa: E731
       states[_layers(first, stop)] = jax.tree.map(stack, own)
-    states["head"] = _new_states(policy, {"head.logits": self.w_head.shape}, n, n)
+    states["head"] = _new_states(policy, {HEAD: self.w_head.shape}, n, n)
     return {part: own for part, own in states.items() if own}
 
   @property

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax.models.matrix import Matrix
@@ -59,7 +60,9 @@ class FeedForward(nnx.Module):
 
   def __call__(self, x: Float[Array, "*t d"], numerics: Numerics) -> Float[Array, "*t d"]:
     w13, w2 = self.names
-    return numerics.matmul(w2, swiglu(numerics.matmul(w13, x, self.w13[...])), self.w2[...])
+    x = checkpoint_name(x, "feed_forward.x")
+    h = checkpoint_name(numerics.matmul(w13, x, self.w13[...]), "feed_forward.h")
+    return numerics.matmul(w2, swiglu(h), self.w2[...])
 
 
 class MoE(nnx.Module):
@@ -104,6 +107,7 @@ class MoE(nnx.Module):
     logits = numerics.dot_general("router.logits")(
       tokens, self.w_router[...], (((1,), (0,)), ((), ()))
     )  # float32, for the weights are
+    logits = checkpoint_name(logits, "router.logits")
     routing = route(logits, self.top_k)
     out, dropped = numerics.moe_ffn(
       ("experts.w13", "experts.w2"),

@@ -122,6 +122,10 @@ class Numerics:
   num_layers: int = 1
   _calls: _Calls = dataclasses.field(default_factory=_Calls, repr=False, compare=False)
 
+  def recipe(self, name: str) -> Recipe:
+    """What the GEMM `name` runs here."""
+    return self.policy.recipe(name, self.layer, self.num_layers)
+
   def dot_general(self, name: str) -> Callable[..., Array]:
     """For one call. A recipe that quantizes runs on the policy's implementation, or raises.
 
@@ -174,7 +178,7 @@ class Numerics:
 
   def _gemm(self, name):
     """Recipe, key, tap and state of the next call of a GEMM."""
-    recipe = self.policy.recipe(name, self.layer, self.num_layers)
+    recipe = self.recipe(name)
     before = self._calls.add(name)
     key = self.key
     if key is not None:

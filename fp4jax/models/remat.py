@@ -1,0 +1,50 @@
+"""What a block computes again in the backward pass instead of keeping it."""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+
+from fp4jax.recipe import Recipe
+
+Remat = Literal["none", "attention+norm", "attention+norm+experts", "everything"]
+
+# The choices of the router: experts computed for others would not be those whose rows are kept.
+_ROUTING = ("router.logits", "experts.order")
+
+
+def rematerialize(block: Callable, remat: Remat, experts: Recipe) -> Callable:
+  """`block` as `remat` says what is computed again; `experts` is the recipe of its feed-forward.
+
+  Every policy computes the same numbers, draws, taps and states included; in bfloat16 to the last
+  bit if XLA may not leave out a rounding (`xla_allow_excess_precision`), which by default it does
+  in one program and not in another. Beside the input of a block it keeps, of each token,
+
+      none                    what each layer asks for
+      attention+norm          what `moe_ffn` keeps, x once and h for each choice, as they are or as
+                              the recipe packs them, and how the tokens were routed: the router's
+                              float32 logits and the order of the rows. Of a dense or shared block
+                              its input and the output of its first GEMM, in the activations' dtype
+      attention+norm+experts  of these only what the recipe packs, and the routing
+      everything              nothing
+
+  So none but the first keeps anything of attention; the first two run the GEMMs of the experts
+  once, and so does the third with a recipe that packs both x and h. The last GEMM of a block is
+  run once under all of them: no gradient asks for its result.
+  """
+  match remat:
+    case "none":
+      return block
+    case "attention+norm":
+      names = (*_ROUTING, "experts.x", "experts.h", "feed_forward.x", "feed_forward.h")
+    case "attention+norm+experts":
+      packed = {"experts.x": experts.residual.lhs, "experts.h": experts.residual.hidden}
+      names = (*_ROUTING, *(name for name, fmt in packed.items() if fmt is not None))
+    case "everything":
+      names = ()
+    case _:
+      raise ValueError(f"{remat=} is not one of {get_args(Remat)}")
+  policy = jax.checkpoint_policies.save_only_these_names(*names)
+  # A scan runs the block: XLA can't share its forward pass with the loop that goes back.
+  return functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)(block)
