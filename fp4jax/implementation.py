@@ -12,7 +12,7 @@ In one place the GEMMs of "mosaic" differ by more. With HOPPER_FP4, wgrad's lhs 
 while the scales of 128 tokens lie within 14 binades, beyond which the smallest values are rounded.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ def compute_capability() -> str:
   return getattr(device, "compute_capability", None) or f"none ({device.platform})"
 
 
-def default_device() -> jax.Device:
+def default_device() -> Any:
+  """The jax.Device on which a program runs that names none."""
   device = jax.config.jax_default_device or jax.devices()[0]
   return jax.devices(device)[0] if isinstance(device, str) else device

@@ -127,5 +127,5 @@ def test_cudnn_serves_bf16_on_a_gpu(monkeypatch, platform, dtype, head_dim, expe
 @pytest.mark.gpu
 def test_cudnn_is_what_runs_on_a_gpu():
   q, k, v, g = operands("bfloat16", 2, 3, d=64)
-  lowered = attended.lower(q, k, v, g, BF16).as_text()
-  assert lowered.count("__cudnn$fmhaSoftmax(") + lowered.count("__cudnn$fmhaSoftmaxBackward(") == 2
+  compiled = attended.lower(q, k, v, g, BF16).compile().as_text()
+  assert '"__cudnn$fmhaSoftmax"' in compiled and '"__cudnn$fmhaSoftmaxBackward"' in compiled

@@ -112,6 +112,15 @@ def in_parts(recipe, parts):
   return make_trainer(config, 256, policy_of(recipe, config))
 
 
+def test_a_step_writes_its_state_where_the_old_one_lies():
+  trainer = in_parts(recipes.BF16, 1)
+  state = jax.eval_shape(trainer.init, jnp.int32(0))
+  tokens = jax.ShapeDtypeStruct((2, 65), jnp.int32)
+  memory = trainer.step.lower(state, tokens, jnp.int32(0)).compile().memory_analysis()
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+  assert memory.alias_size_in_bytes == size
+
+
 @pytest.mark.slow
 def test_microbatches_have_the_mean_of_their_gradients():
   tokens = np.random.default_rng(1).integers(0, 256, (6, 65)).astype(np.int32)
