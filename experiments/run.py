@@ -25,11 +25,11 @@ from pathlib import Path
 from absl import app
 
 from experiments import command_line, data, logs, processes
+from experiments import mesh as meshes
 from experiments.checks import validate
 from experiments.config import Experiment
 from experiments.environment import COMMIT, describe_environment
 from experiments.loop import Interrupted, train_run
-from experiments.mesh import all_devices, make_mesh, mesh_sizes
 from experiments.processes import Group
 from experiments.report import write_report
 from experiments.speed_of_light import at_peak, flops_by_dtype, seconds_at_peak
@@ -74,8 +74,8 @@ def run(
   group = group or Group()
   choose(config.implementation, device_obstacle())  # before what "mosaic" asks of other settings
   validate(config)
-  config = with_token_parts(config, Path(workdir), len(all_devices()))
-  mesh = make_mesh(config)
+  config = with_token_parts(config, Path(workdir), len(meshes.all_devices()))
+  mesh = meshes.make_mesh(config)
   corpus = data.load_corpus(config.data)
   phases = {
     name: [
@@ -92,7 +92,7 @@ def run(
     describe_environment(commit)
     | parameter_counts(config, corpus.vocab_size)
     | {"corpus": corpus.describe(), "saved_activation_bytes_per_token": costs}
-    | {"mesh": mesh_sizes(config, len(all_devices()))}
+    | {"mesh": meshes.mesh_sizes(config, len(meshes.all_devices()))}
     | at_peak(config, corpus.vocab_size, {name: p[0][1].policy for name, p in phases.items()})
   )
   peaks = environment["peak_flops_per_s"]
@@ -126,7 +126,7 @@ def run(
 
 def _work_of_a_device(config: Experiment, vocab_size: int, policy: Policy) -> dict[str, float]:
   work = flops_by_dtype(config, vocab_size, policy)
-  return {dtype: flops / len(all_devices()) for dtype, flops in work.items()}
+  return {dtype: flops / len(meshes.all_devices()) for dtype, flops in work.items()}
 
 
 def _report(folder: WorkDir) -> Path:

@@ -163,7 +163,7 @@ def with_token_parts(config: Experiment, path: Path, devices: int) -> Experiment
   """`config` with the `mesh.token_parts` that the workdir began with, else one for each device."""
   if config.mesh.token_parts is not None:
     return config
-  found = logs.read_json(path / "config.json") or {}
+  found = (path.is_dir() and logs.read_json(path / "config.json")) or {}
   parts = found.get("mesh", {}).get("token_parts", devices)
   return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, token_parts=parts))
 

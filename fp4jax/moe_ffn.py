@@ -256,8 +256,9 @@ def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, s
 
   kept_h = "original" if residual.hidden is None else "residual"
   as_read = recipe.wgrad.lhs.source == "fprop"
+  x = x.kept_for(recipe.wgrad.lhs.source, of_first.lhs)
   saved = (
-    checkpoint_name(x.kept_for(recipe.wgrad.lhs.source, of_first.lhs), "experts.x"),
+    checkpoint_name(x, "experts.x") if x.original is None else x,
     checkpoint_name(h.kept_for(kept_h), "experts.h"),
     a.kept_for("fprop", of_second.lhs) if as_read else None,
     (keep_weights(w13, w13_read, of_first), keep_weights(w2, w2_read, of_second)),

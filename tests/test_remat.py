@@ -37,7 +37,8 @@ def trainer_of(recipe, remat, **model):
   config = Experiment(model=dataclasses.replace(SHAPE, remat=remat, **model))
   config.optimizer = Optimizer(warmup_steps=0)
   validate(config)
-  return make_trainer(config, 64, policy_of(recipe, config.quantize, "xla"))
+  config.implementation = "xla"
+  return make_trainer(config, 64, policy_of(recipe, config))
 
 
 def tokens(batch=2, length=32):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax import operands
@@ -15,6 +16,7 @@ from fp4jax.models.cross_entropy import HEAD, cross_entropy
 from fp4jax.models.matrix import Matrix
 from fp4jax.models.policy import Numerics, Policy, Weights
 from fp4jax.models.remat import rematerialize
+from fp4jax.recipe import Residual
 
 
 @dataclasses.dataclass
@@ -68,7 +70,7 @@ class Block(nnx.Module):
     with jax.named_scope("attention"):
       x = x + self.attention(_norm(self.attention_norm, x), numerics)
     with jax.named_scope("feed_forward"):
-      normed = _norm(self.feed_forward_norm, x)
+      normed = checkpoint_name(_norm(self.feed_forward_norm, x), "feed_forward.x")
       if not isinstance(self.feed_forward, moe.MoE):
         return x + self.feed_forward(normed, numerics), {}
       out, routing = self.feed_forward(normed, numerics)
@@ -99,6 +101,7 @@ class LanguageModel(nnx.Module):
     self.dtype = jnp.dtype(config.dtype)
     self.num_layers = config.num_layers
     self.remat, self.vocab_chunk = config.remat, config.vocab_chunk
+    self.is_mixture = config.num_experts > 0
     self.embedding = nnx.Embed(vocab_size, config.d_model, rngs=rngs)
     make_blocks = nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
     self.blocks = make_blocks(rngs.split(config.num_layers))
@@ -165,7 +168,8 @@ class LanguageModel(nnx.Module):
       segment = inputs
       if stop - first < n:  # a slice of everything would be a copy
         segment = jax.tree.map(operator.itemgetter(slice(first, stop)), inputs)
-      block = rematerialize(block, self.remat, policy.recipe("experts.w13", first, n))
+      recipe = policy.recipe("experts.w13", first, n)
+      block = rematerialize(block, self.remat, recipe.residual if self.is_mixture else Residual())
       x, of_blocks = lax.scan(block, x, (segment, states.get(_layers(first, stop), {})))
       routing.append(of_blocks)
     head = Numerics(policy, None if keys is None else keys[-1], taps, states.get("head"), n, n)

@@ -60,7 +60,6 @@ class FeedForward(nnx.Module):
 
   def __call__(self, x: Float[Array, "*t d"], numerics: Numerics) -> Float[Array, "*t d"]:
     w13, w2 = self.names
-    x = checkpoint_name(x, "feed_forward.x")
     h = checkpoint_name(numerics.matmul(w13, x, self.w13[...]), "feed_forward.h")
     return numerics.matmul(w2, swiglu(h), self.w2[...])
 

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import jax
 
-from fp4jax.recipe import Recipe
+from fp4jax.recipe import Residual
 
 Remat = Literal["none", "attention+norm", "attention+norm+experts", "everything"]
 
@@ -14,8 +14,8 @@ Remat = Literal["none", "attention+norm", "attention+norm+experts", "everything"
 _ROUTING = ("router.logits", "experts.order")
 
 
-def rematerialize(block: Callable, remat: Remat, experts: Recipe) -> Callable:
-  """`block` as `remat` says what is computed again; `experts` is the recipe of its feed-forward.
+def rematerialize(block: Callable, remat: Remat, packed: Residual) -> Callable:
+  """`block` as `remat` says what is computed again; `packed` is how `moe_ffn` keeps x and h.
 
   Every policy computes the same numbers, draws, taps and states included; in bfloat16 to the last
   bit if XLA may not leave out a rounding (`xla_allow_excess_precision`), which by default it does
@@ -37,10 +37,11 @@ def rematerialize(block: Callable, remat: Remat, experts: Recipe) -> Callable:
     case "none":
       return block
     case "attention+norm":
-      names = (*_ROUTING, "experts.x", "experts.h", "feed_forward.x", "feed_forward.h")
+      x = "feed_forward.x" if packed.lhs is None else "experts.x"
+      names = (*_ROUTING, x, "experts.h", "feed_forward.h")
     case "attention+norm+experts":
-      packed = {"experts.x": experts.residual.lhs, "experts.h": experts.residual.hidden}
-      names = (*_ROUTING, *(name for name, fmt in packed.items() if fmt is not None))
+      formats = {"experts.x": packed.lhs, "experts.h": packed.hidden}
+      names = (*_ROUTING, *(name for name, fmt in formats.items() if fmt is not None))
     case "everything":
       names = ()
     case _:
