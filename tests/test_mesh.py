@@ -80,8 +80,8 @@ def on_one_device(recipe):
   return plain, max(np.abs(losses(trainer, moved) - plain).max() for moved in range(4))
 
 
-QUICK = ("hopper_fp4_dispatch", (1, 2, 2))
-CASES = [QUICK] + [
+QUICK = ("hopper_fp4", (1, 2, 2))
+CASES = [QUICK, ("hopper_fp4_dispatch", (1, 2, 2))] + [
   (recipe, mesh)
   for recipe in ("bf16", "fp8", "mxfp4_rht_sr", "hopper_fp4")
   for mesh in ((2, 1, 1), (4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 1, 4))
@@ -95,8 +95,10 @@ def test_losses_are_those_of_one_device(recipe, mesh):
   device do whose weights differ by half an ulp: by at most four times the largest of four such."""
   expected, apart = on_one_device(recipe)
   found = losses(trainer_of(recipe, config_of(*mesh, token_parts=4)))
-  # 256 tokens' losses, and bf16 activations that a sum in another order may move to the next.
-  assert abs(found[0] - expected[0]) <= 1e-4 * expected[0]
+  # 256 tokens' losses, and bf16 activations that a sum in another order may move to the next; or
+  # all results of experts, where each device rounds its sum to bf16.
+  sums = recipes.RECIPES[recipe].payload.sums
+  assert abs(found[0] - expected[0]) <= (1e-4 if sums == jnp.float32 else 2.0**-9) * expected[0]
   assert np.abs(found - expected).max() <= 4 * apart
   assert apart < 0.1 and expected[-1] < expected[0] - 0.3  # it learns, and the bound is one
 
@@ -209,8 +211,8 @@ def test_states_of_quantizers_follow_those_of_one_device(mesh):
   leaves = [jax.tree_util.tree_leaves_with_path(tree) for tree in found]
   assert len(leaves[0]) > 8
   for (path, a), (_, b) in zip(*leaves, strict=True):
-    # Weights and amax after two steps that agree up to bf16's roundings.
-    np.testing.assert_allclose(a, b, rtol=0.05, atol=0.01, err_msg=jax.tree_util.keystr(path))
+    # Weights, and the largest of some thousand activations, after two steps in 4 bits.
+    np.testing.assert_allclose(a, b, rtol=0.15, atol=0.01, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.slow
