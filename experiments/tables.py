@@ -124,6 +124,52 @@ def cost_table(times: list[Row], memory: list[Row]) -> str:
   return "\n".join(lines) + f"\n\n{tokens} tokens per step. {_source(times[0])}"
 
 
+def lengths_table(
+  peaks: list[Row], times: dict[int, list[Row]], memory: dict[int, list[Row]]
+) -> str:
+  """Steps of as many tokens in sequences of several lengths; `peaks` are their GEMMs' seconds."""
+  lines = [
+    "| sequence | recipe | tokens/s | step time, BF16 = 1 | GEMMs at the peak, of a step |"
+    " peak memory, GB |",
+    "|---" * 6 + "|",
+  ]
+  for length, rows in times.items():
+    (peak,) = (row["gemm_seconds_at_peak"] for row in peaks if row["length"] == length)
+    bytes_of = {row["recipe"]: f"{row['peak_bytes'] / 1e9:.1f}" for row in memory.get(length, [])}
+    for row in rows:
+      share = peak[row["recipe"]] * 1e3 / row["step_time_ms"]
+      lines.append(
+        f"| {length} | `{row['recipe']}` | {row['tokens_per_s']:,.0f} |"
+        f" {row['ratio_to_bf16']:.2f} | {share:.2f} | {bytes_of.get(row['recipe'], '')} |"
+      )
+  sources = dict.fromkeys(_source(rows[0]) for rows in (*times.values(), *memory.values(), peaks))
+  return "\n".join(lines) + f"\n\n{' '.join(sources)}"
+
+
+def dispatch_table(rows: list[Row]) -> str:
+  """What rows to their experts and back cost, beside bf16's dispatch, and a whole layer."""
+  lines = ["| experts | | bf16 | FP8 | MXFP4 |", "|---|---|---|---|---|"]
+  for experts in dict.fromkeys(row["experts"] for row in rows):
+    time = {
+      (row["kind"], row.get("part"), row["payload"]): row["time_us"]
+      for row in rows
+      if row["experts"] == experts
+    }
+    base = time["exchange", "dispatch", "bf16"]
+    for part, name in (("dispatch", "packed, sent, widened"), ("wire", "sent alone")):
+      own = [time["exchange", part, payload] for payload in ("bf16", "fp8", "mxfp4")]
+      cells = " | ".join(f"{t:,.0f} us, {t / base:.2f}" for t in own)
+      lines.append(f"| {experts} | {name} | {cells} |")
+    back = time["exchange", "combine", "bfloat16"]
+    cells = " | ".join([f"{back:,.0f} us, {back / base:.2f}"] * 3)
+    lines.append(f"| {experts} | results back, in bf16 | {cells} |")
+    own = [time["layer", None, payload] for payload in ("bf16", "fp8", "hopper_fp4")]
+    cells = " | ".join(f"{t / 1e3:,.1f} ms, {t / own[0]:.2f}" for t in own)
+    lines.append(f"| {experts} | the layer, forward and backward | {cells} |")
+  shape = "{tokens:,} tokens of width {d} on each device, top-{top_k}.".format(**rows[0])
+  return "\n".join(lines) + f"\n\n{shape} {_source(rows[0])}"
+
+
 def _source(row: Row) -> str:
   dirty = ", with uncommitted changes" if row["git_dirty"] else ""
   return f"Device: {row['device']}. Commit {row['git_commit'][:9]}{dirty}."
@@ -150,6 +196,12 @@ def readme_tables(results: Path) -> dict[str, str]:
     "moe_wide": losses_table(rows("moe_wide")),
     "moe_wide_step": cost_table(rows("moe_wide_step_time"), rows("moe_wide_memory")),
     "moe_wide_profile": profile_table(rows("moe_wide_profile")),
+    "moe_wide_lengths": lengths_table(
+      rows("moe_wide_peak"),
+      {length: rows(f"moe_wide_{length}_step_time") for length in (512, 4096)},
+      {4096: rows("moe_wide_4096_memory")},
+    ),
+    "dispatch": dispatch_table(rows("dispatch")),
   }
 
 
