@@ -71,11 +71,15 @@ def _read_hidden(h, source, dtype):
   return h.read("original" if h.packed is None else source).astype(dtype)
 
 
-def make_gemms(recipe, implementation, order, keys, tapped, states, dtypes) -> tuple[Gemms, Gemms]:
+def make_gemms(
+  recipe, implementation, order, keys, tapped, states, dtypes, weight_axis
+) -> tuple[Gemms, Gemms]:
   """Of GEMM 1 and GEMM 2."""
   if implementation == "mosaic":
-    return tuple(mosaic.MosaicGemms(recipe, order.expert_sizes, dtype) for dtype in dtypes)
+    return tuple(
+      mosaic.MosaicGemms(recipe, order.expert_sizes, dtype, weight_axis) for dtype in dtypes
+    )
   rows = order.choice_of_row.size
   tiles = Tiles.of(order.group_sizes, rows, order.experts, order.ids)
   layers = zip(keys, tapped, states, strict=True)
-  return tuple(XlaFfnGemms(recipe, tiles, *layer) for layer in layers)
+  return tuple(XlaFfnGemms(recipe, tiles, *layer, weight_axis) for layer in layers)

@@ -18,7 +18,7 @@ from fp4jax.mosaic.gemms import MosaicGemms
 from fp4jax.operands import Forward, Summaries, for_pull, take_rows
 from fp4jax.products import Layout, XlaLayout, multiply
 from fp4jax.recipe import Recipe
-from fp4jax.sharding import one_program, refuse_shared, vary, varying_axes
+from fp4jax.sharding import gather_columns, one_program, refuse_shared, vary, varying_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class XlaGemms:
   keys: ops.Keys | None
   tapped: bool
   state: ops.State
+  weight_axis: str | None = None  # see `moe_ffn`
 
   def keep(self, x: Float[Array, "*s"], fmt: Format | None) -> ops.Tensor:
     """x, and packed in blocks along its last axis where `fmt` is one."""
@@ -49,7 +50,7 @@ class XlaGemms:
     lhs = take_rows(x.read(self.recipe.fprop.lhs.source), rows)
     lhs = self._read("fprop.lhs", lhs, -1, slices[0], self.layout.ids.rows)
     rhs = w.read(self.recipe.fprop.rhs.source)
-    rhs = self._read("fprop.rhs", rhs, -2, slices[1], self.layout.ids.weights)
+    rhs = self._read("fprop.rhs", rhs, -2, slices[1], self.layout.ids.weights, self._gather)
     summaries = {
       "fprop.lhs": lhs.summary,
       "fprop.rhs": rhs.summary,
@@ -70,7 +71,8 @@ class XlaGemms:
     layout = self.layout
     lhs = self._read("dgrad.lhs", dy, -1, layout.slices, layout.ids.rows)
     rhs = w.read(self.recipe.dgrad.rhs.source)
-    rhs = self._read("dgrad.rhs", rhs, -1, layout.weight_slices, layout.ids.weights)
+    of_weights = layout.weight_slices, layout.ids.weights, self._gather
+    rhs = self._read("dgrad.rhs", rhs, -1, *of_weights)
     dx = multiply(lhs, rhs, layout.dgrad)
     dx = ops.pull(self.recipe, "fprop.lhs", forward.lhs, dx, -1, self.keys)
     reads = {"dgrad.lhs": lhs, "dgrad.rhs": rhs}
@@ -94,8 +96,15 @@ class XlaGemms:
     reads = {"wgrad.lhs": lhs, "wgrad.rhs": rhs}
     return dw[..., : x.shape[-1], :], _summaries(reads), self._states(reads)
 
-  def _read(self, role, x, axis, slices, ids):
-    return ops.read(self.recipe, role, x, axis, self.keys, self.tapped, self.state, slices, ids)
+  @property
+  def _gather(self):
+    if self.weight_axis is None:
+      return None
+    return functools.partial(gather_columns, axis=self.weight_axis)
+
+  def _read(self, role, x, axis, slices, ids, gather=None):
+    how = self.keys, self.tapped, self.state, slices, ids, gather
+    return ops.read(self.recipe, role, x, axis, *how)
 
   def _states(self, reads):
     return {role: read.state for role, read in reads.items() if role in self.state}

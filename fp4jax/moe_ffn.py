@@ -44,18 +44,16 @@ from fp4jax import operands as ops
 from fp4jax import quantization as qz
 from fp4jax.arguments import to_arrays
 from fp4jax.dispatch import AllToAll, Choices, Dispatch, Order, Whole
+from fp4jax.expert_mesh import ExpertMesh
 from fp4jax.ffn_gemms import make_gemms
-from fp4jax.formats.roundings import typed
 from fp4jax.grouped import check_recipe
 from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import nan_unless
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.operands import for_pull, take_rows
 from fp4jax.quantizers.quantizer import pad_to_blocks
-from fp4jax.recipe import Recipe, moves_by_rows
+from fp4jax.recipe import Recipe
 from fp4jax.sharding import (
-  Axes,
-  fold_in_axes,
   one_program,
   refuse_shared,
   spec_of,
@@ -82,6 +80,7 @@ def moe_ffn(
   states: tuple[ops.State | None, ops.State | None] = (None, None),
   token_parts: int = 1,
   expert_axis: str | None = None,
+  weight_axis: str | None = None,
   capacity_factor: float | None = None,
   implementation: Implementation | None = None,
 ) -> Float[Array, "token d"] | tuple[Float[Array, "token d"], Int32[Array, ""]]:
@@ -107,6 +106,9 @@ def moe_ffn(
     expert_axis: a mesh axis of `jax.shard_map` along which w13 and w2 are divided; `experts` are
       among those of all its devices. Rows go to the devices of their experts as
       `fp4jax.dispatch.AllToAll` says, in the formats of `recipe.payload`.
+    weight_axis: another one along which the last axis of w13 and w2 is divided. Each device packs
+      its part as the recipe reads it, and codes and scales are gathered for each GEMM; a weight's
+      gradient is summed over the axis, each device keeping its part.
     capacity_factor: how many choices a device has room for, in tokens * k, its share where all
       experts are asked alike. What finds no room counts as zero. None: room for all there could
       be, as many as `expert_axis` has devices.
@@ -124,10 +126,12 @@ def moe_ffn(
     ops.check_state(recipe, state, "each of states=")
   x, w13, w2 = ops.to_operands(x=x, w13=w13, w2=w2)
   experts, weights = to_arrays(experts=experts, weights=weights)
-  _check_shapes(x, w13, w2, experts, weights)
+  axes = varying_axes(x, experts)
+  mesh = ExpertMesh(token_parts, expert_axis, weight_axis, capacity_factor, axes)
+  mesh.check_axes()
+  _check_shapes(x, mesh.whole(w13), mesh.whole(w2), experts, weights)
   check_recipe(recipe)
-  mesh = _MeshOptions(token_parts, expert_axis, capacity_factor, varying_axes(x, experts))
-  _check_mesh(mesh, recipe, len(x), w13)
+  mesh.check(recipe, len(x), w13, w2)
   known = not isinstance(experts, jax.core.Tracer)
   if known:
     _check_experts(np.asarray(experts), len(w13) * mesh.peers)
@@ -137,41 +141,6 @@ def moe_ffn(
   keys = keys if recipe.is_stochastic else (None, None)
   out, dropped = spread(_moe_ffn, options, (*operands, keys), (taps, states), (spec_of(x), P()))
   return out if capacity_factor is None else (out, dropped)
-
-
-class _MeshOptions(NamedTuple):
-  token_parts: int
-  expert_axis: str | None
-  capacity_factor: float | None
-  axes: Axes  # that divide the tokens
-
-  @property
-  def peers(self) -> int:
-    return 1 if self.expert_axis is None else lax.axis_size(self.expert_axis)
-
-  def keys(self, key: jax.Array | None, w: Array) -> ops.Keys | None:
-    """Rows draw by their place among all tokens, weights by their expert among all of the axis."""
-    if key is None:
-      return None
-    key = typed(key)
-    of_weights = fold_in_axes(key, tuple(a for a in varying_axes(w) if a != self.expert_axis))
-    return ops.Keys(lhs=key, rhs=of_weights, dy=key, shared=of_weights)
-
-  def choices(self, experts: Int32[Array, "token k"]) -> Choices:
-    (tokens, k), parts = experts.shape, self.token_parts
-    part, place = jnp.divmod(jnp.arange(tokens, dtype=jnp.int32), tokens // parts)
-    places = place[:, None] * k + jnp.arange(k, dtype=jnp.int32)[None]
-    first = lax.axis_index(self.axes) * parts if self.axes else 0
-    return Choices(experts, part, places, first + jnp.arange(parts, dtype=jnp.int32))
-
-  def with_ids(self, recipe: Recipe, where: "_Rows", shape: tuple[int, ...]) -> Order:
-    """The order with what a stochastic recipe draws by; `shape` is that of all choices."""
-    if not recipe.is_stochastic:
-      return where.order
-    experts, choices = where.order.experts, where.choices
-    choices = self.choices(jnp.zeros(shape, jnp.int32)) if choices is None else choices
-    first = 0 if self.expert_axis is None else lax.axis_index(self.expert_axis) * experts
-    return where.order.with_ids(choices, first + jnp.arange(experts, dtype=jnp.int32))
 
 
 def _moe_ffn(recipe, implementation, known, mesh, x, w13, w2, weights, experts, keys, taps, states):
@@ -232,8 +201,10 @@ def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, s
   taps, states = refuse_shared("taps", taps, operands), refuse_shared("states", states, operands)
   tapped, dtype, residual = [tap is not None for tap in taps], x.dtype, recipe.residual
   dtypes = w13.dtype, w2.dtype
-  drawing = mesh.with_ids(recipe, where, weights.shape)
-  first, second = make_gemms(recipe, implementation, drawing, keys, tapped, states, dtypes)
+  drawing = mesh.with_ids(recipe, order, where.choices, weights.shape)
+  first, second = make_gemms(
+    recipe, implementation, drawing, keys, tapped, states, dtypes, mesh.weight_axis
+  )
   token = order.choice_of_row // weights.shape[1]
   w13_read, w2_read = first.keep_weights(w13.astype(dtype)), second.keep_weights(w2.astype(dtype))
 
@@ -282,8 +253,10 @@ def _bwd(recipe, implementation, mesh, saved, dout):
   w13_like, w2_like = likes
   tapped, dtype = [s is not None for s in summaries], dout.dtype
   dtypes = w13_like.dtype, w2_like.dtype
-  drawing = mesh.with_ids(recipe, where, weights.shape)
-  first, second = make_gemms(recipe, implementation, drawing, keys, tapped, states, dtypes)
+  drawing = mesh.with_ids(recipe, order, where.choices, weights.shape)
+  first, second = make_gemms(
+    recipe, implementation, drawing, keys, tapped, states, dtypes, mesh.weight_axis
+  )
   token = order.choice_of_row // weights.shape[1]
 
   # g = dgrad(weight * dout) has the numbers of the composed layers, but a weight of zero would hide
@@ -305,6 +278,7 @@ def _bwd(recipe, implementation, mesh, saved, dout):
   dw13, wgrad_1, wgrad_states_1 = first.wgrad(x, dh, forwards[0], token)
   # Not the sum over choices: a select there keeps XLA from fusing what follows.
   dx, dw13, dw2, dweights = (nan_unless(valid, g) for g in (dx, dw13, dw2, dweights))
+  dw13, dw2 = mesh.own(dw13), mesh.own(dw2)
   dx = take_rows(dx.astype(dtype), order.row_of_choice).reshape(*weights.shape, -1)
   dx = jnp.sum(dx.astype(jnp.float32), axis=1)
   dx = dispatch.collect(dx, recipe.payload.sums).astype(dtype)
@@ -345,24 +319,6 @@ def _as_sent(fmt, implementation, dispatch, x) -> Float[Array, "token d"]:
   packed = qz.pack_rows(pad_to_blocks(x, fmt, -1), fmt, implementation)
   packed = dispatch.send(packed)
   return ops.Tensor(None, packed, packed.shape[:1] + x.shape[1:]).read("residual").astype(x.dtype)
-
-
-def _check_mesh(mesh, recipe, tokens, w13):
-  parts, axis, room = mesh.token_parts, mesh.expert_axis, mesh.capacity_factor
-  if parts < 1 or tokens % parts:
-    raise ValueError(f"token_parts={parts} does not divide {tokens} tokens")
-  if axis is not None and axis not in jax.sharding.get_abstract_mesh().manual_axes:
-    raise ValueError(f"expert_axis={axis!r} is no mesh axis of a jax.shard_map around this call")
-  if axis is not None and axis not in varying_axes(w13):
-    raise ValueError(f"w13 is whole on each device of expert_axis={axis!r}: in_specs divides it")
-  if room is not None and not room > 0:
-    raise ValueError(f"capacity_factor={room} is not above 0")
-  kept = recipe.residual.lhs
-  if (parts > 1 or axis is not None) and kept is not None and not moves_by_rows(kept):
-    raise ValueError(
-      f"{recipe.name}: residual.lhs={kept.name} has scales that several tokens share, and"
-      f" token_parts={parts}, expert_axis={axis!r} part them"
-    )
 
 
 def _check_shapes(x, w13, w2, experts, weights):

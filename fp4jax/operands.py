@@ -6,7 +6,7 @@ quantizer of its role.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -183,6 +183,7 @@ def read(
   state: State | None = None,
   slices: Slices = WHOLE,
   ids: Ids | None = None,
+  gather: Callable[[Any], Any] | None = None,
 ) -> Read:
   """The operand `role` ("dgrad.rhs") of x, which its GEMM contracts along `axis`.
 
@@ -192,7 +193,7 @@ def read(
   gemm, length = role.split(".")[0], x.shape[axis]
   x = pad(x, axis, contraction_multiple(getattr(recipe, gemm)))
   key, gemm_key = (None, None) if keys is None else (keys.of_role(role, ids), keys.of_gemm(gemm))
-  ctx = Context(key, gemm_key, (state or {}).get(role, ()), slices, tapped, length)
+  ctx = Context(key, gemm_key, (state or {}).get(role, ()), slices, tapped, length, gather)
   return recipe.operand(role).read(x, axis, ctx)
 
 

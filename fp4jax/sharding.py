@@ -54,6 +54,11 @@ def vary(tree: PyTree, axes: Axes) -> PyTree:
   return jax.tree.map(cast, tree)
 
 
+def gather_columns(parts: PyTree, axis: str) -> PyTree:
+  """Inside `jax.shard_map`: arrays whose last axis is divided along a mesh axis, whole."""
+  return jax.tree.map(lambda x: lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True), parts)
+
+
 def spread(
   body: Callable[..., PyTree[Array]],
   options: tuple[Hashable, ...],

@@ -24,7 +24,7 @@ RECIPES = ("fp32", "bf16", "fp8", "mxfp4_rht_sr", "hopper_fp4", "fp8_dispatch")
 RECIPES += ("hopper_fp4_dispatch",)
 
 
-def inputs(dtype=jnp.bfloat16, tokens=T):
+def inputs(dtype=jnp.bfloat16, tokens=T, d=D, f=F):
   """x, w13, w2, weights, experts, dout; no token asks for expert 5, most ask for expert 0."""
   rng = np.random.default_rng(0)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
@@ -32,8 +32,8 @@ def inputs(dtype=jnp.bfloat16, tokens=T):
   shares[5] = 0
   picks = [rng.choice(E, K, replace=False, p=shares / shares.sum()) for _ in range(tokens)]
   weights = jnp.asarray(rng.uniform(0.1, 1, (tokens, K)), jnp.float32)
-  x, dout = (normal(tokens, D).astype(dtype) for _ in range(2))
-  w13, w2 = normal(E, D, 2 * F) / D**0.5, normal(E, F, D) / F**0.5
+  x, dout = (normal(tokens, d).astype(dtype) for _ in range(2))
+  w13, w2 = normal(E, d, 2 * f) / d**0.5, normal(E, f, d) / f**0.5
   return x, w13, w2, weights, jnp.asarray(picks), dout
 
 
@@ -62,14 +62,14 @@ def make_mesh(data, expert):
 ROWS, EXPERTS = P(("data", "expert")), P("expert")
 
 
-def over_mesh(recipe, mesh, parts=1, **options):
+def over_mesh(recipe, mesh, parts=1, of_weights=EXPERTS, **options):
   """Each device has its part of the tokens and its experts."""
 
   def layer(x, w13, w2, weights, experts):
     options_of_all = dict(keys=KEYS, expert_axis="expert", token_parts=parts)
     return moe_ffn(x, w13, w2, experts, weights, recipe, **options_of_all | options)
 
-  specs = (ROWS, EXPERTS, EXPERTS, ROWS, ROWS)
+  specs = (ROWS, of_weights, of_weights, ROWS, ROWS)
   sharded = jax.shard_map(layer, mesh=mesh, in_specs=specs, out_specs=ROWS)
   return jax.jit(with_gradients(sharded))
 
@@ -153,6 +153,61 @@ def test_choices_beyond_the_capacity_count_as_zero_and_are_counted():
   assert not y[12:16].any() and y[:12].any(axis=1).all()  # the last of device 0 were not sent
   y, dropped = run(experts[:, :], 0.5)
   assert dropped.sum() > 0 and np.isfinite(y).all()
+
+
+# Weights in parts of their columns, each gathered as it is read (FSDP): here along "data".
+
+
+COLUMNS = P("expert", None, "data")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bf16", "fp8", "mxfp4_rht_sr", "hopper_fp4"])
+@pytest.mark.parametrize("data, expert", [(2, 1), (2, 2)])
+def test_weights_in_parts_have_the_numbers_of_whole_ones(name, data, expert):
+  arguments, recipe = inputs(d=256, f=128), recipes.RECIPES[name]
+  axis = "expert" if expert > 1 else None
+  mesh, options = make_mesh(data, expert), {"expert_axis": axis}
+  run = over_mesh(recipe, mesh, of_weights=COLUMNS, weight_axis="data", **options)
+  whole = over_mesh(recipe, mesh, **options)(*arguments)
+  for what, a, b in zip(NAMES, run(*arguments), whole, strict=True):
+    np.testing.assert_array_equal(a, b, err_msg=what)  # each gradient is a sum of two
+
+
+def gathered(recipe):
+  """Dtypes of what a layer gathers, but for its plan."""
+  run = over_mesh(recipe, make_mesh(2, 2), of_weights=COLUMNS, weight_axis="data")
+  found = []
+
+  def visit(jaxpr):
+    for eqn in jaxpr.eqns:
+      if eqn.primitive.name == "all_gather":
+        found.extend(v.aval.dtype.name for v in eqn.invars if v.aval.ndim == 3)
+      for inner in jaxprs_in_params(eqn.params):
+        visit(inner)
+
+  visit(jax.make_jaxpr(run)(*inputs(d=256, f=128)).jaxpr)
+  return found
+
+
+def test_codes_and_scales_of_weights_are_gathered():
+  assert gathered(recipes.BF16) == ["bfloat16"] * 4  # two weights, forth and back
+  assert gathered(recipes.FP8) == ["uint8", "float32"] * 4
+  assert gathered(recipes.MXFP4) == ["uint8", "uint8"] * 4
+
+
+def test_columns_that_cut_what_is_read_as_one_are_refused():
+  def refused(message, recipe, **sizes):
+    run = over_mesh(recipe, make_mesh(2, 2), of_weights=COLUMNS, weight_axis="data")
+    with pytest.raises(ValueError, match=message):
+      run(*inputs(**sizes))
+
+  refused("the 64 columns of w13 on a device are no multiple of 128, the blocks of", recipes.FP8)
+  refused("the 48 columns of w2 on a device are no multiple of 32", recipes.MXFP4, d=96)
+  one_scale = recipes.FP8.replace({"fprop.rhs.format": fp4jax.FP8_TENSOR})
+  refused("FP8_TENSOR in fprop.rhs has one scale for a weight", one_scale)
+  stochastic = recipes.MXFP4.replace({"fprop.rhs.rounding": "stochastic"})
+  refused("parts of a weight are read by plain operands rounded to nearest", stochastic)
 
 
 # What travels.

@@ -3,7 +3,8 @@
 The mesh is the one around the call. Its axes have these names, in this order; any may be missing.
 
     data      divides the tokens
-    fsdp      divides the tokens, and each weight where it is kept
+    fsdp      divides the tokens, and the columns of each weight where it is kept: those of experts
+              are gathered in codes and scales, as `moe_ffn` says of its weight_axis
     expert    divides the tokens, and the experts
 """
 
@@ -20,7 +21,7 @@ from fp4jax.moe_ffn import moe_ffn
 from fp4jax.recipe import Recipe
 
 AXES = ("data", "fsdp", "expert")
-EXPERT = "expert"
+FSDP, EXPERT = "fsdp", "expert"
 
 
 def moe_ffn_over_mesh(
@@ -52,7 +53,8 @@ def moe_ffn_over_mesh(
     return moe_ffn(x, w13, w2, experts, weights, recipe, **how, **options)
   expert_axis = EXPERT if EXPERT in axes and mesh.shape[EXPERT] > 1 else None
   _check(mesh, axes, devices, len(x), len(w13), token_parts)
-  tokens, of_experts = P(axes), P(expert_axis)
+  weight_axis = FSDP if FSDP in axes and mesh.shape[FSDP] > 1 else None
+  tokens, of_experts = P(axes), P(expert_axis, None, weight_axis)
   taps = jax.tree.map(lambda tap: jnp.broadcast_to(tap / devices, (devices, *tap.shape)), taps)
   copies, specs = jax.tree.map(lambda s: devices, states), jax.tree.map(lambda s: tokens, states)
   if expert_axis is not None:
@@ -67,6 +69,7 @@ def moe_ffn_over_mesh(
     own = {"taps": taps, "states": states}
     own = jax.tree.map(lambda v: v[0], own)
     how = {"keys": keys, "token_parts": token_parts // devices, "expert_axis": expert_axis}
+    how["weight_axis"] = weight_axis
     out = moe_ffn(x, w13, w2, experts, weights, recipe, **how, **own, **options)
     return out if isinstance(out, jax.Array) else (out[0], out[1][None])
 

@@ -9,6 +9,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int
 
 from fp4jax import formats
@@ -20,6 +21,7 @@ from fp4jax.operands import Forward, take_rows
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.quantizers import Operand, Source
 from fp4jax.recipe import Recipe
+from fp4jax.sharding import gather_columns
 from fp4jax.swiglu import swiglu, swiglu_backward
 
 BLOCK = 128  # rows and columns that share a scale; the widths of the operands are multiples of it
@@ -141,6 +143,7 @@ class MosaicGemms:
   recipe: Recipe
   group_sizes: Int[Array, " e"]
   weight_dtype: jnp.dtype  # of dw: bf16 is written as such, anything else as float32
+  weight_axis: str | None = None  # see `moe_ffn`
 
   def _fp8(self, role: str) -> bool:
     return _reads_fp8(self.recipe, role)
@@ -261,12 +264,17 @@ class MosaicGemms:
     from pallas_kernels import fp8
 
     values = w.read(self.recipe.operand(role).source).astype(jnp.bfloat16)
-    return fp8.quantize_fp8_weights(values, **self._pow2(role))
+    codes, codes_t, scales = fp8.quantize_fp8_weights(values, **self._pow2(role))
+    if self.weight_axis is None:
+      return codes, codes_t, scales
+    codes, scales = gather_columns((codes, scales), self.weight_axis)
+    return codes, lax.all_gather(codes_t, self.weight_axis, axis=1, tiled=True), scales
 
   def _bf16_product(self, lhs, w, gemm, transpose_rhs):
     from pallas_kernels import bf16_matmul
 
     rhs = w.read(getattr(self.recipe, gemm).rhs.source).astype(jnp.bfloat16)
+    rhs = rhs if self.weight_axis is None else gather_columns(rhs, self.weight_axis)
     return bf16_matmul.grouped_matmul(lhs, rhs, self.group_sizes, transpose_rhs=transpose_rhs)
 
   def _product(self, lhs, rhs):

@@ -6,6 +6,7 @@ dataclass in a file of its own that obeys `Quantizer`, mostly by composing an `O
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
@@ -33,6 +34,8 @@ class Context(NamedTuple):
   slices: Slices = WHOLE  # which values one GEMM reads, for scales of a whole slice
   tapped: bool = False  # whether a summary of the error is asked for
   length: int | None = None  # of the contracted axis, without its padding; None: there is none
+  # The whole of what is read, from codes and scales of this device's part of the last axis.
+  gather: Callable[[Any], Any] | None = None
 
 
 class Read(NamedTuple):
@@ -123,7 +126,8 @@ class Operand:
   def read(self, x, axis, ctx):
     x = self.transformed(x, axis, ctx)
     if not self.is_quantized:
-      return Read((x.astype(self.format),), original=x)
+      values = x.astype(self.format)
+      return Read((values if ctx.gather is None else ctx.gather(values),), original=x)
     values = self.rounded(x, axis, ctx)
     return Read((values,), original=x, summary=self.summary(x, axis, ctx))
 
@@ -136,6 +140,9 @@ class Operand:
   def rounded(self, x, axis, ctx) -> Float[Array, "*s"]:
     """x rounded to the format, in the narrowest dtype that holds its values."""
     fmt, shape = self.format, x.shape
+    if ctx.gather is not None:  # whole blocks: `moe_ffn` refuses others
+      packed = ctx.gather(qz.pack_blocks(x, fmt, axis, self.rounding, ctx.key, ctx.slices))
+      return qz.dequantize(packed, fmt.dequantized_dtype, implementation="xla")
     values = pad_to_blocks(x, fmt, axis).astype(jnp.float32)
     values = qz.straight_through(
       values, fmt, axis, self.rounding, ctx.key, ctx.slices, fmt.dequantized_dtype
