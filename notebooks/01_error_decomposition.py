@@ -52,7 +52,7 @@ from plotly.subplots import make_subplots
 
 import experiments.run
 from experiments.checkpoints import Checkpoints
-from experiments.config import Data, Experiment, Names, Optimizer, Quantize
+from experiments.config import Data, Experiment, Mesh, Names, Optimizer, Quantize
 from experiments.summary import BASELINE, last_probe_rows, read_records
 from experiments.train import make_trainer, policy_of
 from fp4jax import (
@@ -589,7 +589,8 @@ print(f"{WORKDIR}: {', '.join(records.arms)}, {settings['steps']} steps")
 # Its configuration is in `config.json`, its last state in the newest checkpoint.
 
 # %%
-SECTIONS = {"data": Data, "model": ModelConfig, "quantize": Quantize, "optimizer": Optimizer}
+SECTIONS = {"data": Data, "model": ModelConfig, "mesh": Mesh}
+SECTIONS |= {"quantize": Quantize, "optimizer": Optimizer}
 sections = {name: cls(**settings[name]) for name, cls in SECTIONS.items()}
 config = Experiment(**settings | sections | {"recipes": Names(settings["recipes"])})
 recipe = recipes.by_name(RECIPE)
