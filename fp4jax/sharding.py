@@ -150,12 +150,20 @@ def on_mesh(*operands: PyTree) -> bool:
 
   Known of what was put on a mesh, and under `jax.set_mesh`.
   """
-  meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands)]
+  arrays = [x for x in jax.tree.leaves(operands) if isinstance(x, jax.Array)]
+  meshes = [jax.typeof(x).sharding.mesh for x in arrays]
   return any(
     mesh.shape[axis] > 1
     for mesh in (*meshes, jax.sharding.get_abstract_mesh())
     for axis in mesh.auto_axes + mesh.explicit_axes
   )
+
+
+def mesh_obstacle(*operands: PyTree) -> str | None:
+  """Why a kernel can't compute these operands: XLA divides no kernel, and would gather them."""
+  if on_mesh(*operands):
+    return "a mesh divides the operands, and XLA divides no kernel: call it inside jax.shard_map"
+  return None
 
 
 def refuse_shared(name: str, value: PyTree, *operands: PyTree) -> PyTree:

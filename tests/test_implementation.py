@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import fp4jax
 import pallas_kernels
@@ -338,6 +340,27 @@ def test_mosaic_runs_or_raises(message, call, hopper, monkeypatch):
   with pytest.raises(ValueError, match=r"this device has 10\.0"):
     call()
   assert not hopper
+
+
+def test_no_kernel_is_handed_what_a_mesh_divides(hopper):
+  """XLA would gather it on every device; inside `jax.shard_map` each has a part of its own."""
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+  x, w, rows = random(256, 128), random(128, 128), P("data")
+  calls = (
+    lambda how: fp4jax.dot_general(recipes.FP8, implementation=how)(x, w, MATMUL),
+    lambda how: grouped_dot(x, w[None], jnp.array([256]), recipes.FP8, implementation=how),
+    lambda how: fp4jax.quantize(x, fp4jax.MXFP4, implementation=how),
+  )
+  with jax.set_mesh(mesh):
+    for call in calls:
+      jax.eval_shape(lambda call=call: call(None))
+      assert not hopper
+      with pytest.raises(ValueError, match='"mosaic": a mesh divides the operands, and XLA'):
+        jax.eval_shape(lambda call=call: call("mosaic"))
+    dot = fp4jax.dot_general(recipes.FP8, implementation="mosaic")
+    by_shards = jax.shard_map(lambda x, w: dot(x, w, MATMUL), in_specs=(rows, P()), out_specs=rows)
+    jax.eval_shape(by_shards, x, w)
+  assert hopper
 
 
 def test_the_device_is_the_one_that_is_set(monkeypatch):

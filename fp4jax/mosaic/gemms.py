@@ -21,7 +21,7 @@ from fp4jax.operands import Forward, take_rows
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.quantizers import Operand, Source
 from fp4jax.recipe import Recipe
-from fp4jax.sharding import gather_columns
+from fp4jax.sharding import gather_columns, mesh_obstacle
 from fp4jax.swiglu import swiglu, swiglu_backward
 
 BLOCK = 128  # rows and columns that share a scale; the widths of the operands are multiples of it
@@ -46,7 +46,8 @@ def obstacle(
 
   `watched` are taps and states, which only XLA reads.
   """
-  if why := device_obstacle() or _recipe_obstacle(recipe) or dtype_obstacle(**operands):
+  why = device_obstacle() or mesh_obstacle(operands) or _recipe_obstacle(recipe)
+  if why := why or dtype_obstacle(**operands):
     return why
   for name, size in widths.items():
     if size % BLOCK or not size:

@@ -12,6 +12,7 @@ from fp4jax import formats
 from fp4jax.formats import Format, Rounding
 from fp4jax.formats.scales import StoredScale
 from fp4jax.implementation import device_obstacle, dtype_obstacle
+from fp4jax.sharding import mesh_obstacle
 
 MIN_VALUES = 1024  # of an MXFP4 tensor
 MIN_ROWS = 8  # of an FP8 tensor
@@ -22,7 +23,7 @@ _FP8 = [formats.FP8_BLOCK, formats.FP8_BLOCK_POW2]
 
 def obstacle(x: Array, fmt: Format, axis: int, rounding: str | Rounding) -> str | None:
   """Why the kernels can't quantize x; None if they can. Arguments as `quantize` checked them."""
-  if why := device_obstacle():
+  if why := device_obstacle() or mesh_obstacle(x):
     return why
   if axis != -1:
     return f"the kernels quantize along the last axis, not along axis {axis}"
@@ -61,7 +62,7 @@ def quantize(
 
 def dequantize_obstacle(codes: Array, fmt: Format, axis: int, dtype: DTypeLike) -> str | None:
   """Why the kernels can't dequantize these codes to `dtype`; None if they can."""
-  if why := device_obstacle():
+  if why := device_obstacle() or mesh_obstacle(codes):
     return why
   if fmt not in MXFP4 or axis != -1:
     return f"the kernels dequantize MXFP4 along the last axis, not {fmt.name} along axis {axis}"
