@@ -119,7 +119,7 @@ def check(mesh: Mesh, x: jax.Array, plan: AllToAll) -> None:
             raise ValueError(f"{name}: what device {device} has from {source} differs")
 
 
-def layers(mesh: Mesh, num_experts: int) -> Iterator[tuple[str, Callable]]:
+def layers(mesh: Mesh) -> Iterator[tuple[str, Callable]]:
   """Forward and backward pass of `moe_ffn`, of (x, experts, weights, dout, w13, w2)."""
   for name, recipe in LAYERS.items():
     yield name, jax.jit(functools.partial(_layer, mesh, recipe))
@@ -196,7 +196,7 @@ def measure(num_experts: int) -> Iterator[dict[str, Any]]:
   weights = jax.device_put(jnp.full((tokens, k), 1 / k, jnp.float32), place)
   arguments = x, experts, weights, normal(5, (tokens, d)), w13 / d**0.5, w2 / f**0.5
   compiled, dropped = {}, {}
-  for name, program in layers(mesh, num_experts):
+  for name, program in layers(mesh):
     compiled[name] = program.lower(*arguments).compile()
     dropped[name] = int(np.sum(compiled[name](*arguments)[-1]))
   calls = max(1, _CALLS.value // 5)

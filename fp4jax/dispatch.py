@@ -92,7 +92,7 @@ class AllToAll:
     arrives, whose parts are those of the first peer, then those of the second."""
     peers, (tokens, _) = lax.axis_size(axis), choices.experts.shape
     peer = jnp.minimum(choices.experts // experts_per_device, peers)
-    goes = _goes(peer, peers)
+    goes = jnp.any(peer[None] == jnp.arange(peers)[:, None, None], axis=-1)  # (peer, token)
     slot = jnp.where(goes, jnp.cumsum(goes, axis=1) - 1, slots)
     slot = jnp.minimum(slot, slots).astype(jnp.int32)
     empty = jnp.full((peers, slots), tokens, jnp.int32)
@@ -139,11 +139,6 @@ class AllToAll:
     shape = self.token_of_slot.shape
     by_peer = [x.reshape(*shape, *x.shape[1:]) for x in rows]
     return [lax.all_to_all(x, self.axis, 0, 0) for x in by_peer]
-
-
-def _goes(peer, peers):
-  """(peer, token): whether the token goes there."""
-  return jnp.any(peer[None] == jnp.arange(peers)[:, None, None], axis=-1)
 
 
 def _exchange(rows, axis):
