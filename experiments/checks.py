@@ -76,8 +76,10 @@ def validate(config: Experiment) -> None:
       f"quantize.first_bf16={config.quantize.first_bf16} and quantize.last_bf16="
       f"{config.quantize.last_bf16} are more than model.num_layers={config.model.num_layers}"
     )
-  if config.implementation not in (None, *typing.get_args(Implementation)):
-    raise ValueError(f"implementation={config.implementation!r} is not 'mosaic' or 'xla'")
+  for name in ("implementation", "mesh.exchange"):
+    value = operator.attrgetter(name)(config)
+    if value not in (None, *typing.get_args(Implementation)):
+      raise ValueError(f"{name}={value!r} is not 'mosaic' or 'xla'")
   if config.implementation == "mosaic" and config.probe_every:
     raise ValueError(
       f"probe_every={config.probe_every}: probes read the tensors of implementation='xla'; "

@@ -59,6 +59,9 @@ class Mesh:
   # Choices that the experts of a device have room for, in their share where all are chosen alike;
   # the others are dropped, and the share of them is logged. None: none is dropped.
   capacity_factor: float | None = None
+  # How rows travel among the devices of `expert`, "xla" or "mosaic": see `moe_ffn`; None: "mosaic"
+  # where it can run. The numbers are the same.
+  exchange: str | None = None
 
 
 @dataclasses.dataclass
@@ -171,8 +174,8 @@ def to_dict(config: Experiment) -> dict[str, Any]:
   """Nested plain values, as written to config.json: what belongs to the experiment."""
   fields = dataclasses.asdict(config)
   del fields["distributed"]
-  for axis in ("data", "fsdp", "expert"):  # other devices may go on with it
-    del fields["mesh"][axis]
+  for name in ("data", "fsdp", "expert", "exchange"):  # other devices may go on with it
+    del fields["mesh"][name]
   return {name: list(v) if isinstance(v, Names) else v for name, v in fields.items()}
 
 

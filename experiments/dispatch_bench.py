@@ -2,12 +2,16 @@
 
     python -m experiments.dispatch_bench --out=results/dispatch.jsonl
 
-Every GPU has --tokens tokens and its share of the experts. Before anything is timed, what arrived
+Every GPU has --tokens tokens and its share of the experts. Rows travel by `lax.all_to_all` ("xla")
+and by kernels that store into the peers' memory ("mosaic"). Before anything is timed, what arrived
 is compared with what one device packs. A time is the wall clock of the slowest device, per call of
 many in a row; payloads take turns.
 """
 
+import concurrent.futures
 import functools
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +28,11 @@ from jax.sharding import PartitionSpec as P
 import fp4jax
 from experiments import command_line, logs
 from experiments.environment import COMMIT, describe_environment
-from fp4jax import recipes
+from fp4jax import dispatch, recipes
 from fp4jax.dispatch import AllToAll, Choices
 from fp4jax.formats import Format
 from fp4jax.implementation import device_obstacle
+from fp4jax.mosaic.dispatch import PeerMemory
 from fp4jax.quantization import pack_rows
 from fp4jax.recipe import Recipe
 
@@ -73,27 +78,42 @@ def plan_of(experts: jax.Array, num_experts: int) -> AllToAll:
   return AllToAll.of(choices, AXIS, num_experts // lax.axis_size(AXIS), tokens)[0]
 
 
-def programs(mesh: Mesh, num_experts: int) -> dict[tuple[str, str], Callable]:
-  """By payload and what is done, of (x, experts, plan, what arrived): all in shards."""
+def by_kernels(plan: AllToAll) -> PeerMemory:
+  return PeerMemory(plan.token_of_slot, plan.slot_of_token, plan.peer_of_choice, plan.axis)
+
+
+def exchanges() -> dict[str, Callable[[AllToAll], AllToAll]]:
+  """By their name, from the plan of "xla"."""
+  return {"xla": lambda plan: plan} | ({} if device_obstacle() else {"mosaic": by_kernels})
+
+
+def programs(mesh: Mesh, num_experts: int) -> dict[tuple[str, str, str], Callable]:
+  """By exchange, payload and what is done, of (experts, plan, x, x packed, rows that lie ready for
+  all peers): all in shards."""
   over = functools.partial(jax.shard_map, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
-  found = {("", "plan"): over(lambda x, experts, plan, sums: plan_of(experts, num_experts))}
-  for name, fmt in PAYLOADS.items():
+  found = {("", "", "plan"): over(lambda experts, *_: plan_of(experts, num_experts))}
 
-    def dispatch(x, experts, plan, sums, fmt=fmt):
-      return jax.tree.leaves(widened(plan.send(packed(x, fmt)), fmt))
+  def there(of, fmt, experts, plan, x, rows, ready):
+    return jax.tree.leaves(widened(of(plan).send_rows(x, fmt, "mosaic"), fmt))
 
-    def wire(x, experts, plan, sums, name=name):
-      """As many bytes from buffers that lie ready."""
-      rows = [r.reshape(lax.axis_size(AXIS), -1, r.shape[1]) for r in sums[name]]
-      return [lax.all_to_all(r, AXIS, 0, 0).reshape(-1, r.shape[2]) for r in rows]
+  def wire(of, name, experts, plan, x, rows, ready):
+    """As many bytes from buffers that lie ready."""
+    if of is by_kernels:
+      from pallas_kernels import exchange
 
-    found[name, "dispatch"] = over(dispatch)
-    found[name, "wire"] = over(wire)
+      return exchange.send(rows[name], plan.slot_of_token, plan.token_of_slot.shape[1], AXIS)
+    by_peer = [r.reshape(lax.axis_size(AXIS), -1, r.shape[1]) for r in ready[name]]
+    return [lax.all_to_all(r, AXIS, 0, 0).reshape(-1, r.shape[2]) for r in by_peer]
 
-  def combine(x, experts, plan, sums):
-    return plan.collect(sums["bf16"][0].astype(jnp.float32), jnp.bfloat16).astype(jnp.bfloat16)
+  def combine(of, experts, plan, x, rows, ready):
+    results = ready["bf16"][0].astype(jnp.float32)
+    return of(plan).collect(results, jnp.bfloat16, jnp.bfloat16)
 
-  found["bfloat16", "combine"] = over(combine)
+  for exchange, of in exchanges().items():
+    for name, fmt in PAYLOADS.items():
+      found[exchange, name, "dispatch"] = over(functools.partial(there, of, fmt))
+      found[exchange, name, "wire"] = over(functools.partial(wire, of, name))
+    found[exchange, "bfloat16", "combine"] = over(functools.partial(combine, of))
   return found
 
 
@@ -104,37 +124,54 @@ def check(mesh: Mesh, x: jax.Array, plan: AllToAll) -> None:
   peers = mesh.size
   tokens, slots = len(whole) // peers, token_of_slot.shape[1]
   token_of_slot = token_of_slot.reshape(peers, peers, slots)
-  for name, fmt in PAYLOADS.items():
-    arrived = jax.jit(over(lambda x, plan, fmt=fmt: plan.send(packed(x, fmt))))(x, plan)
+  for (exchange, of), (name, fmt) in itertools.product(exchanges().items(), PAYLOADS.items()):
+    send = lambda x, plan, of=of, fmt=fmt: of(plan).send_rows(x, fmt, "mosaic")  # noqa: E731
+    arrived = jax.jit(over(send))(x, plan)
     expected = jax.jit(packed, static_argnums=1)(jnp.asarray(whole), fmt)
     for a, e in zip(jax.tree.leaves(arrived), jax.tree.leaves(expected), strict=True):
-      if not a.size:
-        continue
       a, e = np.asarray(a).reshape(peers, peers, slots, -1), np.asarray(e)
-      for device in range(peers):
-        for source in range(peers):
-          here = token_of_slot[source, device]
-          rows = e[source * tokens : (source + 1) * tokens][here[here < tokens]]
-          if not np.array_equal(a[device, source, : len(rows)], rows.reshape(len(rows), -1)):
-            raise ValueError(f"{name}: what device {device} has from {source} differs")
+      for device, source in itertools.product(range(peers), range(peers)):
+        here = token_of_slot[source, device]
+        rows = e[source * tokens : (source + 1) * tokens][here[here < tokens]]
+        if not np.array_equal(a[device, source, : len(rows)], rows.reshape(len(rows), -1)):
+          raise ValueError(f"{exchange} {name}: what device {device} has from {source} differs")
 
 
-def layers(mesh: Mesh) -> Iterator[tuple[str, Callable]]:
+def layers(mesh: Mesh) -> Iterator[tuple[tuple[str, str], Callable]]:
   """Forward and backward pass of `moe_ffn`, of (x, experts, weights, dout, w13, w2)."""
-  for name, recipe in LAYERS.items():
-    yield name, jax.jit(functools.partial(_layer, mesh, recipe))
+  for exchange, (name, recipe) in itertools.product(exchanges(), LAYERS.items()):
+    yield (exchange, name), jax.jit(functools.partial(_layer, mesh, recipe, exchange))
 
 
-def _layer(mesh: Mesh, recipe: Recipe, x, experts, weights, dout, w13, w2):
+def _layer(mesh: Mesh, recipe: Recipe, exchange: str, x, experts, weights, dout, w13, w2):
   def own(x, w13, w2, weights, experts):
-    options = {"expert_axis": AXIS, "capacity_factor": _CAPACITY.value}
+    options = {"expert_axis": AXIS, "capacity_factor": _CAPACITY.value, "exchange": exchange}
     y, dropped = fp4jax.moe_ffn(x, w13, w2, experts, weights, recipe, **options)
     return y, dropped[None]
 
   layer = jax.shard_map(own, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
   run = lambda x, w13, w2, weights: layer(x, w13, w2, weights, experts)  # noqa: E731
   y, pull, dropped = jax.vjp(run, x, w13, w2, weights, has_aux=True)
-  return y, *pull(dout), dropped
+  return (y, *pull(dout), dropped) if dout is not None else pull
+
+
+def bytes_sent(recipe: Recipe, d: int) -> int:
+  """Of a row of a token, there and back, in the forward and the backward pass."""
+  x = jax.ShapeDtypeStruct((1, d), jnp.bfloat16)
+  payload, total = recipe.payload, 2 * jnp.dtype(recipe.payload.sums).itemsize * d
+  for fmt in (payload.forward or recipe.residual.lhs, payload.backward):
+    there = jax.eval_shape(lambda x, fmt=fmt: dispatch.packed(x, fmt, "xla"), x)
+    total += sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(there))
+  return total
+
+
+def bytes_kept(mesh: Mesh, name: str, exchange: str, arguments: tuple) -> int:
+  """Of a device, from the forward to the backward pass, weights not counted."""
+  x, experts, weights, _, *of_experts = arguments
+  layer = functools.partial(_layer, mesh, LAYERS[name], exchange)
+  pull = jax.eval_shape(lambda *a: layer(*a[:3], None, *a[3:]), x, experts, weights, *of_experts)
+  kept = [r for r in jax.tree.leaves(pull) if r.shape not in [w.shape for w in of_experts]]
+  return sum(math.prod(r.shape) * r.dtype.itemsize for r in kept) // mesh.size
 
 
 def times_us(program: Callable, arguments: tuple, calls: int) -> float:
@@ -176,38 +213,42 @@ def measure(num_experts: int) -> Iterator[dict[str, Any]]:
   over = functools.partial(jax.shard_map, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
   plan = jax.jit(over(lambda experts: plan_of(experts, num_experts)))(experts)
   check(mesh, x, plan)
+  goes_elsewhere = np.arange(mesh.size) != np.arange(mesh.size)[:, None]  # by device and peer
+  of_peers = np.asarray(plan.slot_of_token).reshape(mesh.size, mesh.size, -1) < _TOKENS.value
+  elsewhere = int(np.sum(of_peers & goes_elsewhere[..., None]))  # rows of all devices
   shape = {"tokens": _TOKENS.value, "d": d, "experts": num_experts, "top_k": k}
   shape["devices"] = len(devices)
-  sums = normal(2, (tokens * len(devices), d))
-  ready = {
-    name: jax.tree.leaves(jax.jit(over(lambda x, f=fmt: packed(x, f)))(sums))
-    for name, fmt in PAYLOADS.items()
-  }
-  arguments = x, experts, plan, ready
+  to_rows = lambda x: {n: jax.tree.leaves(packed(x, fmt)) for n, fmt in PAYLOADS.items()}  # noqa: E731
+  rows_of = jax.jit(over(to_rows))
+  arguments = experts, plan, x, rows_of(x), rows_of(normal(2, (tokens * len(devices), d)))
   compiled = {key: jax.jit(f) for key, f in programs(mesh, num_experts).items()}
-  for (payload, part), time_of in in_turns(
+  for (exchange, payload, part), time_of in in_turns(
     compiled, arguments, _ROUNDS.value, _CALLS.value
   ).items():
-    yield shape | {"kind": "exchange", "payload": payload, "part": part} | time_of
-  del sums, ready, arguments, compiled
+    row = {"kind": "exchange", "exchange": exchange, "payload": payload, "part": part}
+    yield shape | row | time_of
+  del arguments, compiled
 
   f = _F.value
   w13, w2 = normal(3, (num_experts, d, 2 * f)), normal(4, (num_experts, f, d))
   weights = jax.device_put(jnp.full((tokens, k), 1 / k, jnp.float32), place)
   arguments = x, experts, weights, normal(5, (tokens, d)), w13 / d**0.5, w2 / f**0.5
-  compiled, dropped = {}, {}
-  for name, program in layers(mesh):
-    compiled[name] = program.lower(*arguments).compile()
-    dropped[name] = int(np.sum(compiled[name](*arguments)[-1]))
+  del w13, w2
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    compile_one = lambda program: program.lower(*arguments).compile()  # noqa: E731
+    names, programs_of = zip(*layers(mesh), strict=True)
+    compiled = dict(zip(names, pool.map(compile_one, programs_of), strict=True))
+  dropped = {key: int(np.sum(program(*arguments)[-1])) for key, program in compiled.items()}
   calls = max(1, _CALLS.value // 5)
-  for name, time_of in in_turns(compiled, arguments, _ROUNDS.value, calls).items():
-    memory = compiled[name].memory_analysis()
-    yield (
-      shape
-      | {"kind": "layer", "payload": name, "f": f, "capacity_factor": _CAPACITY.value}
-      | {"dropped": dropped[name], "temp_bytes": memory.temp_size_in_bytes}
-      | time_of
-    )
+  for (exchange, name), time_of in in_turns(compiled, arguments, _ROUNDS.value, calls).items():
+    memory = compiled[exchange, name].memory_analysis()
+    row = {"kind": "layer", "exchange": exchange, "payload": name, "f": f}
+    row |= {"capacity_factor": _CAPACITY.value, "dropped": dropped[exchange, name]}
+    slots = min(_TOKENS.value, math.ceil(_CAPACITY.value * tokens * k / mesh.size**2))
+    sent = (mesh.size - 1) * slots if exchange == "xla" else elsewhere // mesh.size
+    row["bytes_sent"] = sent * bytes_sent(LAYERS[name], d)
+    row["bytes_kept"] = bytes_kept(mesh, name, exchange, arguments)
+    yield shape | row | {"temp_bytes": memory.temp_size_in_bytes} | time_of
 
 
 def main(_) -> None:
@@ -217,8 +258,10 @@ def main(_) -> None:
     for row in measure(experts):
       keys = ("device", "git_commit", "git_dirty", "versions")
       log.write(row | {key: environment[key] for key in keys})
-      name = " ".join(str(row[key]) for key in ("kind", "payload", "part") if row.get(key))
-      print(f"{row['experts']:4d} experts  {name:24s} {row['time_us']:9.0f} us", flush=True)
+      name = " ".join(
+        str(row[key]) for key in ("kind", "exchange", "payload", "part") if row.get(key)
+      )
+      print(f"{row['experts']:4d} experts  {name:32s} {row['time_us']:9.0f} us", flush=True)
   log.close()
 
 

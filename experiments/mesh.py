@@ -4,6 +4,7 @@ Axes are those of `fp4jax.models.over_mesh`: all divide the batch, `fsdp` also e
 also the experts. A GEMM computes where its tokens are, after the matrix has been gathered there.
 """
 
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Sequence
@@ -29,6 +30,24 @@ TABLE = (
   ("*embedding/embedding", P(None, "fsdp")),  # (vocabulary, d)
   ("*w_head", P(None, "fsdp")),  # (d, vocabulary)
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+  """A compiled function that runs with its mesh set, of whose devices the kernels ask."""
+
+  function: Any
+  mesh: Mesh
+
+  def __call__(self, *args):
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
+    abstract = jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+    with abstract if traced else jax.set_mesh(self.mesh):
+      return self.function(*args)
+
+  def lower(self, *args):
+    with jax.set_mesh(self.mesh):
+      return self.function.lower(*args)
 
 
 def make_mesh(config: Experiment, devices: Sequence[jax.Device] | None = None) -> Mesh | None:

@@ -147,27 +147,53 @@ def lengths_table(
 
 
 def dispatch_table(rows: list[Row]) -> str:
-  """What rows to their experts and back cost, beside bf16's dispatch, and a whole layer."""
-  lines = ["| experts | | bf16 | FP8 | MXFP4 |", "|---|---|---|---|---|"]
+  """What rows to their experts and back cost, and a whole layer: each beside bf16's by NCCL."""
+  lines = [
+    "| experts | | by | bf16 | FP8 | MXFP4 |",
+    "|---|---|---|---|---|---|",
+  ]
+  how = {"xla": "NCCL", "mosaic": "kernels"}
+  parts = {
+    ("exchange", "dispatch"): "packed, sent, widened",
+    ("exchange", "wire"): "sent alone",
+    ("exchange", "combine"): "results back, in bf16",
+    ("layer", None): "the layer, forward and backward",
+  }
   for experts in dict.fromkeys(row["experts"] for row in rows):
-    time = {
-      (row["kind"], row.get("part"), row["payload"]): row["time_us"]
-      for row in rows
-      if row["experts"] == experts
-    }
-    base = time["exchange", "dispatch", "bf16"]
-    for part, name in (("dispatch", "packed, sent, widened"), ("wire", "sent alone")):
-      own = [time["exchange", part, payload] for payload in ("bf16", "fp8", "mxfp4")]
-      cells = " | ".join(f"{t:,.0f} us, {t / base:.2f}" for t in own)
-      lines.append(f"| {experts} | {name} | {cells} |")
-    back = time["exchange", "combine", "bfloat16"]
-    cells = " | ".join([f"{back:,.0f} us, {back / base:.2f}"] * 3)
-    lines.append(f"| {experts} | results back, in bf16 | {cells} |")
-    own = [time["layer", None, payload] for payload in ("bf16", "fp8", "hopper_fp4")]
-    cells = " | ".join(f"{t / 1e3:,.1f} ms, {t / own[0]:.2f}" for t in own)
-    lines.append(f"| {experts} | the layer, forward and backward | {cells} |")
-  shape = "{tokens:,} tokens of width {d} on each device, top-{top_k}.".format(**rows[0])
+    own = [row for row in rows if row["experts"] == experts]
+    for (kind, part), name in parts.items():
+      of_part = [row for row in own if (row["kind"], row.get("part")) == (kind, part)]
+      base = next(row["time_us"] for row in of_part if row["payload"].startswith("bf"))
+      for exchange in dict.fromkeys(row["exchange"] for row in of_part):
+        cells = [_time_cell(r, base) for r in of_part if r["exchange"] == exchange]
+        cells = " | ".join(cells * 3 if part == "combine" else cells)
+        lines.append(f"| {experts} | {name} | {how[exchange]} | {cells} |")
+  shape = "{tokens:,} tokens of width {d} on each of {devices} devices, top-{top_k}.".format(
+    **rows[0]
+  )
   return "\n".join(lines) + f"\n\n{shape} {_source(rows[0])}"
+
+
+def _time_cell(row, base):
+  time = row["time_us"]
+  text = f"{time:,.0f} us" if row["kind"] == "exchange" else f"{time / 1e3:,.1f} ms"
+  return f"{text}, {time / base:.2f}"
+
+
+def layer_bytes_table(rows: list[Row]) -> str:
+  """GB of a device that a layer sends to the others, and keeps for the backward pass."""
+  lines = ["| experts | | by | bf16 | FP8 | HOPPER_FP4 |", "|---|---|---|---|---|---|"]
+  how = {"xla": "NCCL, in padded buffers", "mosaic": "kernels"}
+  layers = [row for row in rows if row["kind"] == "layer"]
+  for experts in dict.fromkeys(row["experts"] for row in layers):
+    for exchange in dict.fromkeys(row["exchange"] for row in layers):
+      own = [r for r in layers if (r["experts"], r["exchange"]) == (experts, exchange)]
+      for field, name in (("bytes_sent", "sent"), ("bytes_kept", "kept")):
+        if field == "bytes_sent" or exchange == "xla":  # what is kept is the same
+          cells = " | ".join(f"{row[field] / 1e9:.2f}" for row in own)
+          by = how[exchange] if field == "bytes_sent" else ""
+          lines.append(f"| {experts} | {name} | {by} | {cells} |")
+  return "\n".join(lines)
 
 
 def _source(row: Row) -> str:
@@ -202,6 +228,7 @@ def readme_tables(results: Path) -> dict[str, str]:
       {4096: rows("moe_wide_4096_memory")},
     ),
     "dispatch": dispatch_table(rows("dispatch")),
+    "layer_bytes": layer_bytes_table(rows("dispatch")),
   }
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32, PyTree
 
 from experiments.config import Experiment
-from experiments.mesh import BATCH, shardings
+from experiments.mesh import BATCH, OnMesh, shardings
 from experiments.optimizers import make_optimizer
 from fp4jax import operands
 from fp4jax.models import LanguageModel, LayerRule, Policy
@@ -71,6 +71,7 @@ def policy_of(recipe: Recipe, config: Experiment) -> Policy:
     layers=tuple(rules),
     token_parts=mesh.token_parts or 1,
     capacity_factor=mesh.capacity_factor,
+    exchange=mesh.exchange,
   )
 
 
@@ -212,13 +213,7 @@ def make_trainer(
   def compiled(function, out, **options):
     if mesh is None:
       return jax.jit(function, **options)
-
-    @functools.wraps(function)
-    def over_mesh(*args):
-      with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return function(*args)
-
-    return jax.jit(over_mesh, out_shardings=out, **options)
+    return OnMesh(jax.jit(function, out_shardings=out, **options), mesh)
 
   return Trainer(
     policy,

@@ -1,11 +1,11 @@
 """How the rows of tokens reach the devices of their experts, and how results come back.
 
-    arrived = dispatch.send(x)                  # rows of tokens to the devices of their experts
-    out = dispatch.collect(part_of_each)        # the sum over devices, at the token's own
+    arrived = dispatch.send_rows(x, MXFP4, ...)    # to the devices of their experts
+    out = dispatch.collect(part_of_each, ...)      # the sum over devices, at the token's own
 
 `Whole` moves nothing: the device has every expert. `AllToAll` moves rows along a mesh axis that
 divides the experts, inside `jax.shard_map`; a row goes once to each device that holds one or more
-of its experts. Both move any array of rows, so that packed codes travel with their scales.
+of its experts. It is the definition; `fp4jax.mosaic.dispatch.PeerMemory` does the same by kernels.
 
 What arrives is larger than what is needed: a device keeps room for `capacity` rows of each device
 on the axis. With room for all of them nothing can overflow.
@@ -20,7 +20,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, PyTree, Shaped
 
+from fp4jax.formats import Format
+from fp4jax.implementation import Implementation
 from fp4jax.operands import DrawIds, take_rows
+from fp4jax.quantization import pack_rows
+from fp4jax.quantized_array import QuantizedArray
+from fp4jax.quantizers.quantizer import pad_to_blocks
 
 
 class Choices(NamedTuple):
@@ -34,13 +39,19 @@ class Choices(NamedTuple):
 
 @runtime_checkable
 class Dispatch(Protocol):
-  def send(self, rows: PyTree[Shaped[Array, "token ..."]]) -> PyTree[Shaped[Array, "r ..."]]:
-    """Rows of tokens as they arrive at the experts."""
+  def send(self, values: PyTree[Shaped[Array, "token ..."]]) -> PyTree[Shaped[Array, "r ..."]]:
+    """What belongs to tokens, as it arrives at the experts."""
+
+  def send_rows(
+    self, x: Float[Array, "token d"], fmt: Format | None, implementation: Implementation
+  ) -> Float[Array, "r d"] | QuantizedArray:
+    """Rows of tokens as they arrive: packed in `fmt` where it is one, by `implementation`."""
 
   def collect(
-    self, rows: Float32[Array, "r d"], dtype: DTypeLike = jnp.float32
-  ) -> Float32[Array, "token d"]:
-    """For each token the sum of the rows that were sent for it, each sent back in `dtype`."""
+    self, rows: Float32[Array, "r d"], sent: DTypeLike, dtype: DTypeLike
+  ) -> Float[Array, "token d"]:
+    """For each token the sum in float32 of the rows that were sent for it, each sent back in the
+    dtype `sent`, as `dtype`."""
 
   def collect_choices(self, values: Float[Array, "r k"]) -> Float[Array, "token k"]:
     """For each choice the value from the device that had its expert; zero where none had."""
@@ -54,11 +65,14 @@ class Dispatch(Protocol):
 class Whole:
   """Every expert is here."""
 
-  def send(self, rows):
-    return rows
+  def send(self, values):
+    return values
 
-  def collect(self, rows, dtype=jnp.float32):
-    return rows
+  def send_rows(self, x, fmt, implementation):
+    return packed(x, fmt, implementation)
+
+  def collect(self, rows, sent, dtype):
+    return rows.astype(dtype)
 
   def collect_choices(self, values):
     return values
@@ -111,13 +125,16 @@ class AllToAll:
     arrived = Choices(experts, source * len(choices.part_ids) + parts, places, part_ids)
     return cls(token_of_slot, slot, peer, axis), arrived
 
-  def send(self, rows):
-    return _exchange(jax.tree.map(lambda x: take_rows(x, self.token_of_slot), rows), self.axis)
+  def send(self, values):
+    return _exchange(jax.tree.map(lambda x: take_rows(x, self.token_of_slot), values), self.axis)
 
-  def collect(self, rows, dtype=jnp.float32):
-    (returned,) = self._returned(rows.astype(dtype))
+  def send_rows(self, x, fmt, implementation):
+    return self.send(packed(x, fmt, implementation))
+
+  def collect(self, rows, sent, dtype):
+    (returned,) = self._returned(rows.astype(sent))
     own = jax.vmap(take_rows)(returned, self.slot_of_token)
-    return jnp.sum(own.astype(jnp.float32), axis=0)
+    return jnp.sum(own.astype(jnp.float32), axis=0).astype(dtype)
 
   def collect_choices(self, values):
     (returned,) = self._returned(values)
@@ -139,6 +156,12 @@ class AllToAll:
     shape = self.token_of_slot.shape
     by_peer = [x.reshape(*shape, *x.shape[1:]) for x in rows]
     return [lax.all_to_all(x, self.axis, 0, 0) for x in by_peer]
+
+
+def packed(
+  x: Float[Array, "token d"], fmt: Format | None, implementation: Implementation
+) -> Float[Array, "token d"] | QuantizedArray:
+  return x if fmt is None else pack_rows(pad_to_blocks(x, fmt, -1), fmt, implementation)
 
 
 def _exchange(rows, axis):

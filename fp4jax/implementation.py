@@ -21,21 +21,23 @@ from jaxtyping import Array
 Implementation = Literal["xla", "mosaic"]
 
 
-def choose(implementation: Implementation | None, obstacle: str | None) -> Implementation:
-  """The one to run, `obstacle` being why the kernels can't.
+def choose(
+  named: Implementation | None, obstacle: str | None, argument: str = "implementation"
+) -> Implementation:
+  """The one to run: what `argument` names, `obstacle` being why the kernels can't.
 
   Raises:
     ValueError: "mosaic" with an obstacle, or a name that is none.
   """
-  match implementation:
+  match named:
     case None:
       return "xla" if obstacle else "mosaic"
     case "mosaic" if obstacle:
-      raise ValueError(f'implementation="mosaic": {obstacle}')
+      raise ValueError(f'{argument}="mosaic": {obstacle}')
     case "mosaic" | "xla":
-      return implementation
+      return named
     case _:
-      raise ValueError(f"{implementation=} is not one of {get_args(Implementation)} or None")
+      raise ValueError(f"{argument}={named!r} is not one of {get_args(Implementation)} or None")
 
 
 def device_obstacle() -> str | None:

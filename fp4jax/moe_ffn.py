@@ -41,7 +41,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from fp4jax import operands as ops
-from fp4jax import quantization as qz
 from fp4jax.arguments import to_arrays
 from fp4jax.dispatch import AllToAll, Choices, Dispatch, Order, Whole
 from fp4jax.expert_mesh import ExpertMesh
@@ -49,9 +48,9 @@ from fp4jax.ffn_gemms import make_gemms
 from fp4jax.grouped import check_recipe
 from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import nan_unless
+from fp4jax.mosaic import dispatch as peer_memory
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.operands import for_pull, take_rows
-from fp4jax.quantizers.quantizer import pad_to_blocks
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import (
   one_program,
@@ -83,6 +82,7 @@ def moe_ffn(
   weight_axis: str | None = None,
   capacity_factor: float | None = None,
   implementation: Implementation | None = None,
+  exchange: Implementation | None = None,
 ) -> Float[Array, "token d"] | tuple[Float[Array, "token d"], Int32[Array, ""]]:
   """sum_j weights[t, j] * (swiglu(x[t] @ w13[experts[t, j]]) @ w2[experts[t, j]]), in x's dtype.
 
@@ -113,6 +113,9 @@ def moe_ffn(
       experts are asked alike. What finds no room counts as zero. None: room for all there could
       be, as many as `expert_axis` has devices.
     implementation: see `fp4jax.implementation`; taps and states are read by "xla" alone.
+    exchange: how rows travel along `expert_axis`. "xla": `lax.all_to_all` of padded buffers.
+      "mosaic": kernels that store into the memory of the peers, among the GPUs of one host and one
+      process, for GEMMs of "mosaic". None: "mosaic" where it can run; the numbers are the same.
   Returns:
     The sum; with a capacity_factor also how many choices this device dropped.
   Raises:
@@ -136,19 +139,23 @@ def moe_ffn(
   if known:
     _check_experts(np.asarray(experts), len(w13) * mesh.peers)
   keys = tuple(mesh.keys(key, w) for key, w in zip(keys, (w13, w2), strict=True))
-  options = recipe, implementation, known, mesh
+  options = recipe, implementation, exchange, known, mesh
   operands, states = (x, w13, w2, weights, experts), tuple(state or {} for state in states)
   keys = keys if recipe.is_stochastic else (None, None)
   out, dropped = spread(_moe_ffn, options, (*operands, keys), (taps, states), (spec_of(x), P()))
   return out if capacity_factor is None else (out, dropped)
 
 
-def _moe_ffn(recipe, implementation, known, mesh, x, w13, w2, weights, experts, keys, taps, states):
+def _moe_ffn(
+  recipe, implementation, exchange, known, mesh, x, w13, w2, weights, experts, keys, taps, states
+):
   (tokens, k), here = experts.shape, len(w13)
   experts = _read_experts(experts, here * mesh.peers)
   widths = {"d": x.shape[1], "f": w2.shape[1]}
   watched = (*taps, *(state or None for state in states))
   implementation = choose(implementation, mosaic.obstacle(recipe, watched, tokens, widths, x=x))
+  why = peer_memory.obstacle(implementation, mesh.expert_axis, x)
+  exchange = choose(exchange, why, "exchange")
   valid = None if known else jnp.all(experts < here * mesh.peers)
   choices, dispatch = mesh.choices(experts), Whole()
   if mesh.expert_axis is not None:
@@ -156,7 +163,8 @@ def _moe_ffn(recipe, implementation, known, mesh, x, w13, w2, weights, experts, 
       valid = lax.pmin(valid.astype(jnp.int32), mesh.expert_axis) > 0
     room = mesh.capacity_factor
     slots = tokens if room is None else min(tokens, math.ceil(room * tokens * k / mesh.peers))
-    dispatch, choices = AllToAll.of(choices, mesh.expert_axis, here, slots)
+    kind = AllToAll if exchange == "xla" else peer_memory.PeerMemory
+    dispatch, choices = kind.of(choices, mesh.expert_axis, here, slots)
   rows = choices.experts.size
   if mesh.capacity_factor is not None:
     rows = min(rows, math.ceil(mesh.capacity_factor * tokens * k))
@@ -219,7 +227,7 @@ def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, s
   choices = take_rows(y.astype(dtype), order.row_of_choice).reshape(*arrived.shape, -1)
   # Not an einsum: a GPU would round float32 to TF32 there.
   out = jnp.sum(choices.astype(jnp.float32) * arrived[..., None], axis=1)
-  out = dispatch.collect(out, recipe.payload.sums).astype(dtype)
+  out = dispatch.collect(out, recipe.payload.sums, dtype)
 
   def keep_weights(w, tensor, forward):  # as they were passed, not their copy in x's dtype
     tensor = dataclasses.replace(tensor, original=w)
@@ -281,7 +289,7 @@ def _bwd(recipe, implementation, mesh, saved, dout):
   dw13, dw2 = mesh.own(dw13), mesh.own(dw2)
   dx = take_rows(dx.astype(dtype), order.row_of_choice).reshape(*weights.shape, -1)
   dx = jnp.sum(dx.astype(jnp.float32), axis=1)
-  dx = dispatch.collect(dx, recipe.payload.sums).astype(dtype)
+  dx = dispatch.collect(dx, recipe.payload.sums, dtype)
 
   backward = (dgrad_1 | wgrad_1, dgrad_2 | wgrad_2)
   taps = tuple(s and ops.tap_of(s | b) for s, b in zip(summaries, backward, strict=True))
@@ -307,17 +315,16 @@ def _sent(recipe, implementation, dispatch, gemms, x, tapped) -> ops.Tensor:
   if isinstance(dispatch, Whole) and fmt in (None, kept):
     return gemms.keep(x, kept)
   if kept is not None and fmt in (None, kept) and "original" not in read and not tapped:
-    packed = dispatch.send(gemms.keep(x, kept).packed)
+    packed = dispatch.send_rows(x, kept, implementation)
     return ops.Tensor(None, packed, packed.shape[:1] + x.shape[1:])
   return gemms.keep(_as_sent(fmt, implementation, dispatch, x), kept)
 
 
 def _as_sent(fmt, implementation, dispatch, x) -> Float[Array, "token d"]:
   """x as it arrives, in its dtype: with a format, rounded to it before."""
+  packed = dispatch.send_rows(x, fmt, implementation)
   if fmt is None:
-    return dispatch.send(x)
-  packed = qz.pack_rows(pad_to_blocks(x, fmt, -1), fmt, implementation)
-  packed = dispatch.send(packed)
+    return packed
   return ops.Tensor(None, packed, packed.shape[:1] + x.shape[1:]).read("residual").astype(x.dtype)
 
 

@@ -39,7 +39,7 @@ TUNING = {
 }
 
 
-def _quantize(x, rule, layout, *, signs=None, seed=None, index=None):
+def quantize_blocks(x, rule, layout, *, signs=None, seed=None, index=None):
   """x (..., 4, 8) in `layout` -> packed codes (..., 4) of 8 nibbles, scale codes (...)."""
   pairs = x.dtype == jnp.bfloat16 and signs is None and seed is None
   if signs is not None:
@@ -184,7 +184,7 @@ def quantize_mxfp4(
         + lax.broadcasted_iota(jnp.int32, (span, 4), 1)
       )
       index = lax.bitcast_convert_type(index, jnp.uint32)
-    codes_gmem[here], scales_gmem[here] = _quantize(
+    codes_gmem[here], scales_gmem[here] = quantize_blocks(
       values, scale_rule, layout, signs=sign, seed=words, index=index
     )
 
@@ -227,12 +227,12 @@ def quantize_mxfp4_both(x, *, scale_rule: ScaleRule = "floor"):
     here = pl.ds(i * tr.TILE, tr.TILE)
     values = plgpu.load(x_gmem.at[here, j], layout=tr.ROWS, optimized=False)
     tr.write([values], smem)
-    codes_gmem[here, j], scales_gmem[here, j] = _quantize(values, scale_rule, tr.ROWS)
+    codes_gmem[here, j], scales_gmem[here, j] = quantize_blocks(values, scale_rule, tr.ROWS)
     plgpu.commit_smem()
     for start in range(0, tr.TILE, width):
       values = tr.read(smem.at[:, pl.ds(start, width)])
       own = pl.ds(j * tr.TILE + start, width)
-      codes_t_gmem[own, i], scales_t_gmem[own, i] = _quantize(values, scale_rule, tr.COLUMNS)
+      codes_t_gmem[own, i], scales_t_gmem[own, i] = quantize_blocks(values, scale_rule, tr.COLUMNS)
 
   def out_type(m, k):
     shape = (m, k // tr.TILE, 4)

@@ -59,9 +59,11 @@ class Policy:
   head: Recipe = recipes.BF16
   # Of `moe_ffn`, and of the matmuls whose recipes quantize.
   implementation: Implementation | None = None
-  # Of `moe_ffn`: in how many parts the tokens come, and how many choices a device has room for.
+  # Of `moe_ffn`: in how many parts the tokens come, how many choices a device has room for, and how
+  # rows travel between devices.
   token_parts: int = 1
   capacity_factor: float | None = None
+  exchange: Implementation | None = None
   layers: tuple[LayerRule, ...] = ()
 
   def recipe(self, name: str, layer: int, num_layers: int) -> Recipe:
@@ -168,6 +170,7 @@ class Numerics:
       token_parts=self.policy.token_parts,
       capacity_factor=self.policy.capacity_factor,
       implementation=self.policy.implementation,
+      exchange=self.policy.exchange,
     )
     return out if bounded else (out, None)
 
