@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import fp4jax
 from configs import moe_wide
-from experiments import cost_constants, cost_tables, logs
+from experiments import cost_constants, cost_tables, logs, tables
 from experiments.config import Experiment
 from experiments.cost_constants import MOE_WIDE, fit
 from experiments.cost_tables import DEEPSEEK_V3
@@ -41,7 +41,8 @@ from experiments.train import make_trainer, parameter_counts, policy_of, saved_a
 from fp4jax import recipes
 from fp4jax.models import ModelConfig
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
 RECIPES = ("bf16", "fp8", "hopper_fp4", "fp8_dispatch", "hopper_fp4_dispatch")
 PREDICTED_WITHIN = 0.15
 LAYERS_WITHIN = 0.25  # over several GPUs: docs/scaling.md says which and why
@@ -427,3 +428,9 @@ def test_what_is_not_measured_is_refused(name, changes, message):
   constants = dataclasses.replace(UNITS, wire={"xla": (0.0, 1.0)})
   with pytest.raises(ValueError, match=message):
     step_seconds(MOE_WIDE, recipes.by_name(name), run(**changes), constants)
+
+
+def test_the_page_holds_the_tables_of_the_rows():
+  text = (ROOT / "docs" / "scaling.md").read_text()
+  for name, content in cost_tables.scaling_tables(RESULTS).items():
+    assert tables.fill(text, name, content) == text
