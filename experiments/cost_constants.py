@@ -47,6 +47,17 @@ MOE_WIDE = Shape(
   scores=2 * 32 * 128,
   head=4096 * 256,
 )
+STEPS = ("moe_wide_512_step_time", "moe_wide_4096_step_time", "scaling", "recompute")
+PEAKS = ("moe_wide_4096_memory", "recompute")
+SOURCES = (
+  "kernel_bench",
+  "moe_ffn",
+  "dispatch",
+  "moe_wide",
+  "moe_wide_peak",
+  "moe_wide_profile",
+  *dict.fromkeys(STEPS + PEAKS),
+)
 _PAYLOADS = {"bf16": None, "fp8": FP8_BLOCK_POW2, "mxfp4": MXFP4, "bfloat16": None}
 _DTYPES = {"bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 Row = dict[str, Any]
@@ -98,7 +109,7 @@ def gpu_of(device: str) -> str:
 
 def steps(results: Path) -> Iterator[Cell]:
   """Every step whose time is committed, with attention as it now is."""
-  for name in ("moe_wide_512_step_time", "moe_wide_4096_step_time", "scaling", "recompute"):
+  for name in STEPS:
     for row in _found(results, name):
       if not row.get("oom"):
         yield _step(results, name, row, row["step_time_ms"] / 1e3)
@@ -106,7 +117,7 @@ def steps(results: Path) -> Iterator[Cell]:
 
 def peaks(results: Path) -> Iterator[Cell]:
   """Every committed peak of memory of such a step."""
-  for name in ("moe_wide_4096_memory", "recompute"):
+  for name in PEAKS:
     for row in _found(results, name):
       yield _step(results, name, row, math.inf if row.get("oom") else row["peak_bytes"])
 

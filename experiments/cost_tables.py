@@ -231,10 +231,22 @@ def constants_table(results: Path) -> str:
     ),
     "network": (f"{h100.network / 1e9:.0f} GB/s a GPU", "assumed: InfiniBand of 400 Gb/s"),
   }
-  lines = ["| constant | value | from |", "|---|---|---|"]
+  lines = ["| constant | value | from the rows of |", "|---|---|---|"]
   return "\n".join(
     lines + [f"| {name} | {value} | {source} |" for name, (value, source) in rows.items()]
   )
+
+
+def sources_table(results: Path) -> str:
+  """Where and when what the constants are read from was measured."""
+  lines = ["| rows | device | commit |", "|---|---|---|"]
+  for name in cost_constants.SOURCES:
+    if (results / f"{name}.jsonl").exists():
+      rows = cost_constants.read(results, name)
+      said = [(row["device"], row["git_commit"][:9]) for row in rows if "git_commit" in row]
+      for device, commit in dict.fromkeys(said):
+        lines.append(f"| `results/{name}.jsonl` | {device} | {commit} |")
+  return "\n".join(lines)
 
 
 def scaling_tables(results: Path) -> dict[str, str]:
@@ -243,6 +255,7 @@ def scaling_tables(results: Path) -> dict[str, str]:
     "times": cells_table(times(results), "ms", 1e-3),
     "peaks": cells_table(peaks(results), "GB", 1e9),
     "constants": constants_table(results),
+    "sources": sources_table(results),
     "large": large_table(results),
     "large_parts": parts_table(results),
     "groups": groups_table(results),

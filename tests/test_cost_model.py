@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -180,14 +182,32 @@ def test_operations_are_those_of_the_gemms():
   assert parts["attention, scores"] == flops["scores.qk"] + flops["scores.av"]
 
 
-def test_element_wise_bytes_by_hand():
-  """Of bf16 with d=10 and f=100. Forward: x gathered, 2 bytes read and 2 written, results read; of
-  SwiGLU h read and a written. Backward: dout and x gathered, dx read; h and g read, a and dh
-  written."""
-  shape = cost_constants.one_layer(10, 100, 8, 2)
-  forward = 10 * (2 + 2 + 2) + 100 * (4 + 2)
-  backward = 10 * (4 + 4 + 2) + 100 * (4 + 2 + 2 + 4)
-  assert row_bytes(recipes.BF16, shape) == (forward, backward)
+Q = 17 / 32  # bytes of a value in MXFP4
+
+
+@pytest.mark.parametrize(
+  ("name", "forward", "backward"),
+  [
+    # x gathered, results read; h read, a written. dout and x gathered, dx read; h and g read, a and
+    # dh written.
+    ("bf16", (2 + 2 + 2, 4 + 2), (4 + 4 + 2, 4 + 2 + 2 + 4)),
+    # x of a token quantized, its codes gathered, results read; h read, a written in FP8. dout
+    # gathered and quantized along both axes, x gathered and quantized, dx read; h and g read, a and
+    # along both axes dh written in FP8.
+    ("fp8", ((2 + 1) / 2 + 2 + 2, 4 + 1), (4 + 4 + 4 + 3 + 2, 4 + 2 + 1 + 4)),
+    # The same of what is packed, which is widened to FP8, x twice; and h read to be packed.
+    (
+      "hopper_fp4",
+      ((2 + Q) / 2 + 2 * Q + (Q + 1) + 2, 4 + 2 * Q + 2 * Q + 1),
+      (4 + 4 + 2 * Q + (Q + 1) + 2, 2 * Q + 2 + 1 + 4),
+    ),
+  ],
+)
+def test_element_wise_bytes_by_hand(name, forward, backward):
+  """Of a row with top-2, for d and for f: h and dh are two values for each of f."""
+  for d, f, axis in ((1, 0, 0), (0, 1, 1)):
+    found = row_bytes(recipes.by_name(name), cost_constants.one_layer(d, f, 8, 2))
+    assert found == pytest.approx((forward[axis], backward[axis]))
 
 
 def test_rows_in_arrays_and_in_gemms():
@@ -331,7 +351,12 @@ def scaling_row(recipe, ms, **fields):
   mesh = {"data": 1, "fsdp": 1, "expert": 1} | fields.pop("mesh", {})
   devices = math.prod(mesh.values())
   row = {"recipe": recipe, "step_time_ms": ms, "mesh": mesh, "devices": devices}
-  row |= {"tokens_per_step": 32768 * devices, "sequence_length": 512, "capacity_factor": None}
+  row |= {
+    "git_commit": "0" * 40,
+    "tokens_per_step": 32768 * devices,
+    "sequence_length": 512,
+    "capacity_factor": None,
+  }
   return row | {"device": f"gpu NVIDIA H100 80GB HBM3 x{devices}, 64 CPU cores"} | fields
 
 
@@ -428,6 +453,18 @@ def test_what_is_not_measured_is_refused(name, changes, message):
   constants = dataclasses.replace(UNITS, wire={"xla": (0.0, 1.0)})
   with pytest.raises(ValueError, match=message):
     step_seconds(MOE_WIDE, recipes.by_name(name), run(**changes), constants)
+
+
+def test_the_command_prints_parts_that_sum_up():
+  line = [sys.executable, "-m", "experiments.cost_model", "--config=configs/moe_wide.py"]
+  line += ["--config.mesh.expert=4", "--config.recipes=bf16", "--gpu=H200", "--imbalance=1.5"]
+  ran = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+  first, *parts = ran.stdout.splitlines()
+  seconds = step_seconds(MOE_WIDE, recipes.BF16, run(expert=4, imbalance=1.5), fit(RESULTS, "H200"))
+  assert first.startswith(f"bf16: {sum(seconds.values()) * 1e3:.1f} ms")
+  sizes = {unit: [float(p.split()[-2]) for p in parts if p.endswith(unit)] for unit in ("ms", "GB")}
+  assert sum(sizes["ms"]) == pytest.approx(sum(seconds.values()) * 1e3, abs=0.05 * len(seconds))
+  assert sum(sizes["GB"][:-1]) == pytest.approx(sizes["GB"][-1], abs=0.25)
 
 
 def test_the_page_holds_the_tables_of_the_rows():
