@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments import command_line, kernel_tables, logs, pictures
+from experiments import command_line, cost_tables, kernel_tables, logs, pictures
 from experiments.summary import read_records, summarize_records
 
 _COLLECT = flags.DEFINE_string(
@@ -258,6 +258,12 @@ def main(_) -> None:
   ):
     text = fill(text, name, content)
   readme.write_text(text)
+
+  scaling = _ROOT / "docs" / "scaling.md"
+  text = scaling.read_text()
+  for name, content in cost_tables.scaling_tables(results).items():
+    text = fill(text, name, content)
+  scaling.write_text(text)
 
 
 if __name__ == "__main__":
