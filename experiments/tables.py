@@ -146,6 +146,27 @@ def lengths_table(
   return "\n".join(lines) + f"\n\n{' '.join(sources)}"
 
 
+def scaling_table(rows: list[Row]) -> str:
+  """Whole steps over more and more GPUs, of the same tokens for each: rows of `step_time`."""
+  alone = {row["recipe"]: row["tokens_per_gpu_s"] for row in rows if row["devices"] == 1}
+  lines = [
+    "| GPUs | mesh | recipe | tokens/GPU/s | of one GPU's | speed, BF16 = 1 |",
+    "|---" * 6 + "|",
+  ]
+  for row in sorted(rows, key=lambda row: (row["devices"], row["mesh"]["expert"])):
+    axes = [f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1]
+    own, one = row["tokens_per_gpu_s"], alone.get(row["recipe"])
+    lines.append(
+      f"| {row['devices']} | {', '.join(axes)} | `{row['recipe']}` | {own:,.0f} |"
+      f" {'' if one is None else f'{own / one:.2f}'} | {1 / row['ratio_to_bf16']:.2f} |"
+    )
+  told = {f"{row['tokens_per_step'] // row['devices']:,} tokens per GPU and step" for row in rows}
+  factors = dict.fromkeys(row["capacity_factor"] for row in rows if row["mesh"]["expert"] > 1)
+  told |= {f"capacity factor of experts sent between GPUs {factor}" for factor in factors}
+  sources = dict.fromkeys(_source(row) for row in rows)
+  return "\n".join(lines) + f"\n\n{'; '.join(sorted(told))}. {' '.join(sources)}"
+
+
 def dispatch_table(rows: list[Row]) -> str:
   """What rows to their experts and back cost, beside bf16's dispatch, and a whole layer."""
   lines = ["| experts | | bf16 | FP8 | MXFP4 |", "|---|---|---|---|---|"]
