@@ -50,7 +50,7 @@ def all_devices() -> Sequence[jax.Device]:
   return jax.devices()
 
 
-def first_devices(count: int | None) -> Sequence[jax.Device]:
+def first_devices(count: int | None = None) -> Sequence[jax.Device]:
   """As many of the devices, or all of them."""
   devices = all_devices()
   if count is not None and count > len(devices):

@@ -26,6 +26,7 @@ def step_time(out, *arguments):
   )
 
 
+@pytest.mark.slow
 def test_rows_say_the_mesh_and_the_tokens_of_each_device(tmp_path, corpus_file):
   done = step_time(
     tmp_path / "rows.jsonl",
