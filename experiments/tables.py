@@ -7,11 +7,13 @@ python -m experiments.tables                        # results/*.jsonl become REA
 
 import re
 from pathlib import Path
+from typing import get_args
 
 from absl import app, flags
 
 from experiments import command_line, kernel_tables, logs, pictures
 from experiments.summary import read_records, summarize_records
+from fp4jax.models.remat import Remat
 
 _COLLECT = flags.DEFINE_string(
   "collect", None, "Workdir of a finished run: its name is the results'."
@@ -165,6 +167,29 @@ def scaling_table(rows: list[Row]) -> str:
   told |= {f"capacity factor of experts sent between GPUs {factor}" for factor in factors}
   sources = dict.fromkeys(_source(row) for row in rows)
   return "\n".join(lines) + f"\n\n{'; '.join(sorted(told))}. {' '.join(sources)}"
+
+
+def recompute_table(rows: list[Row]) -> str:
+  """Speed and memory by what is computed again and by recipe, as in arXiv 2603.02731."""
+  recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+  cells = {
+    (row["remat"], row["recipe"]): "OOM"
+    if row["oom"]
+    else f"{row['tokens_per_gpu_s']:,.0f} / {row['peak_bytes'] / 80e9:.1%}"
+    for row in rows
+  }
+  lines = [
+    "| computed again | " + " | ".join(f"`{recipe}`" for recipe in recipes) + " |",
+    "|---" * (1 + len(recipes)) + "|",
+  ]
+  for remat in reversed(get_args(Remat)):
+    own = [cells.get((remat, recipe), "") for recipe in recipes]
+    lines.append(f"| {remat} | " + " | ".join(own) + " |")
+  dropped = [100 * row["dropped"] for row in rows if row.get("dropped") is not None]
+  told = "Tokens per GPU and second / peak memory, of 80 GB."
+  if dropped:
+    told += f" Dropped: {min(dropped):.1f} to {max(dropped):.1f} % of the choices."
+  return "\n".join(lines) + f"\n\n{told} {_source(rows[0])}"
 
 
 def dispatch_table(rows: list[Row]) -> str:
