@@ -69,6 +69,14 @@ def all_devices() -> Sequence[jax.Device]:
   return jax.devices()
 
 
+def first_devices(count: int | None = None) -> Sequence[jax.Device]:
+  """As many of the devices, or all of them."""
+  devices = all_devices()
+  if count is not None and count > len(devices):
+    raise ValueError(f"--devices={count}, but there are {len(devices)}")
+  return devices[:count]
+
+
 def mesh_sizes(config: Experiment, devices: int) -> dict[str, int]:
   """Devices along each axis."""
   asked = config.mesh

@@ -3,24 +3,26 @@
     python -m experiments.step_time --config=configs/demo.py --out=results/step_time.jsonl
 
 Recipes take turns, a step each, so that a busy machine slows them alike; one state goes from hand
-to hand. `--split=mxfp4` also times `mxfp4:fprop`, MXFP4 in that GEMM and BF16 in the other two, and
-its like. `make tables` puts the rows into the README.
+to hand. `--devices=2` measures on the first two. `--split=mxfp4` also times `mxfp4:fprop`, MXFP4 in
+that GEMM and BF16 in the other two, and its like. `make tables` puts the rows into the README.
 """
 
 import dataclasses
-import functools
 import statistics
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from jax.sharding import NamedSharding
 
 from experiments import command_line, data, logs
 from experiments.checks import validate
 from experiments.config import Experiment
-from experiments.environment import COMMIT, describe_environment
-from experiments.mesh import make_mesh
+from experiments.environment import COMMIT
+from experiments.mesh import BATCH, first_devices, make_mesh
+from experiments.step_cost import compile_all, describe_source, describe_step, lower_step
 from experiments.summary import BASELINE
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
@@ -30,6 +32,7 @@ from fp4jax.recipe import Recipe
 _CONFIG = command_line.define_config()
 _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "Timed steps of each recipe.", lower_bound=3)
+_DEVICES = flags.DEFINE_integer("devices", None, "As many of the devices.", lower_bound=1)
 _SPLIT = flags.DEFINE_list("split", [], "Recipes to time GEMM by GEMM too.")
 
 
@@ -39,23 +42,26 @@ def single_gemm(recipe: Recipe, gemm: str) -> Recipe:
   return dataclasses.replace(alone, citation=recipe.citation)
 
 
-def time_steps(config: Experiment, policies: dict, rounds: int) -> dict[str, list[float]]:
-  """Milliseconds of each timed step; the first step of each policy, which compiles, is not kept."""
-  corpus = data.load_corpus(config.data)
-  batches = data.batches(corpus, config.data, 0, "train")
+def time_steps(
+  config: Experiment, policies: dict, rounds: int, devices: Sequence[jax.Device]
+) -> dict[str, list[float]]:
+  """Milliseconds of each timed step; the first step of each policy is not kept."""
+  corpus, mesh = data.load_corpus(config.data), make_mesh(config, devices)
+  place = mesh and NamedSharding(mesh, BATCH)
+  batches = data.batches(corpus, config.data, 0, "train", place)
+  trainers = [make_trainer(config, corpus.vocab_size, p, mesh) for p in policies.values()]
+  steps = compile_all(lower_step(trainer, config, mesh) for trainer in trainers)
   seed = jnp.int32(0)
-  make = functools.partial(make_trainer, config, corpus.vocab_size, mesh=make_mesh(config))
-  trainers = {name: make(policy) for name, policy in policies.items()}
-  state = next(iter(trainers.values())).init(seed)
+  state = trainers[0].init(seed)
   times = {name: [] for name in policies}
   for i in range(rounds + 1):
     batch = batches[i]
-    for name, trainer in trainers.items():
+    for own, trainer, step in zip(times.values(), trainers, steps, strict=True):
       state = trainer.adopt(state)
       began = time.perf_counter()
-      state, _ = jax.block_until_ready(trainer.step(state, batch, seed))
+      state, _ = jax.block_until_ready(step(state, batch, seed))
       if i > 0:
-        times[name].append((time.perf_counter() - began) * 1e3)
+        own.append((time.perf_counter() - began) * 1e3)
   return times
 
 
@@ -74,29 +80,28 @@ def main(_) -> None:
       chosen[recipe.name] = recipe
   policies = {name: policy_of(recipe, config) for name, recipe in chosen.items()}
   log = logs.Rewritten(_OUT.value)
-  times = time_steps(config, policies, _ROUNDS.value)
-  environment = describe_environment(COMMIT.value)
-  tokens = config.data.batch_size * config.data.sequence_length
+  devices = first_devices(_DEVICES.value)
+  times = time_steps(config, policies, _ROUNDS.value, devices)
+  told, source = describe_step(config, len(devices)), describe_source(COMMIT.value)
   base = times[BASELINE]
   for name, steps in times.items():
     ratios = [a / b for a, b in zip(steps, base, strict=True)]
+    tokens_per_s = told["tokens_per_step"] / statistics.median(steps) * 1e3
     row = {
       "recipe": name,
       "ratio_to_bf16": statistics.median(ratios),
       "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
       "step_time_ms": statistics.median(steps),
       "rounds": len(steps),
-      "tokens_per_step": tokens,
-      "tokens_per_s": tokens / statistics.median(steps) * 1e3,
+      "tokens_per_s": tokens_per_s,
+      "tokens_per_gpu_s": tokens_per_s / len(devices),
     }
     low, high = row["ratio_quartiles"]
     print(
       f"{name:20s} {row['ratio_to_bf16']:5.2f} times bf16  ({low:.2f} to {high:.2f})"
       f"  {row['step_time_ms']:.1f} ms  {row['tokens_per_s']:,.0f} tokens/s"
     )
-    log.write(
-      row | {key: environment[key] for key in ("device", "git_commit", "git_dirty", "versions")}
-    )
+    log.write(row | told | source)
   log.close()
 
 

@@ -7,11 +7,13 @@ python -m experiments.tables                        # results/*.jsonl become REA
 
 import re
 from pathlib import Path
+from typing import get_args
 
 from absl import app, flags
 
 from experiments import command_line, cost_tables, kernel_tables, logs, pictures
 from experiments.summary import read_records, summarize_records
+from fp4jax.models.remat import Remat
 
 _COLLECT = flags.DEFINE_string(
   "collect", None, "Workdir of a finished run: its name is the results'."
@@ -144,6 +146,50 @@ def lengths_table(
       )
   sources = dict.fromkeys(_source(rows[0]) for rows in (*times.values(), *memory.values(), peaks))
   return "\n".join(lines) + f"\n\n{' '.join(sources)}"
+
+
+def scaling_table(rows: list[Row]) -> str:
+  """Whole steps over more and more GPUs, of the same tokens for each: rows of `step_time`."""
+  alone = {row["recipe"]: row["tokens_per_gpu_s"] for row in rows if row["devices"] == 1}
+  lines = [
+    "| GPUs | mesh | recipe | tokens/GPU/s | of one GPU's | speed, BF16 = 1 |",
+    "|---" * 6 + "|",
+  ]
+  for row in sorted(rows, key=lambda row: (row["devices"], row["mesh"]["expert"])):
+    axes = [f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1]
+    own, one = row["tokens_per_gpu_s"], alone.get(row["recipe"])
+    lines.append(
+      f"| {row['devices']} | {', '.join(axes)} | `{row['recipe']}` | {own:,.0f} |"
+      f" {'' if one is None else f'{own / one:.2f}'} | {1 / row['ratio_to_bf16']:.2f} |"
+    )
+  told = {f"{row['tokens_per_step'] // row['devices']:,} tokens per GPU and step" for row in rows}
+  factors = dict.fromkeys(row["capacity_factor"] for row in rows if row["mesh"]["expert"] > 1)
+  told |= {f"capacity factor of experts sent between GPUs {factor}" for factor in factors}
+  sources = dict.fromkeys(_source(row) for row in rows)
+  return "\n".join(lines) + f"\n\n{'; '.join(sorted(told))}. {' '.join(sources)}"
+
+
+def recompute_table(rows: list[Row]) -> str:
+  """Speed and memory by what is computed again and by recipe, as in arXiv 2603.02731."""
+  recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+  cells = {
+    (row["remat"], row["recipe"]): "OOM"
+    if row["oom"]
+    else f"{row['tokens_per_gpu_s']:,.0f} / {row['peak_bytes'] / 80e9:.1%}"
+    for row in rows
+  }
+  lines = [
+    "| computed again | " + " | ".join(f"`{recipe}`" for recipe in recipes) + " |",
+    "|---" * (1 + len(recipes)) + "|",
+  ]
+  for remat in reversed(get_args(Remat)):
+    own = [cells.get((remat, recipe), "") for recipe in recipes]
+    lines.append(f"| {remat} | " + " | ".join(own) + " |")
+  dropped = [100 * row["dropped"] for row in rows if row.get("dropped") is not None]
+  told = "Tokens per GPU and second / peak memory, of 80 GB."
+  if dropped:
+    told += f" Dropped: {min(dropped):.1f} to {max(dropped):.1f} % of the choices."
+  return "\n".join(lines) + f"\n\n{told} {_source(rows[0])}"
 
 
 def dispatch_table(rows: list[Row]) -> str:

@@ -164,6 +164,16 @@ def test_no_number_is_left_unchecked():
       ["--config=configs/demo.py", "--config.data.path=no/such/file", "--out={}/rows.jsonl"],
       "no/such/file",
     ),
+    (
+      "recompute_table",
+      ["--config=configs/demo.py", "--config.data.path=no/such/file", "--out={}/rows.jsonl"],
+      "no/such/file",
+    ),
+    (
+      "recompute_table",
+      ["--config=configs/demo.py", "--policies=all", "--out={}/rows.jsonl"],
+      "'all' is not one of none, attention+norm, attention+norm+experts, everything",
+    ),
   ],
 )
 def test_commands_refuse_what_they_cannot_do_and_keep_what_was_there(

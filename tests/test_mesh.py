@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
 from experiments.checks import validate
@@ -142,6 +144,31 @@ def test_four_devices_do_a_quarter_of_the_work_each(recipe, mesh, capacity_facto
   """Without a capacity each device of `expert` has room for all rows, and so computes them all."""
   own = compiled_step(recipe, mesh, capacity_factor=capacity_factor).cost_analysis()["flops"]
   assert own <= 0.30 * compiled_step(recipe, (1, 1, 1)).cost_analysis()["flops"]
+
+
+def scans(jaxpr):
+  """What each scan returns, with whether it goes back."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive is lax.scan_p:
+      yield eqn.params["reverse"], [v.aval for v in eqn.outvars]
+    for inner in jaxprs_in_params(eqn.params):
+      yield from scans(inner)
+
+
+@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 1, 4), (1, 2, 2)])
+def test_experts_are_not_kept_beside_themselves(mesh):
+  """By the scan over the layers for the one that goes back; the stacks of their weights are all
+  that is float32 and has four axes."""
+  trainer = trainer_of("bf16", config_of(*mesh, token_parts=4))
+  state = jax.eval_shape(trainer.init, SEED)
+  found = list(scans(trainer.gradients.trace(state, batches()[0], SEED).jaxpr.jaxpr))
+
+  def stacks(back):
+    returned = [x for goes_back, own in found if goes_back is back for x in own]
+    return [x.shape for x in returned if x.ndim == 4 and x.dtype == jnp.float32]
+
+  assert stacks(back=True) == [(2, 4, 64, 128), (2, 4, 64, 64)]  # their gradients
+  assert stacks(back=False) == []
 
 
 # Where the state lies.

@@ -73,6 +73,8 @@ def moe_ffn_over_mesh(
     out = moe_ffn(x, w13, w2, experts, weights, recipe, **how, **own, **options)
     return out if isinstance(out, jax.Array) else (out[0], out[1][None])
 
+  # Weights that are cast to vary are no longer the caller's: a scan over layers would keep copies.
+  on_device = jax.checkpoint(on_device, prevent_cse=False, policy=_keep_all_but_casts)
   bounded = options.get("capacity_factor") is not None
   out = jax.shard_map(
     on_device,
@@ -98,6 +100,10 @@ def _copies_bwd(copies, _, following):
 
 
 _copies_of_state.defvjp(_copies_fwd, _copies_bwd)
+
+
+def _keep_all_but_casts(primitive, *_, **__):
+  return primitive.name != "pvary"
 
 
 def _check(mesh, axes, devices, tokens, experts, token_parts):
