@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from experiments import data
@@ -99,6 +100,14 @@ def _run(trainer, step, batches, rounds):
     if "dropped" in scalars:
       dropped.append(float(scalars["dropped"]))
   return times[1:], dropped
+
+
+def busiest_device(scalars: dict, devices: int) -> float | None:
+  """Choices of the experts on the busiest of `devices`, over the mean, averaged over the layers."""
+  if (load := scalars.get("expert_load")) is None:
+    return None
+  by_device = np.asarray(load).reshape(len(load), devices, -1).sum(axis=2)
+  return float(np.mean(by_device.max(axis=1) / by_device.mean(axis=1)))
 
 
 def asked_bytes(message: str) -> int | None:

@@ -22,7 +22,13 @@ from experiments.checks import validate
 from experiments.config import Experiment
 from experiments.environment import COMMIT
 from experiments.mesh import BATCH, first_devices, make_mesh
-from experiments.step_cost import compile_all, describe_source, describe_step, lower_step
+from experiments.step_cost import (
+  busiest_device,
+  compile_all,
+  describe_source,
+  describe_step,
+  lower_step,
+)
 from experiments.summary import BASELINE
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
@@ -44,8 +50,9 @@ def single_gemm(recipe: Recipe, gemm: str) -> Recipe:
 
 def time_steps(
   config: Experiment, policies: dict, rounds: int, devices: Sequence[jax.Device]
-) -> dict[str, list[float]]:
-  """Milliseconds of each timed step; the first step of each policy is not kept."""
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+  """Milliseconds of each timed step, the first of each policy left out; and the choices that the
+  experts of the busiest device had, of what each had if all were asked alike."""
   corpus, mesh = data.load_corpus(config.data), make_mesh(config, devices)
   place = mesh and NamedSharding(mesh, BATCH)
   batches = data.batches(corpus, config.data, 0, "train", place)
@@ -53,16 +60,18 @@ def time_steps(
   steps = compile_all(lower_step(trainer, config, mesh) for trainer in trainers)
   seed = jnp.int32(0)
   state = trainers[0].init(seed)
-  times = {name: [] for name in policies}
+  times, busiest = ({name: [] for name in policies} for _ in range(2))
   for i in range(rounds + 1):
     batch = batches[i]
-    for own, trainer, step in zip(times.values(), trainers, steps, strict=True):
+    for name, trainer, step in zip(policies, trainers, steps, strict=True):
       state = trainer.adopt(state)
       began = time.perf_counter()
-      state, _ = jax.block_until_ready(step(state, batch, seed))
+      state, scalars = jax.block_until_ready(step(state, batch, seed))
       if i > 0:
-        own.append((time.perf_counter() - began) * 1e3)
-  return times
+        times[name].append((time.perf_counter() - began) * 1e3)
+        busiest[name].append(busiest_device(scalars, config.mesh.expert))
+  known = config.model.num_experts > 0
+  return times, {n: statistics.fmean(own) if known else None for n, own in busiest.items()}
 
 
 def main(_) -> None:
@@ -81,7 +90,7 @@ def main(_) -> None:
   policies = {name: policy_of(recipe, config) for name, recipe in chosen.items()}
   log = logs.Rewritten(_OUT.value)
   devices = first_devices(_DEVICES.value)
-  times = time_steps(config, policies, _ROUNDS.value, devices)
+  times, busiest = time_steps(config, policies, _ROUNDS.value, devices)
   told, source = describe_step(config, len(devices)), describe_source(COMMIT.value)
   base = times[BASELINE]
   for name, steps in times.items():
@@ -95,6 +104,7 @@ def main(_) -> None:
       "rounds": len(steps),
       "tokens_per_s": tokens_per_s,
       "tokens_per_gpu_s": tokens_per_s / len(devices),
+      "busiest_device": busiest[name],
     }
     low, high = row["ratio_quartiles"]
     print(

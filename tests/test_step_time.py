@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from small_runs import ROOT, SMALL
 
 from experiments import logs
+from experiments.step_cost import busiest_device
 
 MODEL = SMALL | {"data.batch_size": 4, "model.num_experts": 4, "recipes": "bf16,fp8_dispatch"}
 DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
@@ -26,6 +28,13 @@ def step_time(out, *arguments):
   )
 
 
+def test_the_busiest_device_of_layers_is_counted_by_its_own_experts():
+  load = np.array([[1, 1, 2, 0], [3, 1, 0, 0]])  # of two devices: 2 and 2, 4 and 0
+  assert busiest_device({"expert_load": load}, 2) == pytest.approx((1 + 2) / 2)
+  assert busiest_device({"expert_load": load}, 1) == 1
+  assert busiest_device({}, 1) is None
+
+
 @pytest.mark.slow
 def test_rows_say_the_mesh_and_the_tokens_of_each_device(tmp_path, corpus_file):
   done = step_time(
@@ -42,6 +51,7 @@ def test_rows_say_the_mesh_and_the_tokens_of_each_device(tmp_path, corpus_file):
     assert row["mesh"] == {"data": 1, "fsdp": 1, "expert": 2}
     assert (row["devices"], row["capacity_factor"]) == (2, 1.5)
     assert (row["tokens_per_step"], row["sequence_length"]) == (64, 16)
+    assert 1 <= row["busiest_device"] <= 2
     assert row["tokens_per_gpu_s"] == pytest.approx(64 / 2 / row["step_time_ms"] * 1e3)
 
 
