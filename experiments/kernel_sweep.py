@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from experiments import command_line, logs
+from experiments import command_line, kernel_exchange, logs
 from experiments import kernel_cases as cases
 from experiments import kernel_checks as checks
 from experiments import kernel_timing as timing
@@ -95,6 +95,18 @@ def _calls(names):
   return found
 
 
+def _exchange(name: str) -> Callable[[], float]:
+  def time_us():
+    program, arguments = kernel_exchange.calls(
+      timing.ROWS // 2, timing.CONTRACTION, timing.ROWS // 2
+    )[name]
+    program = timing.compiled(program, *arguments)
+    kernel_exchange.check(name, program(*arguments), arguments)
+    return timing.wall_us(program, arguments)
+
+  return time_us
+
+
 _BF16 = [
   dict(block_m=m, block_n=n, block_k=64, max_concurrent_steps=steps, grid_block_n=8)
   for m, n, steps in ((128, 128, 4), (64, 256, 4), (128, 192, 4))
@@ -132,6 +144,10 @@ ENTRIES = (
     _gemms("fp8 wgrad, float32 result"),
   ),
   Entry("bf16_matmul", "matmul", _BF16, _gemms("bf16 fprop", "bf16 dgrad")),
+  # On two GPUs or more.
+  Entry("exchange", "send", grid(ctas=(4, 8), rows=(2, 4)), _exchange("send")),
+  Entry("exchange", "mxfp4", grid(ctas=(4, 8), rows=(2, 4)), _exchange("mxfp4")),
+  Entry("exchange", "collect", grid(ctas=(2, 4, 8)), _exchange("collect")),
   Entry("bf16_matmul", "wgrad", _BF16, _gemms("bf16 wgrad, float32 result")),
 )
 

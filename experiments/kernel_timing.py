@@ -5,6 +5,7 @@ import functools
 import importlib
 import pkgutil
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,6 +51,17 @@ def time_us(program: Callable, *sets: tuple, repeats: int = 10) -> dict[str, flo
     times += [1000 * t for t in ms]
   low, median, high = statistics.quantiles(times, n=4)
   return {"time_us": median, "time_us_quartiles": [low, high]}
+
+
+def wall_us(program: Callable, arguments: tuple, repeats: int = 10) -> float:
+  """Wall clock of a compiled program over several devices, a call of many in a row."""
+  times = []
+  for _ in range(5):
+    jax.block_until_ready(program(*arguments))
+    began = time.perf_counter()
+    jax.block_until_ready([program(*arguments) for _ in range(repeats)])
+    times.append((time.perf_counter() - began) / repeats * 1e6)
+  return statistics.median(times)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

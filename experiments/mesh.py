@@ -45,6 +45,10 @@ class OnMesh:
     with abstract if traced else jax.set_mesh(self.mesh):
       return self.function(*args)
 
+  def trace(self, *args):
+    with jax.set_mesh(self.mesh):
+      return self.function.trace(*args)
+
   def lower(self, *args):
     with jax.set_mesh(self.mesh):
       return self.function.lower(*args)

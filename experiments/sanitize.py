@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from experiments import kernel_cases as cases
-from pallas_kernels import exchange, grouped_matmul
+from experiments import kernel_exchange
+from pallas_kernels import grouped_matmul
 
 _SHAPES = ((100, 512), (128, 512))  # rows that no tile divides, unless a kernel refuses them
 _SIZES = (130, 0, 1, 127)  # ends inside a wave, no rows, one row; 43 of 301 rows are nobody's
@@ -37,29 +35,6 @@ def launches() -> Iterator[tuple[str, Callable, tuple]]:
         lambda *a, kernel=kernel, config=config: kernel(*a, config=config),
         (*operands, sizes),
       )
-
-
-def exchanges() -> Iterator[tuple[str, Callable, tuple]]:
-  """The same for kernels that run on all devices at once."""
-  mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
-  (tokens, d), slots, peers = _SHAPES[0], 60, mesh.size
-  goes = np.random.default_rng(0).random((peers * peers, tokens)) < 0.7
-  place = np.where(goes, np.cumsum(goes, axis=1) - 1, slots)
-  by_all = NamedSharding(mesh, P("all"))
-  slot = jax.device_put(np.minimum(place, slots).astype(np.int32), by_all)
-  rows = {2 * d: tokens, d: peers * slots}  # by width: of tokens, and of an inbox
-  x, inbox = (
-    jax.device_put(np.ones((peers * n, k), jnp.bfloat16), by_all) for k, n in rows.items()
-  )
-  for name, kernel, values in (
-    ("send", lambda x, s: exchange.send([x], s, slots, "all"), x),
-    ("send_mxfp4", lambda x, s: exchange.send_mxfp4(x, s, slots, "all"), x),
-    ("collect", lambda x, s: exchange.collect(x, s, "all"), inbox),
-  ):
-    program = jax.shard_map(
-      kernel, mesh=mesh, in_specs=P("all"), out_specs=P("all"), check_vma=False
-    )
-    yield f"{name}, {peers} devices", program, (values, slot)
 
 
 def _accepts(case: cases.Case, shape: tuple[int, int]) -> bool:
@@ -97,8 +72,9 @@ def main() -> None:
     arguments = jax.device_put(arguments, jax.devices()[0])
     jax.block_until_ready(jax.jit(kernel)(*arguments))
   if jax.device_count() > 1:
-    for name, program, arguments in exchanges():
-      print(name, flush=True)
+    tokens, d = _SHAPES[1]
+    for name, (program, arguments) in kernel_exchange.calls(tokens, 2 * d, 60, 0.7).items():
+      print(f"exchange.{name}, {jax.device_count()} devices", flush=True)
       jax.block_until_ready(jax.jit(program)(*arguments))
 
 
