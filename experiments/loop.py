@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from experiments import data, logs, probes
 from experiments.checkpoints import Checkpoints
 from experiments.config import Experiment
-from experiments.mesh import BATCH, shardings
+from experiments.mesh import BATCH
 from experiments.optimizers import learning_rate
 from experiments.processes import Group
 from experiments.train import Trainer, TrainState
@@ -66,10 +66,7 @@ def train_run(
     return [trainer for start, trainer in phases if start <= step][-1]
 
   def abstract_state(step: int) -> TrainState:
-    state = jax.eval_shape(trainer_of(step).init, seed)
-    if mesh is None:
-      return state
-    return jax.tree.map(lambda x, where: x.update(sharding=where), state, shardings(state, mesh))
+    return trainer_of(step).init.eval_shape(seed)
 
   def utilization_of(step: int, step_time: float) -> float | None:
     pairs = zip(phases, gemm_seconds, strict=True)

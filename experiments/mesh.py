@@ -45,6 +45,11 @@ class OnMesh:
     with abstract if traced else jax.set_mesh(self.mesh):
       return self.function(*args)
 
+  def eval_shape(self, *args):
+    """With shardings, which `jax.eval_shape` of a call would lose."""
+    with jax.set_mesh(self.mesh):
+      return self.function.eval_shape(*args)
+
   def trace(self, *args):
     with jax.set_mesh(self.mesh):
       return self.function.trace(*args)

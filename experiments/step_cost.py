@@ -27,7 +27,7 @@ _BYTES = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 def lower_step(trainer: Trainer, config: Experiment, mesh: Mesh | None) -> jax.stages.Lowered:
   """For a state and a batch that are not there yet, so that nothing is on a device."""
   seed = jax.ShapeDtypeStruct((), jnp.int32)
-  state = jax.eval_shape(trainer.init, seed)
+  state = trainer.init.eval_shape(seed)
   shape = config.data.batch_size, config.data.sequence_length + 1
   place = mesh and NamedSharding(mesh, BATCH)
   return trainer.step.lower(state, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place), seed)

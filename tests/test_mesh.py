@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.checks import validate
 from experiments.config import Experiment
 from experiments.mesh import make_mesh, shardings
+from experiments.step_cost import lower_step
 from experiments.train import make_trainer, policy_of
 from fp4jax import MXFP4, recipes
 from fp4jax.models import ModelConfig
@@ -160,7 +161,7 @@ def test_experts_are_not_kept_beside_themselves(mesh):
   """By the scan over the layers for the one that goes back; the stacks of their weights are all
   that is float32 and has four axes."""
   trainer = trainer_of("bf16", config_of(*mesh, token_parts=4))
-  state = jax.eval_shape(trainer.init, SEED)
+  state = trainer.init.eval_shape(SEED)
   found = list(scans(trainer.gradients.trace(state, batches()[0], SEED).jaxpr.jaxpr))
 
   def stacks(back):
@@ -169,6 +170,16 @@ def test_experts_are_not_kept_beside_themselves(mesh):
 
   assert stacks(back=True) == [(2, 4, 64, 128), (2, 4, 64, 64)]  # their gradients
   assert stacks(back=False) == []
+
+
+@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 2, 2)])
+def test_a_step_compiled_before_there_is_a_state_reuses_its_memory(mesh):
+  config = config_of(*mesh, token_parts=4)
+  trainer = trainer_of("bf16", config)
+  mesh = make_mesh(config, jax.devices()[:4])
+  memory = lower_step(trainer, config, mesh).compile().memory_analysis()
+  parts = (leaf.addressable_shards[0].data for leaf in jax.tree.leaves(trainer.init(SEED)))
+  assert memory.alias_size_in_bytes == sum(part.nbytes for part in parts)
 
 
 # Where the state lies.
@@ -202,7 +213,7 @@ def test_every_matrix_is_in_the_table():
   for experts, shared in ((4, 32), (0, 0)):
     model = dataclasses.replace(MODEL, num_experts=experts, d_ff_shared=shared)
     config = dataclasses.replace(config_of(1, 4, 1), model=model)
-    state = jax.eval_shape(trainer_of("bf16", config).init, SEED)
+    state = trainer_of("bf16", config).init.eval_shape(SEED)
     places = shardings(state.params, mesh)
     for (path, leaf), place in zip(
       jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(places), strict=True

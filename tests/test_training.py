@@ -114,7 +114,7 @@ def in_parts(recipe, parts):
 
 def test_a_step_writes_its_state_where_the_old_one_lies():
   trainer = in_parts(recipes.BF16, 1)
-  state = jax.eval_shape(trainer.init, jnp.int32(0))
+  state = trainer.init.eval_shape(jnp.int32(0))
   tokens = jax.ShapeDtypeStruct((2, 65), jnp.int32)
   memory = trainer.step.lower(state, tokens, jnp.int32(0)).compile().memory_analysis()
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
