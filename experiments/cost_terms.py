@@ -255,8 +255,14 @@ def exchange_seconds(shape: Shape, run: Run, value_bytes: float, constants: Cons
 
 
 def packing_bytes(shape: Shape, run: Run, value_bytes: float) -> float:
-  """What is gathered is read and written; what is packed is also read in bf16, and widened."""
+  """What is gathered is read and written; what is packed is also read in bf16, and widened.
+
+  A kernel gathers nothing and packs MXFP4 on its way; FP8 is packed before, and widened nowhere.
+  """
   slots, packed = run.expert * run.slots(shape), value_bytes < 2
+  if run.exchange != "xla":
+    widened = slots * (value_bytes + 1) if value_bytes < 1 else 0
+    return (widened + (run.tokens * (2 + value_bytes) if 1 < value_bytes < 2 else 0)) * shape.d
   widened = packed * (run.tokens + slots) * (value_bytes + 2)
   return (2 * value_bytes * slots + widened) * shape.d
 
