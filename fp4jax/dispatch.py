@@ -48,10 +48,10 @@ class Dispatch(Protocol):
     """Rows of tokens as they arrive: packed in `fmt` where it is one, by `implementation`."""
 
   def collect(
-    self, rows: Float32[Array, "r d"], sent: DTypeLike, dtype: DTypeLike
+    self, rows: Float32[Array, "r d"], sent: DTypeLike, dtype: DTypeLike, hidden: bool = False
   ) -> Float[Array, "token d"]:
     """For each token the sum in float32 of the rows that were sent for it, each sent back in the
-    dtype `sent`, as `dtype`."""
+    dtype `sent`, as `dtype`. `hidden`: GEMMs follow that do not wait for it."""
 
   def collect_choices(self, values: Float[Array, "r k"]) -> Float[Array, "token k"]:
     """For each choice the value from the device that had its expert; zero where none had."""
@@ -71,7 +71,7 @@ class Whole:
   def send_rows(self, x, fmt, implementation):
     return packed(x, fmt, implementation)
 
-  def collect(self, rows, sent, dtype):
+  def collect(self, rows, sent, dtype, hidden=False):
     return rows.astype(dtype)
 
   def collect_choices(self, values):
@@ -131,7 +131,7 @@ class AllToAll:
   def send_rows(self, x, fmt, implementation):
     return self.send(packed(x, fmt, implementation))
 
-  def collect(self, rows, sent, dtype):
+  def collect(self, rows, sent, dtype, hidden=False):
     (returned,) = self._returned(rows.astype(sent))
     own = jax.vmap(take_rows)(returned, self.slot_of_token)
     return jnp.sum(own.astype(jnp.float32), axis=0).astype(dtype)

@@ -289,7 +289,7 @@ def _bwd(recipe, implementation, mesh, saved, dout):
   dw13, dw2 = mesh.own(dw13), mesh.own(dw2)
   dx = take_rows(dx.astype(dtype), order.row_of_choice).reshape(*weights.shape, -1)
   dx = jnp.sum(dx.astype(jnp.float32), axis=1)
-  dx = dispatch.collect(dx, recipe.payload.sums, dtype)
+  dx = dispatch.collect(dx, recipe.payload.sums, dtype, hidden=True)  # by wgrad
 
   backward = (dgrad_1 | wgrad_1, dgrad_2 | wgrad_2)
   taps = tuple(s and ops.tap_of(s | b) for s, b in zip(summaries, backward, strict=True))

@@ -24,7 +24,7 @@ def test_a_row_for_each_policy(tmp_path, corpus_file):
   line += [f"--config.{name}={value}" for name, value in MODEL.items()]
   line += [f"--config.data.path={corpus_file}", f"--out={tmp_path / 'rows.jsonl'}"]
   done = subprocess.run(
-    [*line, "--policies=everything,none", "--rounds=2", "--commit=of_a_copy"],
+    [*line, "--policies=everything,none", "--rounds=2", "--compilers=2", "--commit=of_a_copy"],
     cwd=ROOT,
     env=os.environ | DEVICES,
     capture_output=True,
