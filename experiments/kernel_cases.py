@@ -113,6 +113,11 @@ def _experts(x):
   return x.reshape(2 if len(x) % 256 == 0 else 1, -1, x.shape[1])
 
 
+def _float32_experts(x):
+  """Values that bf16 does not hold."""
+  return _experts(x).astype(jnp.float32) * 1.0009
+
+
 def _fp8(power_of_two):
   kind = "power of two" if power_of_two else "float32"
   options = dict(power_of_two=power_of_two)
@@ -144,6 +149,22 @@ def _fp8(power_of_two):
       lambda w: _weights(w, power_of_two),
       4,
       _experts,
+      benchmarked=not power_of_two,
+    ),
+    Case(
+      f"quantize_fp8_weights of float32 {kind}",
+      lambda w: fp8.quantize_fp8_weights(w, columns=False, **options),
+      lambda w: _weights(w.astype(jnp.bfloat16), power_of_two)[::2],
+      5,
+      _float32_experts,
+      benchmarked=False,
+    ),
+    Case(
+      f"quantize_fp8_weights of float32, transposed {kind}",
+      lambda w: fp8.quantize_fp8_weights(w, rows=False, **options),
+      lambda w: _weights(w.astype(jnp.bfloat16), power_of_two)[1:],
+      5,
+      _float32_experts,
       benchmarked=not power_of_two,
     ),
   )

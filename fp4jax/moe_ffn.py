@@ -214,7 +214,8 @@ def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, s
     recipe, implementation, drawing, keys, tapped, states, dtypes, mesh.weight_axis
   )
   token = order.choice_of_row // weights.shape[1]
-  w13_read, w2_read = first.keep_weights(w13.astype(dtype)), second.keep_weights(w2.astype(dtype))
+  in_13, in_2 = _read_in(implementation, dtypes, dtype)
+  w13_read, w2_read = first.keep_weights(w13.astype(in_13)), second.keep_weights(w2.astype(in_2))
 
   x = _sent(recipe, implementation, dispatch, first, x, tapped[0])
   h, of_first = first.fprop(x, w13_read, token)
@@ -274,7 +275,8 @@ def _bwd(recipe, implementation, mesh, saved, dout):
   divisible = jnp.abs(weight) >= SMALLEST_DIVISOR
   before, after = jnp.where(divisible, weight, 1), jnp.where(divisible, 1, weight)
   dy = second.gradient((take_rows(dout_sent, token).astype(jnp.float32) * before).astype(dtype))
-  g, dgrad_2, dgrad_states_2 = second.dgrad(dy, w2.cast(dtype), forwards[1])
+  in_13, in_2 = _read_in(implementation, dtypes, dtype)
+  g, dgrad_2, dgrad_states_2 = second.dgrad(dy, w2.cast(in_2), forwards[1])
 
   a, dh, products = second.swiglu_backward(h, g.astype(dtype), after)
   dweights = take_rows(products / before[:, 0], order.row_of_choice).reshape(weights.shape)
@@ -282,7 +284,7 @@ def _bwd(recipe, implementation, mesh, saved, dout):
   a = a if a_read is None else a_read
   dw2, wgrad_2, wgrad_states_2 = second.wgrad(a, dy, forwards[1])
 
-  dx, dgrad_1, dgrad_states_1 = first.dgrad(dh, w13.cast(dtype), forwards[0])
+  dx, dgrad_1, dgrad_states_1 = first.dgrad(dh, w13.cast(in_13), forwards[0])
   dw13, wgrad_1, wgrad_states_1 = first.wgrad(x, dh, forwards[0], token)
   # Not the sum over choices: a select there keeps XLA from fusing what follows.
   dx, dw13, dw2, dweights = (nan_unless(valid, g) for g in (dx, dw13, dw2, dweights))
@@ -303,6 +305,11 @@ def _bwd(recipe, implementation, mesh, saved, dout):
 
 
 _ffn.defvjp(_fwd, _bwd)
+
+
+def _read_in(implementation, dtypes, dtype):
+  """In which dtypes the GEMMs are given the weights: kernels round them to x's as they read."""
+  return dtypes if implementation == "mosaic" else (dtype, dtype)
 
 
 def _sent(recipe, implementation, dispatch, gemms, x, tapped) -> ops.Tensor:

@@ -19,6 +19,7 @@ TUNING = {
   "rows": {"runs": 4},
 }
 TILE = 128
+_ROUNDED = 64  # rows of a float32 tile that a warpgroup rounds at once
 
 
 def quantize_fp8_rows(x, *, power_of_two: bool = False):
@@ -61,33 +62,37 @@ def quantize_fp8_columns(x, *, power_of_two: bool = False):
 
   x is (m, k) bfloat16, both multiples of 128. Otherwise as `quantize_fp8_rows`.
   """
+  _check_dtype("quantize_fp8_columns", x, (jnp.bfloat16,))
   return _tiles(x[None], power_of_two, rows=False, columns=True, square=False)
 
 
 def quantize_fp8_both(x, *, power_of_two: bool = False):
   """`quantize_fp8_rows` and `quantize_fp8_columns` in one read of x: four arrays."""
+  _check_dtype("quantize_fp8_both", x, (jnp.bfloat16,))
   return _tiles(x[None], power_of_two, rows=True, columns=True, square=False)
 
 
-def quantize_fp8_weights(w, *, power_of_two: bool = False):
-  """Quantizes w in blocks of 128 x 128, in both orientations.
+def quantize_fp8_weights(w, *, power_of_two: bool = False, rows: bool = True, columns: bool = True):
+  """Quantizes w in blocks of 128 x 128.
 
   Args:
-    w: (e, k, n) bfloat16; k and n multiples of 128.
+    w: (e, k, n) bfloat16, or float32, which is rounded to bfloat16 first; k and n multiples of 128.
+    rows, columns: which orientations to write.
 
   Returns:
-    codes (e, k, n), codes (e, n, k), scales (e, k / 128, n / 128).
+    codes (e, k, n) where `rows`, codes (e, n, k) where `columns`, scales (e, k / 128, n / 128).
   """
-  return _tiles(w, power_of_two, rows=True, columns=True, square=True)
+  _check_dtype("quantize_fp8_weights", w, (jnp.bfloat16, jnp.float32))
+  return _tiles(w, power_of_two, rows=rows, columns=columns, square=True)
 
 
 def _tiles(x, power_of_two, *, rows, columns, square):
   """One CTA a tile of 128 x 128, read once into SMEM and from there in either orientation."""
-  _check_dtype("the tile quantizer", x, (jnp.bfloat16,))
   if x.ndim != 3 or x.shape[1] % TILE or x.shape[2] % TILE or not x.size:
     raise ValueError(f"x of shape {x.shape[-2:]} is not (m, k) with m % 128 == k % 128 == 0")
   e, m, k = x.shape
-  out_type, scratch = [], [plgpu.SMEM((TILE, TILE), x.dtype, transforms=bl.swizzled(x.dtype))]
+  scratch = [plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=bl.swizzled(jnp.bfloat16))]
+  out_type = []
   tile = plgpu.SMEM((TILE, TILE), bl.E4M3, transforms=bl.swizzled(bl.E4M3))
   if rows:
     out_type += [((e, m, k), bl.E4M3)] + ([] if square else [((e, k // TILE, m), jnp.float32)])
@@ -102,8 +107,15 @@ def _tiles(x, power_of_two, *, rows, columns, square):
     out, (x_smem, *tiles, barrier) = refs[: len(out_type)], refs[len(out_type) :]
     g, i, j = (lax.axis_index(name) for name in ("group", "row", "column"))
     here, there = pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)
-    plgpu.copy_gmem_to_smem(x_gmem.at[g, here, there], x_smem, barrier)
-    plgpu.barrier_wait(barrier)
+    if x.dtype == jnp.bfloat16:
+      plgpu.copy_gmem_to_smem(x_gmem.at[g, here, there], x_smem, barrier)
+      plgpu.barrier_wait(barrier)
+    else:
+      for start in range(0, TILE, _ROUNDED):
+        part = x_gmem.at[g, pl.ds(i * TILE + start, _ROUNDED), there]
+        values = plgpu.load(part, layout=plgpu.Layout.WGMMA, optimized=False)
+        x_smem[pl.ds(start, _ROUNDED)] = values.astype(jnp.bfloat16)
+      plgpu.commit_smem()
     out, tiles = list(out), list(tiles)
     copies = []
     if square:

@@ -39,11 +39,11 @@ def fake_kernels() -> dict[str, types.SimpleNamespace]:
   def both(x, *, power_of_two):
     return *rows(x, power_of_two=power_of_two), *columns(x, power_of_two=power_of_two)
 
-  def weights(w, *, power_of_two):
+  def weights(w, *, power_of_two, rows=True, columns=True):
     fmt = fp4jax.FP8_BLOCK_POW2_2D if power_of_two else fp4jax.FP8_BLOCK_2D
-    q = quantize(w, fmt, -2)
+    q = quantize(w.astype(jnp.bfloat16), fmt, -2)
     codes = as_e4m3(q.codes)
-    return codes, codes.swapaxes(1, 2), q.scales
+    return *[codes] * rows, *[codes.swapaxes(1, 2)] * columns, q.scales
 
   def mxfp4(x, *, scale_rule, seed=None):
     assert x.ndim == 2 and seed is None

@@ -6,6 +6,7 @@ plain arrays, codes with scales; the kernels are imported when they are called.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -160,8 +161,9 @@ class MosaicGemms:
     codes, scales = mxfp4.quantize_mxfp4(x, scale_rule=fmt.scale_rule)
     return ops.Tensor(x, QuantizedArray(codes, scales, None, fmt, -1), x.shape)
 
-  def keep_weights(self, w: BFloat16[Array, "e k n"]) -> ops.Tensor:
-    return ops.Tensor.of(w, self.recipe.residual.rhs, -2)
+  def keep_weights(self, w: Float[Array, "e k n"]) -> ops.Tensor:
+    kept = self.recipe.residual.rhs
+    return ops.Tensor.of(w if kept is None else w.astype(jnp.bfloat16), kept, -2)
 
   def activation(self, h: ops.Tensor, source: Source) -> Scaled | ops.Tensor:
     if not self._fp8("fprop.lhs"):
@@ -186,8 +188,8 @@ class MosaicGemms:
       lhs = Scaled(*fp8.quantize_fp8_rows(x.original, **self._pow2("fprop.lhs")))
       if rows is not None:
         lhs = Scaled(take_rows(lhs.codes, rows), take_rows(lhs.scales.T, rows).T)
-    _, codes_t, scales = self._weights(w, "fprop.rhs")
-    return self._product(lhs, Scaled(codes_t, scales.swapaxes(1, 2))), Forward()
+    codes, scales = self._weights(w, "fprop.rhs", transposed=True)
+    return self._product(lhs, Scaled(codes, scales.swapaxes(1, 2))), Forward()
 
   def gradient(self, dy: BFloat16[Array, "m n"]) -> Gradient:
     dgrad, wgrad = self._fp8("dgrad.lhs"), self._fp8("wgrad.rhs")
@@ -205,7 +207,7 @@ class MosaicGemms:
   def dgrad(self, dy: Gradient, w: ops.Tensor, forward: Forward):
     if not self._fp8("dgrad.rhs"):
       return self._bf16_product(dy.rows, w, "dgrad", True), {}, {}
-    codes, _, scales = self._weights(w, "dgrad.rhs")
+    codes, scales = self._weights(w, "dgrad.rhs", transposed=False)
     return self._product(dy.rows, Scaled(codes, scales)), {}, {}
 
   def swiglu_backward(
@@ -261,15 +263,19 @@ class MosaicGemms:
 
     return Scaled(*fp8.quantize_fp8_columns(a, **self._pow2("wgrad.lhs")))
 
-  def _weights(self, w, role):
+  def _weights(self, w, role, transposed):
+    """Codes, (e, n, k) where `transposed`, and scales, of w in bf16, to which the kernel rounds."""
     from pallas_kernels import fp8
 
-    values = w.read(self.recipe.operand(role).source).astype(jnp.bfloat16)
-    codes, codes_t, scales = fp8.quantize_fp8_weights(values, **self._pow2(role))
-    if self.weight_axis is None:
-      return codes, codes_t, scales
-    codes, scales = gather_columns((codes, scales), self.weight_axis)
-    return codes, lax.all_gather(codes_t, self.weight_axis, axis=1, tiled=True), scales
+    values = w.read(self.recipe.operand(role).source)
+    values = values if values.dtype == jnp.float32 else values.astype(jnp.bfloat16)
+    wanted = {"rows": not transposed, "columns": transposed}
+    codes, scales = fp8.quantize_fp8_weights(values, **wanted, **self._pow2(role))
+    if self.weight_axis is not None:
+      axis, gather = (1 if transposed else 2), functools.partial(lax.all_gather, tiled=True)
+      codes = gather(codes, self.weight_axis, axis=axis)
+      scales = gather_columns(scales, self.weight_axis)
+    return codes, scales
 
   def _bf16_product(self, lhs, w, gemm, transpose_rhs):
     from pallas_kernels import bf16_matmul
