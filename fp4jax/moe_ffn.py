@@ -115,7 +115,8 @@ def moe_ffn(
     implementation: see `fp4jax.implementation`; taps and states are read by "xla" alone.
     exchange: how rows travel along `expert_axis`. "xla": `lax.all_to_all` of padded buffers.
       "mosaic": kernels that store into the memory of the peers, among the GPUs of one host and one
-      process, for GEMMs of "mosaic". None: "mosaic" where it can run; the numbers are the same.
+      process, for GEMMs of "mosaic"; the mesh of `jax.shard_map`, or of `jax.set_mesh`, then says
+      which GPUs they are. None: "mosaic" where it can run. The numbers are the same.
   Returns:
     The sum; with a capacity_factor also how many choices this device dropped.
   Raises:
