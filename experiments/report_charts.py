@@ -59,6 +59,7 @@ _STEP_CURVES = {
   "gradients": ("Gradient norm", "grad_norm", "gradient norm", True),
   "balance": ("Load-balancing loss", "load_balance_loss", "1: balanced", False),
   "z": ("Router z loss", "router_z_loss", "mean of logsumexp²", False),
+  "dropped": ("Dropped choices", "dropped", "share of the choices", False),
   "rate": ("Learning rate", "learning_rate", "learning rate", False),
 }
 

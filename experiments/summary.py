@@ -29,7 +29,14 @@ _NEEDED = {
   "timing": _RUN,
 }
 _NUMBERS = {
-  "metrics": ["loss", "grad_norm", "learning_rate", "load_balance_loss", "router_z_loss"],
+  "metrics": [
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "load_balance_loss",
+    "router_z_loss",
+    "dropped",
+  ],
   "probes": SHARES + RATES,
   "timing": ["step_time_ms"],
 }

@@ -224,6 +224,20 @@ def test_load_of_the_experts(tmp_path):
   assert line["x"] == [10, 20] and line["y"] == pytest.approx([1.35, 1.35])
 
 
+def test_what_was_dropped_has_a_line_where_experts_are_bounded(tmp_path):
+  workdir = small_workdir(tmp_path, {"bf16": [2.0], "r": [2.0]})
+  assert "dropped" not in report_charts.curve_charts(summary.read_records(workdir))
+  rows = rows_of(log_of(workdir, "metrics"))
+  rows += [
+    {"recipe": "r", "seed": 0, "step": step, "split": "train", "loss": 2.0, "dropped": 0.1 * step}
+    for step in (1, 2)
+  ]
+  write_rows(log_of(workdir, "metrics"), rows)
+  charts = report_charts.curve_charts(summary.read_records(workdir))
+  data = charts["dropped"]["figures"][report_charts.ALL]["data"]
+  assert [t["y"] for t in data if t.get("name")] == [pytest.approx([0.1, 0.2])]
+
+
 def test_layers_over_time(tmp_path):
   workdir = small_workdir(tmp_path, {"bf16": [2.0], "r": [2.0]})
   rows = [
