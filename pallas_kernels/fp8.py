@@ -6,6 +6,8 @@ FP8 tensor cores want the contracted axis contiguous, so what wgrad contracts is
 Scales lie with the blocks first, (k / 128, m), as the matmul reads them.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -69,6 +71,8 @@ def quantize_fp8_both(x, *, power_of_two: bool = False):
   return _tiles(x[None], power_of_two, rows=True, columns=True, square=False)
 
 
+# One program wherever it is called, so that XLA finds that both passes quantize the same weights.
+@functools.partial(jax.jit, static_argnames="power_of_two")
 def quantize_fp8_weights(w, *, power_of_two: bool = False):
   """Quantizes w in blocks of 128 x 128, in both orientations.
 
