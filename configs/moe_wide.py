@@ -37,6 +37,7 @@ def get_config() -> Experiment:
       num_experts=8,
       top_k=2,
       d_ff=4096,
+      unroll=True,
     ),
   )
   config.quantize.attention = False

@@ -285,7 +285,10 @@ def _bwd(recipe, implementation, mesh, saved, dout):
   a = a if a_read is None else a_read
   dw2, wgrad_2, wgrad_states_2 = second.wgrad(a, dy, forwards[1])
 
+  # One product after the other: what each reads is not needed after it. XLA would run them last.
+  dh, dw2 = lax.optimization_barrier((dh, dw2))
   dx, dgrad_1, dgrad_states_1 = first.dgrad(dh, w13.cast(in_13), forwards[0])
+  dh, dx = lax.optimization_barrier((dh, dx))
   dw13, wgrad_1, wgrad_states_1 = first.wgrad(x, dh, forwards[0], token)
   # Not the sum over choices: a select there keeps XLA from fusing what follows.
   dx, dw13, dw2, dweights = (nan_unless(valid, g) for g in (dx, dw13, dw2, dweights))

@@ -57,8 +57,8 @@ def tokens(batch=2, length=32):
   ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_every_policy_computes_the_same_bits(recipe, model, policies):
-  def gradients(remat):
-    trainer, seed = trainer_of(recipe, remat, **model), jnp.int32(0)
+  def gradients(remat, **how):
+    trainer, seed = trainer_of(recipe, remat, **model, **how), jnp.int32(0)
     # By default XLA may leave out a rounding to bf16 in one program and not in another.
     exact = jax.jit(trainer.gradients, compiler_options={"xla_allow_excess_precision": False})
     return exact(trainer.init(seed), tokens(), seed)
@@ -66,21 +66,24 @@ def test_every_policy_computes_the_same_bits(recipe, model, policies):
   expected = gradients("none")
   for remat in policies:
     jax.tree.map(np.testing.assert_array_equal, gradients(remat), expected)
+  jax.tree.map(np.testing.assert_array_equal, gradients("none", unroll=True), expected)
 
 
 @pytest.mark.slow
 def test_losses_taps_and_states_are_the_same():
   """In float32, where the compiler has no rounding to leave out."""
 
-  def run(remat):
-    trainer, seed = trainer_of(DELAYED, remat, dtype="float32", num_layers=1), jnp.int32(0)
+  def run(remat, **how):
+    trainer, seed = trainer_of(DELAYED, remat, dtype="float32", **how), jnp.int32(0)
     state = trainer.init(seed)
     taps = trainer.probe(state, tokens(), seed)
     state, scalars = trainer.step(state, tokens(), seed)
     assert all(x.any() for x in jax.tree.leaves(state.quantizers))
     return taps, state, scalars
 
-  jax.tree.map(np.testing.assert_array_equal, run("attention+norm"), run("none"))
+  expected = run("none")
+  for found in (run("attention+norm"), run("none", unroll=True)):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 X, H = 2 * WIDTH, 2 * TOP_K * 2 * D_FF  # bytes of bf16
@@ -129,6 +132,23 @@ def test_gemms_that_run_again(recipe, model, expected):
     return gemms(trainer.gradients.trace(state, tokens(), jnp.int32(0)).jaxpr.jaxpr)
 
   assert tuple(count(remat) - count("none") for remat in POLICIES) == expected
+
+
+@pytest.mark.slow
+def test_what_is_computed_again_is_not_kept_without_a_loop_either():
+  """XLA would share the second forward pass with the first one, and keep its results."""
+
+  def temporary(remat):
+    trainer = trainer_of(recipes.BF16, remat, unroll=True)
+    state = jax.eval_shape(trainer.init, jnp.int32(0))
+    compiled = trainer.gradients.lower(state, tokens(8, 64), jnp.int32(0)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  kept = temporary("none") - temporary("everything")
+  saved = [
+    saved_activation_bytes(trainer_of(recipes.BF16, r), 8, 64) for r in ("none", "everything")
+  ]
+  assert kept > 0.5 * 8 * 64 * (saved[0] - saved[1]), (kept, saved)
 
 
 def test_a_policy_that_there_is_not():

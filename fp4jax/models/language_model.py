@@ -36,6 +36,7 @@ class ModelConfig:
   dtype: str = "bfloat16"  # of activations; master weights are float32
   remat: str = "none"  # what the backward pass computes again, see `fp4jax.models.remat`
   vocab_chunk: int = 0  # logits of a token that the loss holds at once; 0: all of them
+  unroll: bool = False  # no loop over the layers: smaller and faster steps, slower to compile
 
 
 # Of quantizers: by segment of the layers, "0:2", and "head"; then by GEMM, then by role.
@@ -91,7 +92,7 @@ def _norm(norm: nnx.RMSNorm, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
 
 class LanguageModel(nnx.Module):
   """Tokens to logits. Its blocks are one `Block` with a leading layer axis, run by a scan over
-  each segment of the layers in which the policy is one.
+  each segment of the layers in which the policy is one, or with `unroll` one after the other.
 
   The model does not know recipes: the policy is an argument of each call, so the same weights
   run under any of them.
@@ -100,7 +101,7 @@ class LanguageModel(nnx.Module):
   def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
     self.dtype = jnp.dtype(config.dtype)
     self.num_layers = config.num_layers
-    self.remat, self.vocab_chunk = config.remat, config.vocab_chunk
+    self.remat, self.vocab_chunk, self.unroll = config.remat, config.vocab_chunk, config.unroll
     self.is_mixture = config.num_experts > 0
     self.embedding = nnx.Embed(vocab_size, config.d_model, rngs=rngs)
     make_blocks = nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
@@ -169,8 +170,10 @@ class LanguageModel(nnx.Module):
       if stop - first < n:  # a slice of everything would be a copy
         segment = jax.tree.map(operator.itemgetter(slice(first, stop)), inputs)
       recipe = policy.recipe("experts.w13", first, n)
-      block = rematerialize(block, self.remat, recipe.residual if self.is_mixture else Residual())
-      x, of_blocks = lax.scan(block, x, (segment, states.get(_layers(first, stop), {})))
+      packed = recipe.residual if self.is_mixture else Residual()
+      block = rematerialize(block, self.remat, packed, looped=not self.unroll)
+      run = _one_after_the_other if self.unroll else lax.scan
+      x, of_blocks = run(block, x, (segment, states.get(_layers(first, stop), {})))
       routing.append(of_blocks)
     head = Numerics(policy, None if keys is None else keys[-1], taps, states.get("head"), n, n)
     with jax.named_scope("head"):
@@ -207,6 +210,19 @@ class LanguageModel(nnx.Module):
     graph, params = nnx.split(self.blocks)
     one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), params)
     return nnx.merge(graph, one).gemms
+
+
+def _one_after_the_other(block, x, layers):
+  """What `lax.scan` returns. A scan copies what its backward pass reads into arrays of all layers
+  and out of them again, and has room for all layers' gradients through all of the backward pass.
+
+  Its own `unroll` concatenates the gradients, which cuts the optimizer's one pass in three.
+  """
+  said = []
+  for i in range(len(jax.tree.leaves(layers)[0])):
+    x, own = block(x, jax.tree.map(operator.itemgetter(i), layers))
+    said.append(own)
+  return x, jax.tree.map(lambda *own: jnp.stack(own), *said)
 
 
 def _layers(first: int, stop: int) -> str:

@@ -14,8 +14,9 @@ Remat = Literal["none", "attention+norm", "attention+norm+experts", "everything"
 _ROUTING = ("router.logits", "experts.order")
 
 
-def rematerialize(block: Callable, remat: Remat, packed: Residual) -> Callable:
-  """`block` as `remat` says what is computed again; `packed` is how `moe_ffn` keeps x and h.
+def rematerialize(block: Callable, remat: Remat, packed: Residual, looped: bool = True) -> Callable:
+  """`block` as `remat` says what is computed again; `packed` is how `moe_ffn` keeps x and h, and
+  `looped` whether a scan runs the block.
 
   Every policy computes the same numbers, draws, taps and states included; in bfloat16 to the last
   bit if XLA may not leave out a rounding (`xla_allow_excess_precision`), which by default it does
@@ -47,5 +48,5 @@ def rematerialize(block: Callable, remat: Remat, packed: Residual) -> Callable:
     case _:
       raise ValueError(f"{remat=} is not one of {get_args(Remat)}")
   policy = jax.checkpoint_policies.save_only_these_names(*names)
-  # A scan runs the block: XLA can't share its forward pass with the loop that goes back.
-  return functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)(block)
+  # XLA can't share the forward pass of a scan with the loop that goes back; any other it would.
+  return functools.partial(jax.checkpoint, prevent_cse=not looped, policy=policy)(block)

@@ -242,7 +242,11 @@ class MosaicGemms:
       return dw, {}, {}
     from pallas_kernels import grouped_matmul
 
-    lhs = x if isinstance(x, Scaled) else self._columns(x, rows)
+    if isinstance(x, Scaled):
+      lhs = x
+    else:  # after dy: in a step without a loop XLA makes it in the forward pass, and keeps it
+      x, dy = lax.optimization_barrier((x, dy))
+      lhs = self._columns(x, rows)
     dw = grouped_matmul.grouped_wgrad(*lhs, *dy.columns, self.group_sizes, out_dtype=out_dtype)
     return dw, {}, {}
 
