@@ -148,6 +148,9 @@ def test_a_save_goes_on_in_the_background(tmp_path, monkeypatch):
   manager = checkpoints.Checkpoints(tmp_path, keep=1)
   manager.save(1, {"x": jnp.ones(4)}, {})
   assert manager.latest_step() is None
+  deadline = time.monotonic() + 30
+  while not os.listdir(tmp_path) and time.monotonic() < deadline:
+    time.sleep(0.01)
   assert os.listdir(tmp_path) == ["00000001.orbax-checkpoint-tmp"]
   written.set()
   manager.save(2, {"x": jnp.ones(4)}, {})  # waits for the first
@@ -386,8 +389,9 @@ def test_kill_at_any_moment(tmp_path):
       text=True,
     )
     with child:
-      child.stdout.readline()
-      time.sleep(rng.uniform(0.05, 0.3))
+      for _ in range(2):  # one save is whole
+        child.stdout.readline()
+      time.sleep(rng.uniform(0, 0.3))
       child.send_signal(signal.SIGKILL)
       told = [int(line) for line in child.stdout.read().split()]
     manager = checkpoints.Checkpoints(tmp_path, keep=2)
