@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,11 @@ def load_hugging_face(
     raise ValueError(f"{folder}: architecture {name!r} is not one of {', '.join(ARCHITECTURES)}")
   architecture = ARCHITECTURES[name]
   config = _config_of(str(folder), raw, architecture, dtype)
+  vocab_size = _need(str(folder), raw, "vocab_size")
   with contextlib.closing(_Safetensors(folder)) as checkpoint:
     if config.tied_embedding:
       checkpoint.drop_copy(*architecture.layout["w_head"], *_LLAMA["embedding.embedding"])
-    return config, assemble(config, raw["vocab_size"], architecture.layout, checkpoint)
+    return config, assemble(config, vocab_size, architecture.layout, checkpoint)
 
 
 def _config_of(
@@ -117,35 +119,36 @@ def _config_of(
       f"{where}: config.json has {min(others)!r} in layer_types; the model computes"
       " 'full_attention' alone"
     )
-  wanted = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
-  wanted += [architecture.d_ff] + ["num_experts_per_tok"] * architecture.is_mixture
-  if missing := [name for name in wanted if name not in raw]:
-    raise ValueError(f"{where}: config.json has no {missing[0]!r}")
-  heads = raw["num_attention_heads"]
-  experts = {}
+  need = functools.partial(_need, where, raw)
+  heads, experts = need("num_attention_heads"), {"num_experts": 0}
   if architecture.is_mixture:
-    num_experts = raw.get("num_experts", raw.get("num_local_experts"))  # transformers 4, and 5
-    if num_experts is None:
-      raise ValueError(f"{where}: config.json has no 'num_experts'")
     experts = {
-      "num_experts": num_experts,
-      "top_k": raw["num_experts_per_tok"],
+      "num_experts": need("num_experts", "num_local_experts"),  # transformers 4, and 5
+      "top_k": need("num_experts_per_tok"),
       "norm_topk_prob": raw.get("norm_topk_prob", False),
     }
   return ModelConfig(
-    num_layers=raw["num_hidden_layers"],
-    d_model=raw["hidden_size"],
+    num_layers=need("num_hidden_layers"),
+    d_model=need("hidden_size"),
     num_heads=heads,
     num_kv_heads=raw.get("num_key_value_heads") or heads,
-    head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-    d_ff=raw[architecture.d_ff],
+    head_dim=raw.get("head_dim") or need("hidden_size") // heads,
+    d_ff=need(architecture.d_ff),
     rope_theta=_rope_theta(where, raw),
     qk_norm=architecture.qk_norm,
     norm_eps=raw.get("rms_norm_eps", 1e-6),
     tied_embedding=bool(raw.get("tie_word_embeddings")),
     dtype=dtype,
-    **({"num_experts": 0} | experts),
+    **experts,
   )
+
+
+def _need(where: str, raw: dict[str, Any], *names: str) -> Any:
+  """What config.json has by the first of the names that it has."""
+  for name in names:
+    if raw.get(name) is not None:
+      return raw[name]
+  raise ValueError(f"{where}: config.json has no {names[0]!r}")
 
 
 def _rope_theta(where: str, raw: dict[str, Any]) -> float:
