@@ -31,7 +31,8 @@ _RANGES = (
   (
     "above 0",
     lambda x: x > 0,
-    "optimizer.learning_rate optimizer.clip_norm optimizer.stable_spam.eps model.rope_theta",
+    "optimizer.learning_rate optimizer.clip_norm optimizer.stable_spam.eps model.rope_theta"
+    " model.norm_eps",
   ),
   (
     "None or at least 1",

@@ -138,7 +138,7 @@ def _operands(config: Experiment, vocab_size: int) -> dict[str, _Operands]:
   batch = config.data.batch_size // config.data.microbatches
   model = nnx.eval_shape(lambda: LanguageModel(c, vocab_size, nnx.Rngs(0)))
   found = {}
-  for name, (*experts, k, n) in (model.block_gemms | {_HEAD: model.w_head.shape}).items():
+  for name, (*experts, k, n) in (model.block_gemms | {_HEAD: model.head_shape}).items():
     if name.startswith("scores."):
       k, n = (length if size == 1 else size for size in (k, n))
       shapes = (batch * c.num_heads, length, k), (batch * c.num_heads, k, n)

@@ -235,11 +235,12 @@ def matrices(model: LanguageModel) -> PyTree[bool]:
 
 
 def parameter_counts(config: Experiment, vocab_size: int) -> dict[str, int]:
-  """All parameters, and those that one token meets: the embedding table not, top_k experts each."""
+  """All parameters, and those that one token meets: top_k experts each, and not the embedding table
+  unless it is the head too."""
   model = nnx.eval_shape(lambda: LanguageModel(config.model, vocab_size, nnx.Rngs(0)))
   count = lambda state: sum(leaf.size for leaf in jax.tree.leaves(state))  # noqa: E731
   total = count(nnx.state(model))
-  active = total - count(nnx.state(model.embedding))
+  active = total - (0 if config.model.tied_embedding else count(nnx.state(model.embedding)))
   if config.model.num_experts:
     experts = model.blocks.feed_forward.w13.size + model.blocks.feed_forward.w2.size
     active -= experts // config.model.num_experts * (config.model.num_experts - config.model.top_k)

@@ -50,6 +50,14 @@ def test_route_weights_the_largest_probabilities():
   np.testing.assert_allclose(routing.z_loss, np.mean(np.log(np.exp(logits).sum(1)) ** 2), rtol=1e-5)
 
 
+def test_weights_are_the_probabilities_themselves_where_none_are_made_to_sum_to_1():
+  logits = normal(0, 50, 6) * 2
+  p = np.exp(np.float64(logits))
+  p /= p.sum(1, keepdims=True)
+  weights = route(logits, 3, norm_topk_prob=False).weights
+  np.testing.assert_allclose(weights, -np.sort(-p, axis=1)[:, :3], rtol=1e-5)  # a few ulp
+
+
 def test_load_balance_loss_is_one_when_balanced_and_experts_when_collapsed():
   balanced = 20.0 * jnp.eye(4)[jnp.arange(40) % 4]
   collapsed = 20.0 * jnp.eye(4)[jnp.zeros(40, int)]
@@ -116,6 +124,25 @@ def test_grouped_query_attention_is_attention_with_repeated_keys():
   np.testing.assert_allclose(attention(x, Numerics(FP32)), expected, atol=1e-5)
 
 
+def test_heads_of_q_and_k_are_normed_before_they_turn():
+  attention = Attention(32, 4, 2, 8, 100.0, 1.0, nnx.Rngs(0), qk_norm=True, norm_eps=0.1)
+  attention.q_norm.scale[...], attention.k_norm.scale[...] = normal(2, 8), normal(3, 8)
+  plain = Attention(32, 4, 2, 8, 100.0, 1.0, nnx.Rngs(0))
+  x = normal(1, 2, 9, 32)
+  q, k, v = np.split(np.float64(x @ plain.w_qkv[...]).reshape(2, 9, 8, 8), [4, 6], axis=2)
+
+  def normed(heads, norm):
+    rms = np.sqrt(np.mean(heads**2, axis=-1, keepdims=True) + 0.1)
+    return heads / rms * np.float64(norm.scale[...])
+
+  heads = [normed(q, attention.q_norm), normed(k, attention.k_norm), v]
+  # The weights of no norm that make the heads of x the normed ones: x has fewer rows than columns.
+  qkv = np.concatenate(heads, axis=2).reshape(18, 64)
+  plain.w_qkv[...] = jnp.float32(np.linalg.pinv(np.float64(x).reshape(18, 32)) @ qkv)
+  expected = plain(x, Numerics(FP32))
+  np.testing.assert_allclose(attention(x, Numerics(FP32)), expected, atol=1e-4)
+
+
 def test_a_block_adds_attention_and_feed_forward_of_the_normed_stream():
   block = Block(dataclasses.replace(CONFIG, num_experts=0), nnx.Rngs(0))
   numerics = Numerics(FP32)
@@ -154,6 +181,29 @@ def test_model_is_causal_and_its_scan_is_its_blocks_in_a_row(num_experts):
   np.testing.assert_allclose(logits, expected, atol=1e-5)
   layers = jax.tree.leaves(params)
   assert all((leaf[0] != leaf[1]).any() for leaf in layers if leaf.ndim > 2)  # not the same init
+
+
+def test_a_tied_head_is_the_embedding_table():
+  dense = dataclasses.replace(CONFIG, num_experts=0)
+  tied = LanguageModel(dataclasses.replace(dense, tied_embedding=True), 50, nnx.Rngs(0))
+  model = LanguageModel(dense, 50, nnx.Rngs(0))
+  model.w_head[...] = model.embedding.embedding[...].T
+  assert tied.w_head is None and tied.head_shape == model.head_shape == (32, 50)
+  tokens = jax.random.randint(jax.random.key(1), (2, 10), 0, 50)
+  np.testing.assert_array_equal(tied(tokens, FP32)[0], model(tokens, FP32)[0])
+  loss = lambda model: jnp.sum(model.cross_entropy(tokens, tokens, FP32)[0])  # noqa: E731
+  of_tied, of_both = nnx.grad(loss)(tied), nnx.grad(loss)(model)
+  table = of_both["embedding"]["embedding"][...]
+  np.testing.assert_allclose(
+    of_tied["embedding"]["embedding"][...], table + of_both["w_head"][...].T, atol=1e-5
+  )
+
+
+def test_every_norm_has_the_epsilon_of_the_config():
+  config = dataclasses.replace(CONFIG, norm_eps=0.25, qk_norm=True)
+  model = LanguageModel(config, 50, nnx.Rngs(0))
+  norms = [m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.RMSNorm)]
+  assert [norm.epsilon for norm in norms] == [0.25] * 5
 
 
 def test_weights_are_float32_and_blocks_keep_the_dtype_of_the_config():

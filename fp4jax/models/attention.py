@@ -9,11 +9,15 @@ from jaxtyping import Array, Float
 
 from fp4jax.implementation import default_device
 from fp4jax.models.matrix import Matrix
+from fp4jax.models.norm import apply_norm
 from fp4jax.models.policy import Numerics, Weights
 
 
 class Attention(nnx.Module):
-  """Every key and value head serves num_heads / num_kv_heads query heads."""
+  """Every key and value head serves num_heads / num_kv_heads query heads.
+
+  With qk_norm each head of q and k is normed before it turns (Qwen3, arXiv 2505.09388).
+  """
 
   def __init__(
     self,
@@ -24,6 +28,8 @@ class Attention(nnx.Module):
     rope_theta: float,
     out_scale: float,
     rngs: nnx.Rngs,
+    qk_norm: bool = False,
+    norm_eps: float = 1e-6,
   ):
     if num_heads % num_kv_heads:
       raise ValueError(f"{num_heads=} is not a multiple of {num_kv_heads=}")
@@ -37,6 +43,8 @@ class Attention(nnx.Module):
     self.w_out = Matrix(
       out_scale * fan_in(rngs.params(), (num_heads * head_dim, d_model), jnp.float32)
     )
+    new_norm = lambda: nnx.RMSNorm(head_dim, epsilon=norm_eps, rngs=rngs)  # noqa: E731
+    self.q_norm, self.k_norm = (new_norm(), new_norm()) if qk_norm else (None, None)
 
   @property
   def gemms(self) -> Weights:
@@ -56,6 +64,8 @@ class Attention(nnx.Module):
       [self.num_heads, self.num_heads + self.num_kv_heads],
       axis=2,
     )
+    if self.q_norm is not None:
+      q, k = apply_norm(self.q_norm, q), apply_norm(self.k_norm, k)
     q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
     q = q.reshape(b, t, self.num_kv_heads, groups, self.head_dim)
     values = attend(q, k, v, numerics)

@@ -14,6 +14,7 @@ from fp4jax import operands
 from fp4jax.models import attention, moe
 from fp4jax.models.cross_entropy import HEAD, cross_entropy
 from fp4jax.models.matrix import Matrix
+from fp4jax.models.norm import apply_norm
 from fp4jax.models.policy import Numerics, Policy, Weights
 from fp4jax.models.remat import rematerialize
 from fp4jax.recipe import Residual
@@ -32,7 +33,11 @@ class ModelConfig:
   top_k: int = 2
   d_ff: int = 128  # of one expert, or of the dense block
   d_ff_shared: int = 0  # of the shared expert; 0: none
+  norm_topk_prob: bool = True  # a token's weights of its experts sum to 1
   rope_theta: float = 10_000.0
+  qk_norm: bool = False  # each head of q and k is normed before it turns
+  norm_eps: float = 1e-6  # of every RMS norm, added to the mean square
+  tied_embedding: bool = False  # the head is the embedding table, which weight decay leaves alone
   dtype: str = "bfloat16"  # of activations; master weights are float32
   remat: str = "none"  # what the backward pass computes again, see `fp4jax.models.remat`
   vocab_chunk: int = 0  # logits of a token that the loss holds at once; 0: all of them
@@ -49,14 +54,29 @@ class Block(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     c = config
     out_scale = (2 * c.num_layers) ** -0.5  # keeps the residual stream's variance at depth
-    self.attention_norm = nnx.RMSNorm(c.d_model, rngs=rngs)
+    self.attention_norm = nnx.RMSNorm(c.d_model, epsilon=c.norm_eps, rngs=rngs)
     self.attention = attention.Attention(
-      c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.rope_theta, out_scale, rngs
+      c.d_model,
+      c.num_heads,
+      c.num_kv_heads,
+      c.head_dim,
+      c.rope_theta,
+      out_scale,
+      rngs,
+      c.qk_norm,
+      c.norm_eps,
     )
-    self.feed_forward_norm = nnx.RMSNorm(c.d_model, rngs=rngs)
+    self.feed_forward_norm = nnx.RMSNorm(c.d_model, epsilon=c.norm_eps, rngs=rngs)
     if c.num_experts:
       self.feed_forward = moe.MoE(
-        c.d_model, c.d_ff, c.num_experts, c.top_k, c.d_ff_shared, out_scale, rngs
+        c.d_model,
+        c.d_ff,
+        c.num_experts,
+        c.top_k,
+        c.d_ff_shared,
+        out_scale,
+        rngs,
+        c.norm_topk_prob,
       )
     else:
       self.feed_forward = moe.FeedForward(c.d_model, c.d_ff, out_scale, rngs)
@@ -69,9 +89,9 @@ class Block(nnx.Module):
     self, x: Float[Array, "b t d"], numerics: Numerics
   ) -> tuple[Float[Array, "b t d"], dict[str, Float32[Array, "..."]]]:
     with jax.named_scope("attention"):
-      x = x + self.attention(_norm(self.attention_norm, x), numerics)
+      x = x + self.attention(apply_norm(self.attention_norm, x), numerics)
     with jax.named_scope("feed_forward"):
-      normed = checkpoint_name(_norm(self.feed_forward_norm, x), "feed_forward.x")
+      normed = checkpoint_name(apply_norm(self.feed_forward_norm, x), "feed_forward.x")
       if not isinstance(self.feed_forward, moe.MoE):
         return x + self.feed_forward(normed, numerics), {}
       out, routing = self.feed_forward(normed, numerics)
@@ -82,12 +102,6 @@ class Block(nnx.Module):
       "expert_load": routing.load,
     }
     return x, said if routing.dropped is None else said | {"dropped": routing.dropped}
-
-
-def _norm(norm: nnx.RMSNorm, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-  """norm(x) in x's dtype; keeps x for the backward pass, not its float32 copies."""
-  graph, params = nnx.split(norm)
-  return jax.checkpoint(lambda p, x: nnx.merge(graph, p)(x).astype(x.dtype))(params, x)
 
 
 class LanguageModel(nnx.Module):
@@ -106,10 +120,24 @@ class LanguageModel(nnx.Module):
     self.embedding = nnx.Embed(vocab_size, config.d_model, rngs=rngs)
     make_blocks = nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
     self.blocks = make_blocks(rngs.split(config.num_layers))
-    self.norm = nnx.RMSNorm(config.d_model, rngs=rngs)
-    self.w_head = Matrix(
-      nnx.initializers.lecun_normal()(rngs.params(), (config.d_model, vocab_size), jnp.float32)
-    )
+    self.norm = nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, rngs=rngs)
+    if config.tied_embedding:
+      self.w_head = None
+    else:
+      self.w_head = Matrix(
+        nnx.initializers.lecun_normal()(rngs.params(), (config.d_model, vocab_size), jnp.float32)
+      )
+
+  @property
+  def head_weights(self) -> Float[Array, "d vocab"]:
+    """Of the GEMM "head.logits"."""
+    return self.embedding.embedding[...].T if self.w_head is None else self.w_head[...]
+
+  @property
+  def head_shape(self) -> tuple[int, int]:
+    """Of `head_weights`."""
+    vocab, d = self.embedding.embedding.shape
+    return d, vocab
 
   def __call__(
     self,
@@ -132,7 +160,7 @@ class LanguageModel(nnx.Module):
     """
     x, head, routing = self._hidden(tokens, policy, key, taps, states)
     with jax.named_scope("head"):
-      return head.matmul(HEAD, x, self.w_head[...]).astype(jnp.float32), routing
+      return head.matmul(HEAD, x, self.head_weights).astype(jnp.float32), routing
 
   def cross_entropy(
     self,
@@ -150,7 +178,7 @@ class LanguageModel(nnx.Module):
     """
     x, head, routing = self._hidden(tokens, policy, key, taps, states)
     with jax.named_scope("head"):
-      return cross_entropy(x, self.w_head[...], targets, head, self.vocab_chunk), routing
+      return cross_entropy(x, self.head_weights, targets, head, self.vocab_chunk), routing
 
   def _hidden(self, tokens, policy, key, taps, states):
     """What the head reads, its numerics, and what is said of the routing."""
@@ -177,7 +205,7 @@ class LanguageModel(nnx.Module):
       routing.append(of_blocks)
     head = Numerics(policy, None if keys is None else keys[-1], taps, states.get("head"), n, n)
     with jax.named_scope("head"):
-      x = _norm(self.norm, x)
+      x = apply_norm(self.norm, x)
     routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routing)
     routing = {
       name: of_layers if name == "expert_load" else jnp.mean(of_layers)
@@ -201,7 +229,7 @@ class LanguageModel(nnx.Module):
       own = _new_states(policy, self.block_gemms, first, n)
       stack = lambda x, layers=stop - first: jnp.broadcast_to(x, (layers, *x.shape))  # noqa: E731
       states[_layers(first, stop)] = jax.tree.map(stack, own)
-    states["head"] = _new_states(policy, {HEAD: self.w_head.shape}, n, n)
+    states["head"] = _new_states(policy, {HEAD: self.head_shape}, n, n)
     return {part: own for part, own in states.items() if own}
 
   @property

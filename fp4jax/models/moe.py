@@ -17,15 +17,15 @@ class Routing(NamedTuple):
   """Which experts each token goes to, with what weight, and what that costs."""
 
   experts: Int[Array, "token k"]
-  weights: Float32[Array, "token k"]  # of one token sum to 1
+  weights: Float32[Array, "token k"]  # of one token sum to 1, or its probabilities as they are
   load: Float32[Array, " e"]  # share of the choices that fall on each expert
   load_balance_loss: Float32[Array, ""]
   z_loss: Float32[Array, ""]
   dropped: Float32[Array, ""] | None = None  # share of the choices, where experts have a capacity
 
 
-def route(logits: Float32[Array, "token e"], top_k: int) -> Routing:
-  """Top-k softmax routing.
+def route(logits: Float32[Array, "token e"], top_k: int, norm_topk_prob: bool = True) -> Routing:
+  """Top-k softmax routing; with norm_topk_prob the weights of a token are made to sum to 1.
 
   The load-balancing loss is that of arXiv 2101.03961, e * sum_i load_i * (mean probability of i),
   1 when balanced; the z loss that of arXiv 2202.08906.
@@ -33,10 +33,12 @@ def route(logits: Float32[Array, "token e"], top_k: int) -> Routing:
   num_experts = logits.shape[-1]
   probabilities = jax.nn.softmax(logits, axis=-1)
   weights, experts = jax.lax.top_k(probabilities, top_k)
+  if norm_topk_prob:
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
   load = jnp.bincount(experts.ravel(), length=num_experts) / experts.size
   return Routing(
     experts,
-    weights / jnp.sum(weights, axis=-1, keepdims=True),
+    weights,
     load,
     num_experts * jnp.sum(load * jnp.mean(probabilities, axis=0)),
     jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2),
@@ -76,10 +78,11 @@ class MoE(nnx.Module):
     d_ff_shared: int,
     out_scale: float,
     rngs: nnx.Rngs,
+    norm_topk_prob: bool = True,
   ):
     if not 1 <= top_k <= num_experts:
       raise ValueError(f"{top_k=} is not in 1..{num_experts=}")
-    self.top_k = top_k
+    self.top_k, self.norm_topk_prob = top_k, norm_topk_prob
     fan_in = nnx.initializers.lecun_normal(batch_axis=0)
     self.w_router = Matrix(
       nnx.initializers.lecun_normal()(rngs.params(), (d_model, num_experts), jnp.float32)
@@ -107,7 +110,7 @@ class MoE(nnx.Module):
       tokens, self.w_router[...], (((1,), (0,)), ((), ()))
     )  # float32, for the weights are
     logits = checkpoint_name(logits, "router.logits")
-    routing = route(logits, self.top_k)
+    routing = route(logits, self.top_k, self.norm_topk_prob)
     out, dropped = numerics.moe_ffn(
       ("experts.w13", "experts.w2"),
       tokens,
