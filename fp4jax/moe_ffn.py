@@ -45,7 +45,7 @@ from fp4jax.arguments import to_arrays
 from fp4jax.dispatch import AllToAll, Choices, Dispatch, Order, Whole
 from fp4jax.expert_mesh import ExpertMesh
 from fp4jax.ffn_gemms import make_gemms
-from fp4jax.grouped import check_recipe
+from fp4jax.grouped import check_recipe, few_rows_per_tile
 from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import nan_unless
 from fp4jax.mosaic import dispatch as peer_memory
@@ -83,6 +83,7 @@ def moe_ffn(
   capacity_factor: float | None = None,
   implementation: Implementation | None = None,
   exchange: Implementation | None = None,
+  few_rows: bool = False,
 ) -> Float[Array, "token d"] | tuple[Float[Array, "token d"], Int32[Array, ""]]:
   """sum_j weights[t, j] * (swiglu(x[t] @ w13[experts[t, j]]) @ w2[experts[t, j]]), in x's dtype.
 
@@ -117,12 +118,15 @@ def moe_ffn(
       "mosaic": kernels that store into the memory of the peers, among the GPUs of one host and one
       process, for GEMMs of "mosaic"; the mesh of `jax.shard_map`, or of `jax.set_mesh`, then says
       which GPUs they are. None: "mosaic" where it can run. The numbers are the same.
+    few_rows: "xla" multiplies tiles of as many rows as each expert has evenly, not of 128: for a
+      decoding step, which has no backward pass. The numbers are the same up to the order of float32
+      sums.
   Returns:
     The sum; with a capacity_factor also how many choices this device dropped.
   Raises:
     ValueError: shapes that do not fit, an expert that does not exist (under jit the result is NaN
-      instead, and so are its gradients), a stochastic recipe without keys, or what makes
-      `implementation` impossible.
+      instead, and so are its gradients), a stochastic recipe without keys, what makes
+      `implementation` impossible, or a gradient with few_rows.
     TypeError: something is not a recipe, or not an array of the dtypes above.
   """
   ops.check_recipe_and_keys(recipe, keys, TWO_KEYS)
@@ -140,7 +144,7 @@ def moe_ffn(
   if known:
     _check_experts(np.asarray(experts), len(w13) * mesh.peers)
   keys = tuple(mesh.keys(key, w) for key, w in zip(keys, (w13, w2), strict=True))
-  options = recipe, implementation, exchange, known, mesh
+  options = recipe, implementation, exchange, known, few_rows, mesh
   operands, states = (x, w13, w2, weights, experts), tuple(state or {} for state in states)
   keys = keys if recipe.is_stochastic else (None, None)
   out, dropped = spread(_moe_ffn, options, (*operands, keys), (taps, states), (spec_of(x), P()))
@@ -148,7 +152,20 @@ def moe_ffn(
 
 
 def _moe_ffn(
-  recipe, implementation, exchange, known, mesh, x, w13, w2, weights, experts, keys, taps, states
+  recipe,
+  implementation,
+  exchange,
+  known,
+  few_rows,
+  mesh,
+  x,
+  w13,
+  w2,
+  weights,
+  experts,
+  keys,
+  taps,
+  states,
 ):
   (tokens, k), here = experts.shape, len(w13)
   experts = _read_experts(experts, here * mesh.peers)
@@ -171,6 +188,8 @@ def _moe_ffn(
     rows = min(rows, math.ceil(mesh.capacity_factor * tokens * k))
   tile = 1 if implementation == "xla" else mosaic.BLOCK
   order = Order.of(choices, here, tile, rows)
+  if few_rows and implementation == "xla":
+    order = dataclasses.replace(order, rows_per_tile=few_rows_per_tile(rows, order.groups))
   dropped = order.dropped(choices) + dispatch.dropped()
   if valid is not None:  # a choice of no expert has no row: it takes one that is NaN
     order = dataclasses.replace(order, row_of_choice=jnp.where(valid, order.row_of_choice, 0))
@@ -260,6 +279,8 @@ def _bwd(recipe, implementation, mesh, saved, dout):
   x, h, a_read, (w13, w2), likes, others, summaries, forwards = saved
   weights, where, keys, states = others
   dispatch, order, _, valid = where
+  if order.rows_per_tile is not None:
+    raise ValueError("few_rows=True has no backward pass: blocks along the tokens need whole tiles")
   w13_like, w2_like = likes
   tapped, dtype = [s is not None for s in summaries], dout.dtype
   dtypes = w13_like.dtype, w2_like.dtype

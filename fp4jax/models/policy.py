@@ -59,11 +59,12 @@ class Policy:
   head: Recipe = recipes.BF16
   # Of `moe_ffn`, and of the matmuls whose recipes quantize.
   implementation: Implementation | None = None
-  # Of `moe_ffn`: in how many parts the tokens come, how many choices a device has room for, and how
-  # rows travel between devices.
+  # Of `moe_ffn`: in how many parts the tokens come, how many choices a device has room for, how
+  # rows travel between devices, and whether they are as few as in a decoding step.
   token_parts: int = 1
   capacity_factor: float | None = None
   exchange: Implementation | None = None
+  few_rows: bool = False
   layers: tuple[LayerRule, ...] = ()
 
   def recipe(self, name: str, layer: int, num_layers: int) -> Recipe:
@@ -171,6 +172,7 @@ class Numerics:
       capacity_factor=self.policy.capacity_factor,
       implementation=self.policy.implementation,
       exchange=self.policy.exchange,
+      few_rows=self.policy.few_rows,
     )
     return out if bounded else (out, None)
 
