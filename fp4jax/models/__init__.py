@@ -1,10 +1,12 @@
 """Flax NNX language models whose every GEMM runs the recipe that a policy gives it."""
 
+from fp4jax.models.generation import Generated, generate
 from fp4jax.models.language_model import LanguageModel, ModelConfig
 from fp4jax.models.moe import MoE, Routing, route
 from fp4jax.models.policy import LayerRule, Numerics, Policy
 
 __all__ = [
+  "Generated",
   "LanguageModel",
   "LayerRule",
   "MoE",
@@ -12,5 +14,6 @@ __all__ = [
   "Numerics",
   "Policy",
   "Routing",
+  "generate",
   "route",
 ]

@@ -24,15 +24,20 @@ class Routing(NamedTuple):
   dropped: Float32[Array, ""] | None = None  # share of the choices, where experts have a capacity
 
 
-def route(logits: Float32[Array, "token e"], top_k: int) -> Routing:
-  """Top-k softmax routing.
+def route(
+  logits: Float32[Array, "token e"], top_k: int, experts: Int[Array, "token k"] | None = None
+) -> Routing:
+  """Top-k softmax routing; with `experts` to those, weighted by their probabilities here.
 
   The load-balancing loss is that of arXiv 2101.03961, e * sum_i load_i * (mean probability of i),
   1 when balanced; the z loss that of arXiv 2202.08906.
   """
   num_experts = logits.shape[-1]
   probabilities = jax.nn.softmax(logits, axis=-1)
-  weights, experts = jax.lax.top_k(probabilities, top_k)
+  if experts is None:
+    weights, experts = jax.lax.top_k(probabilities, top_k)
+  else:
+    weights = jnp.take_along_axis(probabilities, experts, axis=-1)
   load = jnp.bincount(experts.ravel(), length=num_experts) / experts.size
   return Routing(
     experts,
@@ -100,14 +105,19 @@ class MoE(nnx.Module):
     return own if self.shared is None else own | self.shared.gemms
 
   def __call__(
-    self, x: Float[Array, "b t d"], numerics: Numerics
+    self,
+    x: Float[Array, "b t d"],
+    numerics: Numerics,
+    experts: Int[Array, "b t k"] | None = None,
   ) -> tuple[Float[Array, "b t d"], Routing]:
+    """With `experts` tokens go to those, whatever the router would choose."""
     tokens = x.reshape(-1, x.shape[-1])
     logits = numerics.dot_general("router.logits")(
       tokens, self.w_router[...], (((1,), (0,)), ((), ()))
     )  # float32, for the weights are
     logits = checkpoint_name(logits, "router.logits")
-    routing = route(logits, self.top_k)
+    experts = None if experts is None else experts.reshape(-1, self.top_k)
+    routing = route(logits, self.top_k, experts)
     out, dropped = numerics.moe_ffn(
       ("experts.w13", "experts.w2"),
       tokens,
