@@ -51,6 +51,8 @@ from fp4jax.linear import nan_unless
 from fp4jax.mosaic import dispatch as peer_memory
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.operands import for_pull, take_rows
+from fp4jax.packed_weights import Unpacked, read_packed
+from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import (
   one_program,
@@ -68,8 +70,8 @@ TWO_KEYS = "keys=, such as jax.random.split(jax.random.key(0)), new ones each st
 
 def moe_ffn(
   x: ArrayLike,
-  w13: ArrayLike,
-  w2: ArrayLike,
+  w13: ArrayLike | QuantizedArray,
+  w2: ArrayLike | QuantizedArray,
   experts: ArrayLike,
   weights: ArrayLike,
   recipe: Recipe,
@@ -96,7 +98,8 @@ def moe_ffn(
   Args:
     x: (token, d).
     w13: (e, d, 2 f), gate and up.
-    w2: (e, f, d).
+    w2: (e, f, d). Both may be what `pack_weights` makes of weights in x's dtype: "xla" reads them
+      as the recipe reads the original, and in a backward pass, for x alone, their values.
     experts: (token, k), integers of any dtype.
     weights: (token, k) float32.
     recipe: the numerics of both GEMMs.
@@ -132,6 +135,9 @@ def moe_ffn(
   ops.check_recipe_and_keys(recipe, keys, TWO_KEYS)
   for state in states:
     ops.check_state(recipe, state, "each of states=")
+  if isinstance(w13, QuantizedArray) != isinstance(w2, QuantizedArray):
+    raise ValueError("one of w13 and w2 is packed and the other is not")
+  (w13, _), (w2, recipe) = read_packed("w13", w13, recipe), read_packed("w2", w2, recipe)
   x, w13, w2 = ops.to_operands(x=x, w13=w13, w2=w2)
   experts, weights = to_arrays(experts=experts, weights=weights)
   axes = varying_axes(x, experts)
@@ -234,7 +240,7 @@ def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, s
     recipe, implementation, drawing, keys, tapped, states, dtypes, mesh.weight_axis
   )
   token = order.choice_of_row // weights.shape[1]
-  in_13, in_2 = _read_in(implementation, dtypes, dtype)
+  in_13, in_2 = _read_in(recipe, implementation, dtypes, dtype)
   w13_read, w2_read = first.keep_weights(w13.astype(in_13)), second.keep_weights(w2.astype(in_2))
 
   x = _sent(recipe, implementation, dispatch, first, x, tapped[0])
@@ -297,7 +303,7 @@ def _bwd(recipe, implementation, mesh, saved, dout):
   divisible = jnp.abs(weight) >= SMALLEST_DIVISOR
   before, after = jnp.where(divisible, weight, 1), jnp.where(divisible, 1, weight)
   dy = second.gradient((take_rows(dout_sent, token).astype(jnp.float32) * before).astype(dtype))
-  in_13, in_2 = _read_in(implementation, dtypes, dtype)
+  in_13, in_2 = _read_in(recipe, implementation, dtypes, dtype)
   g, dgrad_2, dgrad_states_2 = second.dgrad(dy, w2.cast(in_2), forwards[1])
 
   a, dh, products = second.swiglu_backward(h, g.astype(dtype), after)
@@ -332,9 +338,10 @@ def _bwd(recipe, implementation, mesh, saved, dout):
 _ffn.defvjp(_fwd, _bwd)
 
 
-def _read_in(implementation, dtypes, dtype):
+def _read_in(recipe, implementation, dtypes, dtype):
   """In which dtypes the GEMMs are given the weights: kernels round them to x's as they read."""
-  return dtypes if implementation == "mosaic" else (dtype, dtype)
+  as_they_are = implementation == "mosaic" or isinstance(recipe.fprop.rhs, Unpacked)
+  return dtypes if as_they_are else (dtype, dtype)
 
 
 def _sent(recipe, implementation, dispatch, gemms, x, tapped) -> ops.Tensor:
