@@ -5,10 +5,10 @@ y = dot_general(recipe)(x, w, (((1,), (0,)), ((), ())))  # to the bit that of th
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
 
 from fp4jax import operands as ops
 from fp4jax import quantization as qz
@@ -56,9 +56,7 @@ def _pack(fmt, w):
   return qz.pack_blocks(w, fmt, -2, slices=Slices(w.ndim - 2))
 
 
-def read_packed(
-  name: str, w: ArrayLike | QuantizedArray, recipe: Recipe
-) -> tuple[Float[Array, "*s"], Recipe]:
+def read_packed(name: str, w: Any, recipe: Recipe) -> tuple[Any, Recipe]:
   """The values of packed weights, and the recipe that reads them as `recipe` reads the original.
 
   Other weights, and their recipe, are returned as they are.

@@ -12,8 +12,9 @@ from jax.extend.core import jaxprs_in_params
 
 from fp4jax import recipes
 from fp4jax.grouped import TILE
-from fp4jax.models import LanguageModel, LayerRule, ModelConfig, Policy, generate
+from fp4jax.models import LanguageModel, LayerRule, ModelConfig, Policy, generate, pack_model
 from fp4jax.models.kv_cache import align_left
+from fp4jax.models.matrix import Matrix
 from fp4jax.models.sampling import nucleus, sample
 
 VOCAB, NEW, WIDTH = 50, 8, 6
@@ -281,3 +282,23 @@ def test_stochastic_passes_draw_anew():
     generated(model, policy, temperature=0, numerics_key=jax.random.key(i)) for i in range(2)
   )
   assert (first.logprobs != second.logprobs).mean() > 0.5
+
+
+@pytest.mark.slow
+def test_a_packed_model_generates_what_the_model_does():
+  config = dataclasses.replace(BASE, dtype="bfloat16", d_ff_shared=32)
+  model, policy = model_of(config), every(recipes.MXFP4)
+  model.w_head = type(model.w_head)(jnp.pad(model.w_head[...], ((0, 0), (0, 14))))
+  packed = pack_model(model, policy)
+  found = generated(packed, policy)
+  jax.tree.map(np.testing.assert_array_equal, found, generated(model, policy))
+
+  sizes = [sum(x.nbytes for x in jax.tree.leaves(nnx.state(m, Matrix))) for m in (model, packed)]
+  router = model.blocks.feed_forward.w_router[...].nbytes
+  assert sizes[1] - router == (sizes[0] - router) / 4 * (4 + 8 / 32) / 8
+  with pytest.raises(
+    ValueError, match=r"'attention.qkv' runs recipe 'bf16' in one layer and 'mxfp4'"
+  ):
+    pack_model(model, MIXED)
+  with pytest.raises(ValueError, match=r"packed in MXFP4 .* recipe 'fp8' needs FP8_BLOCK_2D"):
+    generated(packed, every(recipes.FP8))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fp4jax import dequantize, dot_general, formats, moe_ffn, pack_weights, quantize, recipes
+from fp4jax.models.over_mesh import moe_ffn_over_mesh
 
 NVFP4 = recipes.MXFP4.replace(
   {f"fprop.{side}.format": formats.NVFP4 for side in ("lhs", "rhs")} | {"name": "nvfp4"}
@@ -27,7 +28,9 @@ def normal(seed, *shape, dtype=jnp.float32):
 
 @every_case
 def test_a_product_is_that_of_the_array(recipe, dtype):
-  x, w = normal(0, 24, 256, dtype=dtype), normal(1, 256, 128, dtype=dtype)
+  # 18 binades within a tile of 128: more than E4M3 has, so that FP8 of MXFP4 is not MXFP4.
+  sizes = (2.0 ** (-6 * (jnp.arange(256) // 32))).astype(dtype)
+  x, w = normal(0, 24, 256, dtype=dtype) / sizes, normal(1, 256, 128, dtype=dtype) * sizes[:, None]
   dot = jax.jit(lambda x, w: dot_general(recipe)(x, w, ROWS_TIMES_WEIGHTS))
   found, expected = dot(x, pack_weights(w, recipe)), dot(x, w)
   assert found.dtype == expected.dtype == dtype
@@ -98,3 +101,12 @@ def test_what_can_not_be_read_packed_is_refused():
   refused("one of w13 and w2 is packed", moe_ffn, *half)
   wrong = [pack_weights(w, recipes.MXFP4) for w in (w13, w2)]
   refused("w13 is packed in MXFP4", moe_ffn, x, *wrong, experts, weights, recipes.FP8)
+
+
+def test_packed_experts_over_several_devices_are_refused():
+  args = jnp.zeros((4, 1), int), jnp.ones((4, 1)), recipes.MXFP4
+  w13, w2 = (pack_weights(normal(i, 2, 32, n), recipes.MXFP4) for i, n in ((0, 64), (1, 32)))
+  how = {name: (None, None) for name in ("keys", "taps", "states")}
+  mesh = jax.make_mesh((2,), ("expert",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+  with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"packed .* over the 2 devices"):
+    moe_ffn_over_mesh(normal(2, 4, 32), w13, w2, *args, **how)

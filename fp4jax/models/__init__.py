@@ -3,6 +3,7 @@
 from fp4jax.models.generation import Generated, generate
 from fp4jax.models.language_model import LanguageModel, ModelConfig
 from fp4jax.models.moe import MoE, Routing, route
+from fp4jax.models.packing import pack_model
 from fp4jax.models.policy import LayerRule, Numerics, Policy
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
   "Policy",
   "Routing",
   "generate",
+  "pack_model",
   "route",
 ]

@@ -40,6 +40,10 @@ class Attention(nnx.Module):
     )
 
   @property
+  def matrices(self) -> dict[str, Matrix]:
+    return {"attention.qkv": self.w_qkv, "attention.out": self.w_out}
+
+  @property
   def gemms(self) -> Weights:
     return {
       "attention.qkv": self.w_qkv.shape,
@@ -66,7 +70,7 @@ class Attention(nnx.Module):
     """q of each group of heads, k and v."""
     b, t, _ = x.shape
     groups = self.num_heads // self.num_kv_heads
-    qkv = numerics.matmul("attention.qkv", x, self.w_qkv[...])
+    qkv = numerics.matmul("attention.qkv", x, self.w_qkv.get_value())
     q, k, v = jnp.split(
       qkv.reshape(b, t, -1, self.head_dim),
       [self.num_heads, self.num_heads + self.num_kv_heads],
@@ -76,7 +80,9 @@ class Attention(nnx.Module):
     return q.reshape(b, t, self.num_kv_heads, groups, self.head_dim), k, v
 
   def _output(self, values, numerics):
-    return numerics.matmul("attention.out", values.reshape(*values.shape[:2], -1), self.w_out[...])
+    return numerics.matmul(
+      "attention.out", values.reshape(*values.shape[:2], -1), self.w_out.get_value()
+    )
 
 
 def attend(

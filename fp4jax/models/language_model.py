@@ -66,6 +66,11 @@ class Block(nnx.Module):
       self.feed_forward = moe.FeedForward(c.d_model, c.d_ff, out_scale, rngs)
 
   @property
+  def matrices(self) -> dict[str, Matrix]:
+    """The weights of each GEMM that has some."""
+    return self.attention.matrices | self.feed_forward.matrices
+
+  @property
   def gemms(self) -> Weights:
     return self.attention.gemms | self.feed_forward.gemms
 
@@ -158,7 +163,7 @@ class LanguageModel(nnx.Module):
       tokens, policy, key, taps, states, routing=routing, return_routing=return_routing
     )
     with jax.named_scope("head"):
-      return head.matmul(HEAD, x, self.w_head[...]).astype(jnp.float32), said
+      return head.matmul(HEAD, x, self.w_head.get_value()).astype(jnp.float32), said
 
   def cross_entropy(
     self,
@@ -217,7 +222,7 @@ class LanguageModel(nnx.Module):
       tokens, policy, key, None, None, cache=cache, return_routing=self.is_mixture
     )
     with jax.named_scope("head"):
-      logits = head.matmul(HEAD, x[:, -1], self.w_head[...]).astype(jnp.float32)
+      logits = head.matmul(HEAD, x[:, -1], self.w_head.get_value()).astype(jnp.float32)
     cache = cache._replace(k=said["k"], v=said["v"], filled=cache.filled + t)
     return logits, cache, said.get("experts")
 

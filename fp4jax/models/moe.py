@@ -60,13 +60,17 @@ class FeedForward(nnx.Module):
     self.w2 = Matrix(out_scale * fan_in(rngs.params(), (d_ff, d_model), jnp.float32))
 
   @property
+  def matrices(self) -> dict[str, Matrix]:
+    return dict(zip(self.names, (self.w13, self.w2), strict=True))
+
+  @property
   def gemms(self) -> Weights:
-    return dict(zip(self.names, (self.w13.shape, self.w2.shape), strict=True))
+    return {name: w.shape for name, w in self.matrices.items()}
 
   def __call__(self, x: Float[Array, "*t d"], numerics: Numerics) -> Float[Array, "*t d"]:
     w13, w2 = self.names
-    h = checkpoint_name(numerics.matmul(w13, x, self.w13[...]), "feed_forward.h")
-    return numerics.matmul(w2, swiglu(h), self.w2[...])
+    h = checkpoint_name(numerics.matmul(w13, x, self.w13.get_value()), "feed_forward.h")
+    return numerics.matmul(w2, swiglu(h), self.w2.get_value())
 
 
 class MoE(nnx.Module):
@@ -96,13 +100,13 @@ class MoE(nnx.Module):
     )
 
   @property
+  def matrices(self) -> dict[str, Matrix]:
+    own = {"router.logits": self.w_router, "experts.w13": self.w13, "experts.w2": self.w2}
+    return own if self.shared is None else own | self.shared.matrices
+
+  @property
   def gemms(self) -> Weights:
-    own = {
-      "router.logits": self.w_router.shape,
-      "experts.w13": self.w13.shape,
-      "experts.w2": self.w2.shape,
-    }
-    return own if self.shared is None else own | self.shared.gemms
+    return {name: w.shape for name, w in self.matrices.items()}
 
   def __call__(
     self,
@@ -121,8 +125,8 @@ class MoE(nnx.Module):
     out, dropped = numerics.moe_ffn(
       ("experts.w13", "experts.w2"),
       tokens,
-      self.w13[...],
-      self.w2[...],
+      self.w13.get_value(),
+      self.w2.get_value(),
       routing.experts,
       routing.weights,
     )
