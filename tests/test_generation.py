@@ -149,6 +149,7 @@ def test_greedy_tokens_are_the_likeliest_of_a_full_pass():
   np.testing.assert_array_equal(found.tokens, again.tokens)
 
 
+@pytest.mark.slow
 def test_a_row_depends_neither_on_its_padding_nor_on_other_rows():
   model = model_of(BASE)
   prompts = prompts_of()
