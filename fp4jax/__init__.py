@@ -22,6 +22,7 @@ from fp4jax.formats import (
 from fp4jax.grouped import grouped_dot
 from fp4jax.moe_ffn import moe_ffn
 from fp4jax.operands import init_state
+from fp4jax.packed_weights import pack_weights
 from fp4jax.placement import shardings
 from fp4jax.quantization import dequantize, fake_quantize, quantize
 from fp4jax.quantized_array import QuantizedArray
@@ -59,6 +60,7 @@ __all__ = [
   "init_state",
   "moe_ffn",
   "nnx",
+  "pack_weights",
   "quantize",
   "recipes",
   "shardings",

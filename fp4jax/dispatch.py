@@ -189,6 +189,8 @@ class Order:
   group_sizes: Int32[Array, " g"]  # in rows, the filling included; as many groups for each expert
   experts: int = dataclasses.field(metadata={"static": True})
   ids: DrawIds = DrawIds()  # noqa: RUF009
+  # Of the products in XLA; None: what a backward pass needs.
+  rows_per_tile: int | None = dataclasses.field(default=None, metadata={"static": True})
 
   @classmethod
   def of(
@@ -226,6 +228,10 @@ class Order:
     """Choices of an expert here that have no row, for want of room."""
     of_expert = choices.experts.ravel() < self.experts
     return jnp.sum(of_expert & (self.row_of_choice == self.choice_of_row.size))
+
+  @property
+  def groups(self) -> int:
+    return self.group_sizes.size
 
   @property
   def expert_sizes(self) -> Int32[Array, " e"]:

@@ -26,7 +26,9 @@ from fp4jax.formats import is_format
 from fp4jax.implementation import Implementation, choose, device_obstacle
 from fp4jax.linear import linear
 from fp4jax.mosaic import gemms as mosaic
+from fp4jax.packed_weights import read_packed
 from fp4jax.products import OneMatrix
+from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import on_mesh, spread
 
@@ -53,7 +55,9 @@ def dot_general(
   Returns:
     A function of (lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None,
     out_sharding=None). Its result has the dtype and the sharding that `lax.dot_general` would give
-    it; `precision` must be left None.
+    it; `precision` must be left None. rhs may be what `pack_weights` makes of weights in lhs's
+    dtype, with axis -2 contracted: "xla" then reads it as the recipe reads the original, and in a
+    backward pass, for lhs alone, its values.
   Raises:
     ValueError: a stochastic recipe without a key, one with state without it, or what makes
       `implementation` impossible.
@@ -95,21 +99,25 @@ class DotGeneral:
   def __call__(
     self,
     lhs: ArrayLike,
-    rhs: ArrayLike,
+    rhs: ArrayLike | QuantizedArray,
     dimension_numbers: lax.DotDimensionNumbers,
     precision: None = None,
     preferred_element_type: DTypeLike | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
     **unsupported,
   ) -> Array:
-    recipe = self.recipe
+    is_packed = isinstance(rhs, QuantizedArray)
+    rhs, recipe = read_packed("rhs", rhs, self.recipe)
     lhs, rhs = ops.to_operands(lhs=lhs, rhs=rhs)
     if precision is not None:
       raise ValueError(f"{precision=}: recipe {recipe.name!r} sets the precision of each GEMM")
     for name, value in unsupported.items():
       if value is not None:
         raise ValueError(f"dot_general with a recipe does not support {name}={value!r}")
-    axes, result = _as_lax(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding)
+    original = jax.ShapeDtypeStruct(rhs.shape, lhs.dtype) if is_packed else rhs
+    axes, result = _as_lax(lhs, original, dimension_numbers, preferred_element_type, out_sharding)
+    if is_packed and axes[0][1] != (rhs.ndim - 2,):
+      raise ValueError(f"{dimension_numbers=} contracts rhs {rhs.shape} along another axis than -2")
     key = self.key if recipe.is_stochastic else None
     operands = lhs, rhs, ops.Keys.of(key, lhs, rhs)
     options = recipe, self.implementation, axes, result.shape, result.dtype

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax import operands as ops
 from fp4jax.formats import Format
-from fp4jax.grouped import Tiles
+from fp4jax.grouped import TILE, Tiles
 from fp4jax.linear import XlaGemms
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.operands import Forward, Summaries
@@ -80,6 +80,7 @@ def make_gemms(
       mosaic.MosaicGemms(recipe, order.expert_sizes, dtype, weight_axis) for dtype in dtypes
     )
   rows = order.choice_of_row.size
-  tiles = Tiles.of(order.group_sizes, rows, order.experts, order.ids)
+  tile = order.rows_per_tile or TILE
+  tiles = Tiles.of(order.group_sizes, rows, order.experts, order.ids, tile=tile)
   layers = zip(keys, tapped, states, strict=True)
   return tuple(XlaFfnGemms(recipe, tiles, *layer, weight_axis) for layer in layers)

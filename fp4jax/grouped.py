@@ -1,9 +1,10 @@
 """Grouped matmul for mixture-of-experts: each expert's rows times that expert's weights.
 
-Rows come sorted by expert. They are laid out in tiles of `TILE` rows that belong to one expert
-each, a group's last tile filled up with zeros, so that every GEMM becomes a batch of equal products
-and neither a block along the tokens nor a Hadamard group ever reaches into another group's rows.
-Each row draws by a number of its own, and each expert's weights by theirs.
+Rows come sorted by expert. They are laid out in tiles of `TILE` rows, of fewer in a decoding step,
+that belong to one expert each, a group's last tile filled up with zeros, so that every GEMM becomes
+a batch of equal products and neither a block along the tokens nor a Hadamard group ever reaches
+into another group's rows. Each row draws by a number of its own, and each expert's weights by
+theirs.
 """
 
 import dataclasses
@@ -166,7 +167,7 @@ def check_recipe(recipe: Recipe) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """Which row lies where: slot = tile * TILE + place within the tile."""
+  """Which row lies where: slot = number of the tile * rows of a tile + place within the tile."""
 
   group: Int[Array, " tile"]
   row_of_slot: Int[Array, " slot"]  # 0 where the slot is empty
@@ -178,6 +179,7 @@ class Tiles:
   ids: ops.DrawIds
   valid: Bool[Array, ""] | None  # see `Layout`
   experts: int = dataclasses.field(metadata={"static": True})
+  tile: int = dataclasses.field(default=TILE, metadata={"static": True})  # its rows
 
   @classmethod
   def of(
@@ -187,24 +189,26 @@ class Tiles:
     experts: int,
     ids: ops.DrawIds = ops.DrawIds(),  # noqa: B008
     valid: Bool[Array, ""] | None = None,
+    tile: int = TILE,
   ) -> "Tiles":
     """Each of the experts has as many groups, one after the other."""
     groups = len(group_sizes)
-    tiles = rows // TILE + groups  # enough for any sizes: each group wastes < 1
+    # Enough for any sizes: each group wastes less than one, and no tile is without a row.
+    tiles = min(rows // tile + groups, rows)
     row_end = jnp.cumsum(group_sizes)
     row_start = row_end - group_sizes
-    tile_end = jnp.cumsum(-(-group_sizes // TILE))
-    tile_start = tile_end - -(-group_sizes // TILE)
+    tile_end = jnp.cumsum(-(-group_sizes // tile))
+    tile_start = tile_end - -(-group_sizes // tile)
 
     group = jnp.minimum(_group_of(jnp.arange(tiles), tile_end), groups - 1)
-    place = jnp.arange(tiles * TILE).reshape(tiles, TILE) - (tile_start[group] * TILE)[:, None]
+    place = jnp.arange(tiles * tile).reshape(tiles, tile) - (tile_start[group] * tile)[:, None]
     filled = place < group_sizes[group][:, None]
     row_of_slot = jnp.where(filled, row_start[group][:, None] + place, 0)
 
     row = jnp.arange(rows)
     used = row < row_end[-1]
     owner = jnp.minimum(_group_of(row, row_end), groups - 1)
-    slot_of_row = jnp.where(used, tile_start[owner] * TILE + row - row_start[owner], 0)
+    slot_of_row = jnp.where(used, tile_start[owner] * tile + row - row_start[owner], 0)
     if ids.groups is not None:  # and by the place within
       ids = ids._replace(
         groups=jnp.concatenate(
@@ -216,7 +220,7 @@ class Tiles:
         )
       )
     slots = row_of_slot.ravel(), filled.ravel()
-    return cls(group, *slots, slot_of_row, used, owner, group_sizes, ids, valid, experts)
+    return cls(group, *slots, slot_of_row, used, owner, group_sizes, ids, valid, experts, tile)
 
   def slots(self) -> mosaic.Slots:
     """The same as the kernels read it, whose tiles are as long."""
@@ -250,7 +254,7 @@ class Tiles:
 
   def groups(self, x: Float[Array, "m c"]) -> Float[Array, "tile row c"]:
     slots = jnp.where(self.filled[:, None], x[self.row_of_slot], 0)
-    return slots.reshape(-1, TILE, x.shape[1])
+    return slots.reshape(-1, self.tile, x.shape[1])
 
   def fprop(self, x: Float[Array, "m k"], w: Float[Array, "e k n"]) -> Float32[Array, "m n"]:
     return self._rows_times_weights(x, w, contract=1)
@@ -267,6 +271,14 @@ class Tiles:
   def _rows_times_weights(self, rows, weights, contract):
     out = gemm(self.groups(rows), weights[self.expert], (((2,), (contract,)), ((0,), (0,))))
     return self.rows(out.reshape(-1, out.shape[-1])[self.slot_of_row])
+
+
+def few_rows_per_tile(rows: int, groups: int) -> int:
+  """The power of two that holds a group's rows where all groups have as many; at most `TILE`.
+
+  Less than three times the rows are then multiplied, and few weights are read more than once.
+  """
+  return min(TILE, 2 ** max(0, -(-rows // groups) - 1).bit_length())
 
 
 def _group_of(position, ends):

@@ -45,12 +45,14 @@ from fp4jax.arguments import to_arrays
 from fp4jax.dispatch import AllToAll, Choices, Dispatch, Order, Whole
 from fp4jax.expert_mesh import ExpertMesh
 from fp4jax.ffn_gemms import make_gemms
-from fp4jax.grouped import check_recipe
+from fp4jax.grouped import check_recipe, few_rows_per_tile
 from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import nan_unless
 from fp4jax.mosaic import dispatch as peer_memory
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.operands import for_pull, take_rows
+from fp4jax.packed_weights import Unpacked, read_packed
+from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import (
   one_program,
@@ -68,8 +70,8 @@ TWO_KEYS = "keys=, such as jax.random.split(jax.random.key(0)), new ones each st
 
 def moe_ffn(
   x: ArrayLike,
-  w13: ArrayLike,
-  w2: ArrayLike,
+  w13: ArrayLike | QuantizedArray,
+  w2: ArrayLike | QuantizedArray,
   experts: ArrayLike,
   weights: ArrayLike,
   recipe: Recipe,
@@ -83,6 +85,7 @@ def moe_ffn(
   capacity_factor: float | None = None,
   implementation: Implementation | None = None,
   exchange: Implementation | None = None,
+  few_rows: bool = False,
 ) -> Float[Array, "token d"] | tuple[Float[Array, "token d"], Int32[Array, ""]]:
   """sum_j weights[t, j] * (swiglu(x[t] @ w13[experts[t, j]]) @ w2[experts[t, j]]), in x's dtype.
 
@@ -95,7 +98,8 @@ def moe_ffn(
   Args:
     x: (token, d).
     w13: (e, d, 2 f), gate and up.
-    w2: (e, f, d).
+    w2: (e, f, d). Both may be what `pack_weights` makes of weights in x's dtype: "xla" reads them
+      as the recipe reads the original, and in a backward pass, for x alone, their values.
     experts: (token, k), integers of any dtype.
     weights: (token, k) float32.
     recipe: the numerics of both GEMMs.
@@ -117,17 +121,23 @@ def moe_ffn(
       "mosaic": kernels that store into the memory of the peers, among the GPUs of one host and one
       process, for GEMMs of "mosaic"; the mesh of `jax.shard_map`, or of `jax.set_mesh`, then says
       which GPUs they are. None: "mosaic" where it can run. The numbers are the same.
+    few_rows: "xla" multiplies tiles of as many rows as each expert has evenly, not of 128: for a
+      decoding step, which has no backward pass. The numbers are the same up to the order of float32
+      sums.
   Returns:
     The sum; with a capacity_factor also how many choices this device dropped.
   Raises:
     ValueError: shapes that do not fit, an expert that does not exist (under jit the result is NaN
-      instead, and so are its gradients), a stochastic recipe without keys, or what makes
-      `implementation` impossible.
+      instead, and so are its gradients), a stochastic recipe without keys, what makes
+      `implementation` impossible, or a gradient with few_rows.
     TypeError: something is not a recipe, or not an array of the dtypes above.
   """
   ops.check_recipe_and_keys(recipe, keys, TWO_KEYS)
   for state in states:
     ops.check_state(recipe, state, "each of states=")
+  if isinstance(w13, QuantizedArray) != isinstance(w2, QuantizedArray):
+    raise ValueError("one of w13 and w2 is packed and the other is not")
+  (w13, _), (w2, recipe) = read_packed("w13", w13, recipe), read_packed("w2", w2, recipe)
   x, w13, w2 = ops.to_operands(x=x, w13=w13, w2=w2)
   experts, weights = to_arrays(experts=experts, weights=weights)
   axes = varying_axes(x, experts)
@@ -140,7 +150,7 @@ def moe_ffn(
   if known:
     _check_experts(np.asarray(experts), len(w13) * mesh.peers)
   keys = tuple(mesh.keys(key, w) for key, w in zip(keys, (w13, w2), strict=True))
-  options = recipe, implementation, exchange, known, mesh
+  options = recipe, implementation, exchange, known, few_rows, mesh
   operands, states = (x, w13, w2, weights, experts), tuple(state or {} for state in states)
   keys = keys if recipe.is_stochastic else (None, None)
   out, dropped = spread(_moe_ffn, options, (*operands, keys), (taps, states), (spec_of(x), P()))
@@ -148,7 +158,20 @@ def moe_ffn(
 
 
 def _moe_ffn(
-  recipe, implementation, exchange, known, mesh, x, w13, w2, weights, experts, keys, taps, states
+  recipe,
+  implementation,
+  exchange,
+  known,
+  few_rows,
+  mesh,
+  x,
+  w13,
+  w2,
+  weights,
+  experts,
+  keys,
+  taps,
+  states,
 ):
   (tokens, k), here = experts.shape, len(w13)
   experts = _read_experts(experts, here * mesh.peers)
@@ -171,6 +194,8 @@ def _moe_ffn(
     rows = min(rows, math.ceil(mesh.capacity_factor * tokens * k))
   tile = 1 if implementation == "xla" else mosaic.BLOCK
   order = Order.of(choices, here, tile, rows)
+  if few_rows and implementation == "xla":
+    order = dataclasses.replace(order, rows_per_tile=few_rows_per_tile(rows, order.groups))
   dropped = order.dropped(choices) + dispatch.dropped()
   if valid is not None:  # a choice of no expert has no row: it takes one that is NaN
     order = dataclasses.replace(order, row_of_choice=jnp.where(valid, order.row_of_choice, 0))
@@ -215,7 +240,7 @@ def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, s
     recipe, implementation, drawing, keys, tapped, states, dtypes, mesh.weight_axis
   )
   token = order.choice_of_row // weights.shape[1]
-  in_13, in_2 = _read_in(implementation, dtypes, dtype)
+  in_13, in_2 = _read_in(recipe, implementation, dtypes, dtype)
   w13_read, w2_read = first.keep_weights(w13.astype(in_13)), second.keep_weights(w2.astype(in_2))
 
   x = _sent(recipe, implementation, dispatch, first, x, tapped[0])
@@ -260,6 +285,8 @@ def _bwd(recipe, implementation, mesh, saved, dout):
   x, h, a_read, (w13, w2), likes, others, summaries, forwards = saved
   weights, where, keys, states = others
   dispatch, order, _, valid = where
+  if order.rows_per_tile is not None:
+    raise ValueError("few_rows=True has no backward pass: blocks along the tokens need whole tiles")
   w13_like, w2_like = likes
   tapped, dtype = [s is not None for s in summaries], dout.dtype
   dtypes = w13_like.dtype, w2_like.dtype
@@ -276,7 +303,7 @@ def _bwd(recipe, implementation, mesh, saved, dout):
   divisible = jnp.abs(weight) >= SMALLEST_DIVISOR
   before, after = jnp.where(divisible, weight, 1), jnp.where(divisible, 1, weight)
   dy = second.gradient((take_rows(dout_sent, token).astype(jnp.float32) * before).astype(dtype))
-  in_13, in_2 = _read_in(implementation, dtypes, dtype)
+  in_13, in_2 = _read_in(recipe, implementation, dtypes, dtype)
   g, dgrad_2, dgrad_states_2 = second.dgrad(dy, w2.cast(in_2), forwards[1])
 
   a, dh, products = second.swiglu_backward(h, g.astype(dtype), after)
@@ -311,9 +338,10 @@ def _bwd(recipe, implementation, mesh, saved, dout):
 _ffn.defvjp(_fwd, _bwd)
 
 
-def _read_in(implementation, dtypes, dtype):
+def _read_in(recipe, implementation, dtypes, dtype):
   """In which dtypes the GEMMs are given the weights: kernels round them to x's as they read."""
-  return dtypes if implementation == "mosaic" else (dtype, dtype)
+  as_they_are = implementation == "mosaic" or isinstance(recipe.fprop.rhs, Unpacked)
+  return dtypes if as_they_are else (dtype, dtype)
 
 
 def _sent(recipe, implementation, dispatch, gemms, x, tapped) -> ops.Tensor:

@@ -1,10 +1,13 @@
 """Flax NNX language models whose every GEMM runs the recipe that a policy gives it."""
 
+from fp4jax.models.generation import Generated, generate
 from fp4jax.models.language_model import LanguageModel, ModelConfig
 from fp4jax.models.moe import MoE, Routing, route
+from fp4jax.models.packing import pack_model
 from fp4jax.models.policy import LayerRule, Numerics, Policy
 
 __all__ = [
+  "Generated",
   "LanguageModel",
   "LayerRule",
   "MoE",
@@ -12,5 +15,7 @@ __all__ = [
   "Numerics",
   "Policy",
   "Routing",
+  "generate",
+  "pack_model",
   "route",
 ]

@@ -5,9 +5,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from fp4jax.implementation import default_device
+from fp4jax.models.kv_cache import KVCache
 from fp4jax.models.matrix import Matrix
 from fp4jax.models.norm import apply_norm
 from fp4jax.models.policy import Numerics, Weights
@@ -47,6 +48,10 @@ class Attention(nnx.Module):
     self.q_norm, self.k_norm = (new_norm(), new_norm()) if qk_norm else (None, None)
 
   @property
+  def matrices(self) -> dict[str, Matrix]:
+    return {"attention.qkv": self.w_qkv, "attention.out": self.w_out}
+
+  @property
   def gemms(self) -> Weights:
     return {
       "attention.qkv": self.w_qkv.shape,
@@ -56,9 +61,24 @@ class Attention(nnx.Module):
     }
 
   def __call__(self, x: Float[Array, "b t d"], numerics: Numerics) -> Float[Array, "b t d"]:
+    q, k, v = self._heads(x, numerics)
+    return self._output(attend(q, k, v, numerics), numerics)
+
+  def decode(
+    self, x: Float[Array, "b t d"], cache: KVCache, numerics: Numerics
+  ) -> tuple[Float[Array, "b t d"], KVCache]:
+    """Of the next t tokens of each row, which attend to those in `cache`, and one with them."""
+    t = x.shape[1]
+    q, k, v = self._heads(x, numerics, cache.positions(t))
+    cache = cache.write(k, v)
+    values = attend(q, cache.k, cache.v, numerics, cache.visible(t))
+    return self._output(values, numerics), cache
+
+  def _heads(self, x, numerics, positions=None):
+    """q of each group of heads, k and v."""
     b, t, _ = x.shape
     groups = self.num_heads // self.num_kv_heads
-    qkv = numerics.matmul("attention.qkv", x, self.w_qkv[...])
+    qkv = numerics.matmul("attention.qkv", x, self.w_qkv.get_value())
     q, k, v = jnp.split(
       qkv.reshape(b, t, -1, self.head_dim),
       [self.num_heads, self.num_heads + self.num_kv_heads],
@@ -66,26 +86,33 @@ class Attention(nnx.Module):
     )
     if self.q_norm is not None:
       q, k = apply_norm(self.q_norm, q), apply_norm(self.k_norm, k)
-    q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
-    q = q.reshape(b, t, self.num_kv_heads, groups, self.head_dim)
-    values = attend(q, k, v, numerics)
-    return numerics.matmul("attention.out", values.reshape(b, t, -1), self.w_out[...])
+    q, k = (rotate(x, self.rope_theta, positions) for x in (q, k))
+    return q.reshape(b, t, self.num_kv_heads, groups, self.head_dim), k, v
+
+  def _output(self, values, numerics):
+    return numerics.matmul(
+      "attention.out", values.reshape(*values.shape[:2], -1), self.w_out.get_value()
+    )
 
 
 def attend(
   q: Float[Array, "b t h g d"],
-  k: Float[Array, "b t h d"],
-  v: Float[Array, "b t h d"],
+  k: Float[Array, "b s h d"],
+  v: Float[Array, "b s h d"],
   numerics: Numerics,
+  visible: Bool[Array, "b t s"] | None = None,
 ) -> Float[Array, "b t h g d"]:
-  """Causal softmax attention of g query heads to each of h key heads; the softmax in float32.
+  """Softmax attention of g query heads to each of h key heads; the softmax in float32. Each token
+  attends to those that are `visible` to it, one at least; None: to itself and those before it.
 
   What is kept for the backward pass grows with t, not with t x t. Products whose recipes only cast,
   to the dtype that q, k and v have, are `jax.nn.dot_product_attention`.
   """
   plain = {numerics.recipe(name).plain_dtype for name in ("scores.qk", "scores.av")}
   if plain != {q.dtype}:
-    return _attend_as_recipes_say(q, k, v, numerics)
+    return _attend_as_recipes_say(q, k, v, numerics, visible)
+  if visible is not None:
+    return _fused(q, k, v, "xla", visible)
   match fused_implementation(q.dtype, q.shape[-1]):
     case "cudnn":
       return _fused(q, k, v, "cudnn")  # keeps its result and the log-sum-exp of each row
@@ -106,17 +133,22 @@ def fused_implementation(dtype: jnp.dtype, head_dim: int) -> Literal["cudnn", "x
   return "cudnn" if served and default_device().platform == "gpu" else "xla"
 
 
-def _fused(q, k, v, implementation):
+def _fused(q, k, v, implementation, visible=None):
   b, t, h, g, d = q.shape
   with jax.default_matmul_precision("highest"):  # a GPU would round float32 to TF32
     out = jax.nn.dot_product_attention(
-      q.reshape(b, t, h * g, d), k, v, is_causal=True, implementation=implementation
+      q.reshape(b, t, h * g, d),
+      k,
+      v,
+      mask=None if visible is None else visible[:, None],
+      is_causal=visible is None,
+      implementation=implementation,
     )
   return out.reshape(q.shape)
 
 
 @jax.checkpoint  # keeps q, k and v for the backward pass, not the t x t probabilities
-def _attend_as_recipes_say(q, k, v, numerics):
+def _attend_as_recipes_say(q, k, v, numerics, visible=None):
   """In both products einsum makes k or v the lhs: "fprop.lhs" of a tap is theirs."""
   t, d = q.shape[1], q.shape[-1]
   scores = jnp.einsum(
@@ -126,17 +158,23 @@ def _attend_as_recipes_say(q, k, v, numerics):
     preferred_element_type=jnp.float32,
     _dot_general=numerics.dot_general("scores.qk"),
   )
-  causal = jnp.tril(jnp.ones((t, t), bool))
-  scores = jnp.where(causal, scores * d**-0.5, -jnp.inf)
+  mask = jnp.tril(jnp.ones((t, t), bool)) if visible is None else visible[:, None, None]
+  scores = jnp.where(mask, scores * d**-0.5, -jnp.inf)
   weights = nnx.softmax(scores, axis=-1).astype(q.dtype)
   return jnp.einsum("bhgqk,bkhd->bqhgd", weights, v, _dot_general=numerics.dot_general("scores.av"))
 
 
-def rotate(x: Float[Array, "b t h d"], theta: float) -> Float[Array, "b t h d"]:
-  """Rotary position embedding: pair (i, i + d/2) of position t turns by t * theta^(-2i/d)."""
+def rotate(
+  x: Float[Array, "b t h d"], theta: float, positions: Int[Array, "b t"] | None = None
+) -> Float[Array, "b t h d"]:
+  """Rotary position embedding: pair (i, i + d/2) of position t turns by t * theta^(-2i/d).
+
+  Without `positions` they are 0, 1, 2, ... in every row.
+  """
   half = x.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequency
+  positions = jnp.arange(x.shape[1], dtype=jnp.float32) if positions is None else positions
+  angle = positions.astype(jnp.float32)[..., None, None] * frequency
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

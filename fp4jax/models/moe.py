@@ -24,15 +24,24 @@ class Routing(NamedTuple):
   dropped: Float32[Array, ""] | None = None  # share of the choices, where experts have a capacity
 
 
-def route(logits: Float32[Array, "token e"], top_k: int, norm_topk_prob: bool = True) -> Routing:
-  """Top-k softmax routing; with norm_topk_prob the weights of a token are made to sum to 1.
+def route(
+  logits: Float32[Array, "token e"],
+  top_k: int,
+  norm_topk_prob: bool = True,
+  experts: Int[Array, "token k"] | None = None,
+) -> Routing:
+  """Top-k softmax routing, with `experts` to those; with norm_topk_prob the weights of a token are
+  made to sum to 1.
 
   The load-balancing loss is that of arXiv 2101.03961, e * sum_i load_i * (mean probability of i),
   1 when balanced; the z loss that of arXiv 2202.08906.
   """
   num_experts = logits.shape[-1]
   probabilities = jax.nn.softmax(logits, axis=-1)
-  weights, experts = jax.lax.top_k(probabilities, top_k)
+  if experts is None:
+    weights, experts = jax.lax.top_k(probabilities, top_k)
+  else:
+    weights = jnp.take_along_axis(probabilities, experts, axis=-1)
   if norm_topk_prob:
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
   load = jnp.bincount(experts.ravel(), length=num_experts) / experts.size
@@ -57,13 +66,17 @@ class FeedForward(nnx.Module):
     self.w2 = Matrix(out_scale * fan_in(rngs.params(), (d_ff, d_model), jnp.float32))
 
   @property
+  def matrices(self) -> dict[str, Matrix]:
+    return dict(zip(self.names, (self.w13, self.w2), strict=True))
+
+  @property
   def gemms(self) -> Weights:
-    return dict(zip(self.names, (self.w13.shape, self.w2.shape), strict=True))
+    return {name: w.shape for name, w in self.matrices.items()}
 
   def __call__(self, x: Float[Array, "*t d"], numerics: Numerics) -> Float[Array, "*t d"]:
     w13, w2 = self.names
-    h = checkpoint_name(numerics.matmul(w13, x, self.w13[...]), "feed_forward.h")
-    return numerics.matmul(w2, swiglu(h), self.w2[...])
+    h = checkpoint_name(numerics.matmul(w13, x, self.w13.get_value()), "feed_forward.h")
+    return numerics.matmul(w2, swiglu(h), self.w2.get_value())
 
 
 class MoE(nnx.Module):
@@ -94,28 +107,33 @@ class MoE(nnx.Module):
     )
 
   @property
+  def matrices(self) -> dict[str, Matrix]:
+    own = {"router.logits": self.w_router, "experts.w13": self.w13, "experts.w2": self.w2}
+    return own if self.shared is None else own | self.shared.matrices
+
+  @property
   def gemms(self) -> Weights:
-    own = {
-      "router.logits": self.w_router.shape,
-      "experts.w13": self.w13.shape,
-      "experts.w2": self.w2.shape,
-    }
-    return own if self.shared is None else own | self.shared.gemms
+    return {name: w.shape for name, w in self.matrices.items()}
 
   def __call__(
-    self, x: Float[Array, "b t d"], numerics: Numerics
+    self,
+    x: Float[Array, "b t d"],
+    numerics: Numerics,
+    experts: Int[Array, "b t k"] | None = None,
   ) -> tuple[Float[Array, "b t d"], Routing]:
+    """With `experts` tokens go to those, whatever the router would choose."""
     tokens = x.reshape(-1, x.shape[-1])
     logits = numerics.dot_general("router.logits")(
       tokens, self.w_router[...], (((1,), (0,)), ((), ()))
     )  # float32, for the weights are
     logits = checkpoint_name(logits, "router.logits")
-    routing = route(logits, self.top_k, self.norm_topk_prob)
+    experts = None if experts is None else experts.reshape(-1, self.top_k)
+    routing = route(logits, self.top_k, self.norm_topk_prob, experts)
     out, dropped = numerics.moe_ffn(
       ("experts.w13", "experts.w2"),
       tokens,
-      self.w13[...],
-      self.w2[...],
+      self.w13.get_value(),
+      self.w2.get_value(),
       routing.experts,
       routing.weights,
     )

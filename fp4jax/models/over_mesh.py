@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from fp4jax.moe_ffn import moe_ffn
+from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
 
 AXES = ("data", "fsdp", "expert")
@@ -26,8 +27,8 @@ FSDP, EXPERT = "fsdp", "expert"
 
 def moe_ffn_over_mesh(
   x: Float[Array, "token d"],
-  w13: Float[Array, "e d f2"],
-  w2: Float[Array, "e f d"],
+  w13: Float[Array, "e d f2"] | QuantizedArray,
+  w2: Float[Array, "e f d"] | QuantizedArray,
   experts: Int[Array, "token k"],
   weights: Float[Array, "token k"],
   recipe: Recipe,
@@ -38,12 +39,13 @@ def moe_ffn_over_mesh(
   token_parts: int = 1,
   **options: Any,
 ) -> Any:
-  """`moe_ffn` of all tokens and all experts, computed where they are.
+  """`moe_ffn` of all tokens and all experts, computed where they are; packed on one device.
 
   A tap holds the mean of the devices' rows, the next state of a quantizer the largest of theirs.
 
   Raises:
-    ValueError: tokens, parts or experts that the devices do not divide.
+    ValueError: tokens, parts or experts that the devices do not divide; packed weights over several
+      devices.
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(a for a in AXES if a in mesh.axis_names and a not in mesh.manual_axes)
@@ -51,6 +53,8 @@ def moe_ffn_over_mesh(
   if devices == 1:
     how = {"keys": keys, "taps": taps, "states": states, "token_parts": token_parts}
     return moe_ffn(x, w13, w2, experts, weights, recipe, **how, **options)
+  if isinstance(w13, QuantizedArray):
+    raise ValueError(f"packed weights of experts over the {devices} devices of the axes {axes}")
   expert_axis = EXPERT if EXPERT in axes and mesh.shape[EXPERT] > 1 else None
   _check(mesh, axes, devices, len(x), len(w13), token_parts)
   weight_axis = FSDP if FSDP in axes and mesh.shape[FSDP] > 1 else None

@@ -15,6 +15,7 @@ from fp4jax.dot import dot_general
 from fp4jax.implementation import Implementation
 from fp4jax.models.over_mesh import moe_ffn_over_mesh
 from fp4jax.models.scores import causal_recipe
+from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
 
 # Of the weights of each GEMM, (*experts, k, n); 1 where tokens are instead.
@@ -59,11 +60,12 @@ class Policy:
   head: Recipe = recipes.BF16
   # Of `moe_ffn`, and of the matmuls whose recipes quantize.
   implementation: Implementation | None = None
-  # Of `moe_ffn`: in how many parts the tokens come, how many choices a device has room for, and how
-  # rows travel between devices.
+  # Of `moe_ffn`: in how many parts the tokens come, how many choices a device has room for, how
+  # rows travel between devices, and whether they are as few as in a decoding step.
   token_parts: int = 1
   capacity_factor: float | None = None
   exchange: Implementation | None = None
+  few_rows: bool = False
   layers: tuple[LayerRule, ...] = ()
 
   def recipe(self, name: str, layer: int, num_layers: int) -> Recipe:
@@ -142,8 +144,8 @@ class Numerics:
     self,
     names: tuple[str, str],
     x: Float[Array, "token d"],
-    w13: Float[Array, "e d f2"],
-    w2: Float[Array, "e f d"],
+    w13: Float[Array, "e d f2"] | QuantizedArray,
+    w2: Float[Array, "e f d"] | QuantizedArray,
     experts: Int[Array, "token k"],
     weights: Float32[Array, "token k"],
   ) -> tuple[Float[Array, "token d"], Int32[Array, ""] | None]:
@@ -171,13 +173,17 @@ class Numerics:
       capacity_factor=self.policy.capacity_factor,
       implementation=self.policy.implementation,
       exchange=self.policy.exchange,
+      few_rows=self.policy.few_rows,
     )
     return out if bounded else (out, None)
 
-  def matmul(self, name: str, x: Float[Array, "*t k"], w: Float[Array, "k n"]) -> Array:
-    """x @ w, with w cast to x's dtype."""
+  def matmul(
+    self, name: str, x: Float[Array, "*t k"], w: Float[Array, "k n"] | QuantizedArray
+  ) -> Array:
+    """x @ w, with w cast to x's dtype, or packed."""
     dims = (((x.ndim - 1,), (0,)), ((), ()))
-    return self.dot_general(name)(x, w.astype(x.dtype), dims)
+    w = w if isinstance(w, QuantizedArray) else w.astype(x.dtype)
+    return self.dot_general(name)(x, w, dims)
 
   def _gemm(self, name):
     """Recipe, key, tap and state of the next call of a GEMM."""

@@ -1,0 +1,178 @@
+"""Text from a language model: one pass over the prompts, then one scan over the new tokens."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float32, Int, Int32
+
+from fp4jax.arguments import check_key, to_arrays
+from fp4jax.models.language_model import LanguageModel
+from fp4jax.models.policy import Policy
+from fp4jax.models.sampling import sample
+
+
+class Generated(NamedTuple):
+  """What followed each prompt."""
+
+  tokens: Int32[Array, "b n"]  # pad_token past the end
+  # log softmax(logits)[token] in nats, whatever temperature and top_p; 0 past the end.
+  logprobs: Float32[Array, "b n"]
+  lengths: Int32[Array, " b"]  # tokens, a stop token included
+  # The experts of every token that was read, in the slots of the padded prompts and then of the new
+  # tokens but the last, which was not read; None where it was not asked for.
+  routing: Int32[Array, "layer b s k"] | None
+
+
+class _Settings(NamedTuple):
+  max_new_tokens: int
+  temperature: float
+  top_p: float
+  stop_tokens: tuple[int, ...]
+  pad_token: int
+  return_routing: bool
+
+
+def generate(
+  model: LanguageModel,
+  prompts: Int[Array, "b p"],
+  prompt_lengths: Int[Array, " b"],
+  policy: Policy,
+  *,
+  key: jax.Array,
+  max_new_tokens: int,
+  temperature: float = 1.0,
+  top_p: float = 1.0,
+  stop_tokens: Sequence[int] = (),
+  pad_token: int = 0,
+  numerics_key: jax.Array | None = None,
+  return_routing: bool = False,
+) -> Generated:
+  """Samples up to `max_new_tokens` after each prompt, token after token.
+
+  A row does not depend on its padding, nor on other rows, up to the order of float32 sums, if the
+  policy's recipes give no scale to several tokens (`FP8_TENSOR` does).
+
+  Args:
+    prompts: tokens, padded on the left with anything.
+    prompt_lengths: how many tokens at the end of each row are the prompt.
+    policy: the recipe of each GEMM. After the prompts `implementation=None` means "xla": the
+      kernels multiply tiles of 128 rows.
+    key: row i draws its j-th token by `fold_in(fold_in(key, i), j)`.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_p: of the probabilities at that temperature, see `sampling.nucleus`.
+    stop_tokens: each ends its row, whose last token it is.
+    pad_token: what follows the end.
+    numerics_key: for policies that round stochastically.
+    return_routing: of a mixture of experts, for `LanguageModel.__call__(routing=...)`.
+  Raises:
+    ValueError: a setting out of its range, a token outside the vocabulary, a prompt that is empty
+      or longer than its row. Under jit values of `prompts` and `prompt_lengths` are not checked.
+    TypeError: something that is not integers, or not a key.
+  """
+  prompts, prompt_lengths = to_arrays(prompts=prompts, prompt_lengths=prompt_lengths)
+  check_key(key=key)
+  _check_prompts(prompts, prompt_lengths, model.embedding.num_embeddings)
+  settings = _Settings(
+    max_new_tokens,
+    float(temperature),
+    float(top_p),
+    tuple(map(int, stop_tokens)),
+    int(pad_token),
+    return_routing,
+  )
+  _check_settings(settings, model)
+  graph, params = nnx.split(model)
+  return _generate(graph, policy, settings, params, prompts, prompt_lengths, key, numerics_key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(graph, policy, settings, params, prompts, prompt_lengths, key, numerics_key):
+  model = nnx.merge(graph, params)
+  b, p = prompts.shape
+  row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(b))
+  stops = jnp.array(settings.stop_tokens, jnp.int32)
+
+  def key_of_pass(i):
+    return None if numerics_key is None else jax.random.fold_in(numerics_key, i)
+
+  def next_token(i, logits, is_done):
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(row_keys)
+    token = sample(logits, keys, settings.temperature, settings.top_p)
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+    token = jnp.where(is_done, settings.pad_token, token)
+    said = token, jnp.where(is_done, 0, logprob), ~is_done
+    return token, is_done | jnp.isin(token, stops), said
+
+  padding = (p - prompt_lengths).astype(jnp.int32)
+  cache = model.new_cache(padding, p)
+  is_token = jnp.arange(p) >= padding[:, None]
+  prompts = jnp.where(is_token, prompts, settings.pad_token)  # NaN of no token would spread
+  logits, cache, routing = model.decode(prompts, cache, policy, key=key_of_pass(0))
+  token, is_done, first = next_token(0, logits, jnp.zeros(b, bool))
+  of_step = dataclasses.replace(
+    policy, implementation=policy.implementation or "xla", few_rows=True
+  )
+
+  def step(carry, i):
+    token, is_done, cache = carry
+    logits, cache, routing = model.decode(token[:, None], cache, of_step, key=key_of_pass(i))
+    token, is_done, said = next_token(i, logits, is_done)
+    return (token, is_done, cache), (said, routing if settings.return_routing else None)
+
+  cache = cache.grown(settings.max_new_tokens - 1)
+  numbers = jnp.arange(1, settings.max_new_tokens)
+  _, (others, routings) = lax.scan(step, (token, is_done, cache), numbers)
+  tokens, logprobs, is_live = (
+    jnp.concatenate([a[:, None], jnp.moveaxis(rest, 0, 1)], axis=1)
+    for a, rest in zip(first, others, strict=True)
+  )
+  if settings.return_routing:
+    later = jnp.moveaxis(routings[..., 0, :], 0, 2)  # (step, layer, b, t=1, k)
+    routing = jnp.concatenate([routing, later], axis=2)
+  lengths = jnp.sum(is_live, axis=1, dtype=jnp.int32)
+  return Generated(tokens, logprobs, lengths, routing if settings.return_routing else None)
+
+
+def _check_prompts(prompts, lengths, vocab):
+  for name, x in (("prompts", prompts), ("prompt_lengths", lengths)):
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+      raise TypeError(f"{name} are {x.dtype}, not integers")
+  if prompts.ndim != 2 or not prompts.size or lengths.shape != prompts.shape[:1]:
+    raise ValueError(
+      f"prompts {prompts.shape} and prompt_lengths {lengths.shape} are not (b, p) and (b,)"
+    )
+  if any(isinstance(x, jax.core.Tracer) for x in (prompts, lengths)):
+    return
+  prompts, lengths = np.asarray(prompts), np.asarray(lengths)
+  width = prompts.shape[1]
+  for row in np.flatnonzero((lengths < 1) | (lengths > width)):
+    what = "an empty prompt" if lengths[row] < 1 else f"more than the {width} slots of prompts"
+    raise ValueError(f"prompt_lengths[{row}]={lengths[row]}: {what}")
+  is_token = np.arange(width) >= width - lengths[:, None]
+  bad = prompts[is_token & ((prompts < 0) | (prompts >= vocab))]
+  if bad.size:
+    raise ValueError(f"prompts hold token {bad[0]}, which is not one of the vocabulary's {vocab}")
+
+
+def _check_settings(settings, model):
+  s, vocab = settings, model.embedding.num_embeddings
+  if s.max_new_tokens < 1:
+    raise ValueError(f"max_new_tokens={s.max_new_tokens} is not at least 1")
+  if not 0 <= s.temperature < math.inf:
+    raise ValueError(f"temperature={s.temperature} is not 0 or a number above it")
+  if not 0 < s.top_p <= 1:
+    raise ValueError(f"top_p={s.top_p} is not above 0 and at most 1")
+  for name, tokens in (("stop_tokens", s.stop_tokens), ("pad_token", (s.pad_token,))):
+    for token in tokens:
+      if not 0 <= token < vocab:
+        raise ValueError(f"{name} has {token}, which is not one of the vocabulary's {vocab}")
+  if s.return_routing and not model.is_mixture:
+    raise ValueError("return_routing=True of a model whose num_experts is 0")

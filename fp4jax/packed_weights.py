@@ -1,0 +1,99 @@
+"""Weights that are quantized once and read many times, as in a rollout.
+
+w = pack_weights(w, recipe)                            # after each update
+y = dot_general(recipe)(x, w, (((1,), (0,)), ((), ())))  # to the bit that of the array
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from fp4jax import operands as ops
+from fp4jax import quantization as qz
+from fp4jax.arguments import check_type
+from fp4jax.formats import Format, Slices
+from fp4jax.formats.format import block_axes
+from fp4jax.quantized_array import QuantizedArray
+from fp4jax.quantizers import Composed, Operand
+from fp4jax.recipe import Recipe
+from fp4jax.sharding import one_program
+
+
+@dataclasses.dataclass(frozen=True)
+class Unpacked(Composed):
+  """Reads by `operand` weights that were packed: they keep the dtype that holds their values."""
+
+  operand: Operand
+
+  def read(self, x, axis, ctx):
+    return self.operand.read(x, axis, ctx)
+
+
+def pack_weights(w: ArrayLike, recipe: Recipe) -> QuantizedArray:
+  """w (*b, k, n) in the format in which `recipe` keeps or else reads it in the forward GEMM.
+
+  A call with arrays casts them to the dtype of x before anything else: so does who packs.
+
+  Raises:
+    ValueError: a recipe whose forward GEMM reads weights otherwise than rounded to a format, or
+      k or n that is not a multiple of its blocks.
+  """
+  (w,) = ops.to_operands(w=w)
+  check_type("recipe", recipe, Recipe, " such as fp4jax.recipes.MXFP4")
+  fmt = _packed_format(recipe)
+  if w.ndim < 2:
+    raise ValueError(f"w {w.shape} is not (*b, k, n)")
+  for axis, block in block_axes(fmt, -2).items():
+    if w.shape[axis] % block:
+      raise ValueError(f"w {w.shape}: {w.shape[axis]} is not a multiple of {fmt.name}'s {block}")
+  return _pack(fmt, w)
+
+
+@one_program(1)
+def _pack(fmt, w):
+  return qz.pack_blocks(w, fmt, -2, slices=Slices(w.ndim - 2))
+
+
+def read_packed(name: str, w: Any, recipe: Recipe) -> tuple[Any, Recipe]:
+  """The values of packed weights, and the recipe that reads them as `recipe` reads the original.
+
+  Other weights, and their recipe, are returned as they are.
+
+  Raises:
+    ValueError: weights in another format than `pack_weights` makes, or along another axis.
+  """
+  if not isinstance(w, QuantizedArray):
+    return w, recipe
+  fmt = _packed_format(recipe)
+  if w.fmt != fmt or w.axis != -2:
+    raise ValueError(
+      f"{name} is packed in {w.fmt.name} along axis {w.axis}; recipe {recipe.name!r} needs"
+      f" {fmt.name} along axis -2, as fp4jax.pack_weights makes it"
+    )
+  values = qz.dequantize(w, fmt.dequantized_dtype, implementation="xla")
+  rhs, residual, dgrad = recipe.fprop.rhs, recipe.residual, recipe.dgrad
+  if rhs.source == "original":
+    rhs = Operand(jnp.dtype(fmt.dequantized_dtype))
+  else:  # what is kept is what came
+    rhs = dataclasses.replace(rhs, source="original")
+    residual = dataclasses.replace(residual, rhs=None)
+    if dgrad.rhs.source == "residual":
+      dgrad = dataclasses.replace(dgrad, rhs=dataclasses.replace(dgrad.rhs, source="original"))
+  fprop = dataclasses.replace(recipe.fprop, rhs=Unpacked(rhs))
+  return values, dataclasses.replace(recipe, fprop=fprop, dgrad=dgrad, residual=residual)
+
+
+def _packed_format(recipe: Recipe) -> Format:
+  rhs = recipe.fprop.rhs
+  if not isinstance(rhs, Operand) or rhs.transform is not None or rhs.needs_key:
+    raise ValueError(
+      f"recipe {recipe.name!r} reads fprop.rhs by {rhs}: packed weights are rounded to nearest, and"
+      " nothing else is done to them"
+    )
+  if rhs.source == "residual":
+    return recipe.residual.rhs
+  if not rhs.is_quantized:
+    raise ValueError(f"recipe {recipe.name!r} reads fprop.rhs in {rhs.format}, which is not packed")
+  return rhs.format

@@ -1,0 +1,112 @@
+"""Products with packed weights against those with the arrays that were packed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fp4jax import dequantize, dot_general, formats, moe_ffn, pack_weights, quantize, recipes
+from fp4jax.models.over_mesh import moe_ffn_over_mesh
+
+NVFP4 = recipes.MXFP4.replace(
+  {f"fprop.{side}.format": formats.NVFP4 for side in ("lhs", "rhs")} | {"name": "nvfp4"}
+)
+CASES = [
+  *[(recipe, "bfloat16") for recipe in (recipes.FP8, recipes.MXFP4, recipes.HOPPER_FP4)],
+  *[(recipe, "bfloat16") for recipe in (recipes.FP8_MXFP4_WEIGHTS, NVFP4)],
+  *[(recipe, "float32") for recipe in (recipes.FP8, recipes.FP8_MXFP4_WEIGHTS)],
+]
+every_case = pytest.mark.parametrize(
+  ("recipe", "dtype"), CASES, ids=[f"{recipe.name}-{dtype}" for recipe, dtype in CASES]
+)
+ROWS_TIMES_WEIGHTS = (((1,), (0,)), ((), ()))
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+  return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+@every_case
+def test_a_product_is_that_of_the_array(recipe, dtype):
+  # 18 binades within a tile of 128: more than E4M3 has, so that FP8 of MXFP4 is not MXFP4.
+  sizes = (2.0 ** (-6 * (jnp.arange(256) // 32))).astype(dtype)
+  x, w = normal(0, 24, 256, dtype=dtype) / sizes, normal(1, 256, 128, dtype=dtype) * sizes[:, None]
+  dot = jax.jit(lambda x, w: dot_general(recipe)(x, w, ROWS_TIMES_WEIGHTS))
+  found, expected = dot(x, pack_weights(w, recipe)), dot(x, w)
+  assert found.dtype == expected.dtype == dtype
+  np.testing.assert_array_equal(found, expected)
+  exact = jnp.matmul(x, w, preferred_element_type=jnp.float32)
+  assert (np.float32(found) != np.float32(exact)).mean() > 0.5
+
+
+@pytest.mark.slow
+@every_case
+def test_experts_are_those_of_the_arrays(recipe, dtype):
+  x, weights = normal(0, 20, 128, dtype=dtype), jax.nn.softmax(normal(4, 20, 2))
+  # Experts of other sizes, so that a scale of all of them would be none of theirs.
+  sizes = jnp.array([1.0, 30.0, 0.1], dtype)[:, None, None]
+  w13, w2 = (normal(i, 3, 128, n, dtype=dtype) * sizes for i, n in ((1, 256), (2, 128)))
+  experts = jax.random.randint(jax.random.key(3), (20, 2), 0, 3)
+  ffn = jax.jit(lambda w13, w2: moe_ffn(x, w13, w2, experts, weights, recipe))
+  found = ffn(pack_weights(w13, recipe), pack_weights(w2, recipe))
+  np.testing.assert_array_equal(found, ffn(w13, w2))
+
+
+def test_packed_weights_take_the_bytes_of_their_codes():
+  w = normal(0, 4, 256, 128, dtype=jnp.bfloat16)
+  assert pack_weights(w, recipes.MXFP4).nbytes == w.size * (4 + 8 / 32) / 8
+  assert pack_weights(w, recipes.FP8_MXFP4_WEIGHTS).nbytes == w.size * (4 + 8 / 32) / 8
+  assert pack_weights(w, recipes.FP8).nbytes == w.size + w.size / 128**2 * 4
+
+
+def test_the_gradient_of_x_is_that_of_the_values():
+  x, w = normal(0, 24, 256), normal(1, 256, 128)
+  packed = pack_weights(w, recipes.MXFP4)
+
+  def gradient(w):
+    dot = dot_general(recipes.MXFP4)
+    return jax.grad(lambda x: jnp.sum(dot(x, w, ROWS_TIMES_WEIGHTS) ** 2))(x)
+
+  values = dequantize(quantize(w, formats.MXFP4, axis=0))
+  np.testing.assert_array_equal(gradient(packed), gradient(values))
+
+
+def test_what_can_not_be_read_packed_is_refused():
+  x, w = normal(0, 24, 256), normal(1, 256, 128)
+
+  def refused(match, function, *args):
+    with pytest.raises(ValueError, match=match):
+      function(*args)
+
+  refused("'bf16' reads fprop.rhs in bfloat16, which is not packed", pack_weights, w, recipes.BF16)
+  stochastic = recipes.MXFP4.replace({"fprop.rhs.rounding": "stochastic", "name": "sr"})
+  refused("'sr' reads fprop.rhs by .*stochastic", pack_weights, w, stochastic)
+  match = r"w \(250, 128\): 250 is not a multiple of MXFP4's 32"
+  refused(match, pack_weights, w[:250], recipes.MXFP4)
+  refused(r"w \(256,\) is not \(\*b, k, n\)", pack_weights, w[:, 0], recipes.MXFP4)
+  packed, dot = pack_weights(w, recipes.MXFP4), dot_general(recipes.MXFP4)
+  other = dot_general(recipes.FP8)
+  match = "rhs is packed in MXFP4 along axis -2; recipe 'fp8' needs FP8_BLOCK_2D along axis -2"
+  refused(match, other, x, packed, ROWS_TIMES_WEIGHTS)
+  along_n = quantize(w, formats.MXFP4, axis=1)
+  refused("MXFP4 along axis -1; recipe 'mxfp4' needs", dot, x, along_n, ROWS_TIMES_WEIGHTS)
+  transposed = (((1,), (1,)), ((), ()))
+  refused("contracts rhs .* along another axis than -2", dot, x[:, :128], packed, transposed)
+  kernels = dot_general(recipes.MXFP4, implementation="mosaic")
+  refused('implementation="mosaic"', kernels, x, packed, ROWS_TIMES_WEIGHTS)
+
+  experts, weights = jnp.zeros((24, 1), int), jnp.ones((24, 1))
+  w13, w2 = normal(2, 1, 256, 256), normal(3, 1, 128, 256)
+  half = (x, pack_weights(w13, recipes.MXFP4), w2, experts, weights, recipes.MXFP4)
+  refused("one of w13 and w2 is packed", moe_ffn, *half)
+  wrong = [pack_weights(w, recipes.MXFP4) for w in (w13, w2)]
+  refused("w13 is packed in MXFP4", moe_ffn, x, *wrong, experts, weights, recipes.FP8)
+
+
+def test_packed_experts_over_several_devices_are_refused():
+  args = jnp.zeros((4, 1), int), jnp.ones((4, 1)), recipes.MXFP4
+  w13, w2 = (pack_weights(normal(i, 2, 32, n), recipes.MXFP4) for i, n in ((0, 64), (1, 32)))
+  how = {name: (None, None) for name in ("keys", "taps", "states")}
+  mesh = jax.make_mesh((2,), ("expert",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+  with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"packed .* over the 2 devices"):
+    moe_ffn_over_mesh(normal(2, 4, 32), w13, w2, *args, **how)
