@@ -28,12 +28,11 @@ from jax.sharding import PartitionSpec as P
 import fp4jax
 from experiments import command_line, logs
 from experiments.environment import COMMIT, describe_environment
-from fp4jax import dispatch, recipes
-from fp4jax.dispatch import AllToAll, Choices
+from fp4jax import recipes
+from fp4jax.dispatch import AllToAll, Choices, packed
 from fp4jax.formats import Format
 from fp4jax.implementation import device_obstacle
 from fp4jax.mosaic.dispatch import PeerMemory
-from fp4jax.quantization import pack_rows
 from fp4jax.recipe import Recipe
 
 _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
@@ -53,10 +52,6 @@ LAYERS = {
   "fp8": recipes.FP8_DISPATCH,
   "hopper_fp4": recipes.HOPPER_FP4_DISPATCH,
 }
-
-
-def packed(x: jax.Array, fmt: Format | None) -> Any:
-  return x if fmt is None else pack_rows(x, fmt, "mosaic")
 
 
 def widened(arrived: Any, fmt: Format | None) -> Any:
@@ -127,7 +122,7 @@ def check(mesh: Mesh, x: jax.Array, plan: AllToAll) -> None:
   for (exchange, of), (name, fmt) in itertools.product(exchanges().items(), PAYLOADS.items()):
     send = lambda x, plan, of=of, fmt=fmt: of(plan).send_rows(x, fmt, "mosaic")  # noqa: E731
     arrived = jax.jit(over(send))(x, plan)
-    expected = jax.jit(packed, static_argnums=1)(jnp.asarray(whole), fmt)
+    expected = jax.jit(packed, static_argnums=(1, 2))(jnp.asarray(whole), fmt, "mosaic")
     for a, e in zip(jax.tree.leaves(arrived), jax.tree.leaves(expected), strict=True):
       a, e = np.asarray(a).reshape(peers, peers, slots, -1), np.asarray(e)
       for device, source in itertools.product(range(peers), range(peers)):
@@ -144,6 +139,13 @@ def layers(mesh: Mesh) -> Iterator[tuple[tuple[str, str], Callable]]:
 
 
 def _layer(mesh: Mesh, recipe: Recipe, exchange: str, x, experts, weights, dout, w13, w2):
+  y, pull, dropped = _forward(mesh, recipe, exchange, x, experts, weights, w13, w2)
+  return y, *pull(dout), dropped
+
+
+def _forward(mesh: Mesh, recipe: Recipe, exchange: str, x, experts, weights, w13, w2):
+  """y, what goes back from its gradient, and the choices dropped."""
+
   def own(x, w13, w2, weights, experts):
     options = {"expert_axis": AXIS, "capacity_factor": _CAPACITY.value, "exchange": exchange}
     y, dropped = fp4jax.moe_ffn(x, w13, w2, experts, weights, recipe, **options)
@@ -151,8 +153,7 @@ def _layer(mesh: Mesh, recipe: Recipe, exchange: str, x, experts, weights, dout,
 
   layer = jax.shard_map(own, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
   run = lambda x, w13, w2, weights: layer(x, w13, w2, weights, experts)  # noqa: E731
-  y, pull, dropped = jax.vjp(run, x, w13, w2, weights, has_aux=True)
-  return (y, *pull(dout), dropped) if dout is not None else pull
+  return jax.vjp(run, x, w13, w2, weights, has_aux=True)
 
 
 def bytes_sent(recipe: Recipe, d: int) -> int:
@@ -160,7 +161,7 @@ def bytes_sent(recipe: Recipe, d: int) -> int:
   x = jax.ShapeDtypeStruct((1, d), jnp.bfloat16)
   payload, total = recipe.payload, 2 * jnp.dtype(recipe.payload.sums).itemsize * d
   for fmt in (payload.forward or recipe.residual.lhs, payload.backward):
-    there = jax.eval_shape(lambda x, fmt=fmt: dispatch.packed(x, fmt, "xla"), x)
+    there = jax.eval_shape(lambda x, fmt=fmt: packed(x, fmt, "xla"), x)
     total += sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(there))
   return total
 
@@ -168,8 +169,8 @@ def bytes_sent(recipe: Recipe, d: int) -> int:
 def bytes_kept(mesh: Mesh, name: str, exchange: str, arguments: tuple) -> int:
   """Of a device, from the forward to the backward pass, weights not counted."""
   x, experts, weights, _, *of_experts = arguments
-  layer = functools.partial(_layer, mesh, LAYERS[name], exchange)
-  pull = jax.eval_shape(lambda *a: layer(*a[:3], None, *a[3:]), x, experts, weights, *of_experts)
+  forward = functools.partial(_forward, mesh, LAYERS[name], exchange)
+  _, pull, _ = jax.eval_shape(forward, x, experts, weights, *of_experts)
   kept = [r for r in jax.tree.leaves(pull) if r.shape not in [w.shape for w in of_experts]]
   return sum(math.prod(r.shape) * r.dtype.itemsize for r in kept) // mesh.size
 
@@ -218,8 +219,9 @@ def measure(num_experts: int) -> Iterator[dict[str, Any]]:
   elsewhere = int(np.sum(of_peers & goes_elsewhere[..., None]))  # rows of all devices
   shape = {"tokens": _TOKENS.value, "d": d, "experts": num_experts, "top_k": k}
   shape["devices"] = len(devices)
-  to_rows = lambda x: {n: jax.tree.leaves(packed(x, fmt)) for n, fmt in PAYLOADS.items()}  # noqa: E731
-  rows_of = jax.jit(over(to_rows))
+  rows_of = jax.jit(
+    over(lambda x: {n: jax.tree.leaves(packed(x, f, "mosaic")) for n, f in PAYLOADS.items()})
+  )
   arguments = experts, plan, x, rows_of(x), rows_of(normal(2, (tokens * len(devices), d)))
   compiled = {key: jax.jit(f) for key, f in programs(mesh, num_experts).items()}
   for (exchange, payload, part), time_of in in_turns(
