@@ -92,12 +92,12 @@ class Problems:
     self.held_out: tuple[Problem, ...] = tuple(found.values())
     self._questions = frozenset(found)
 
-  def train(self, seed: int, step: int, count: int) -> list[Problem]:
-    """Of a training step: they depend on nothing else."""
-    rng = np.random.default_rng([seed, step])
-    return [self._draw(rng) for _ in range(count)]
+  def train(self, seed: int, step: int, count: int, draw: int = 0) -> list[Problem]:
+    """Of a training step, or of its draw of that number: they depend on nothing else."""
+    rng = np.random.default_rng([seed, step, draw])
+    return [self._one(rng) for _ in range(count)]
 
-  def _draw(self, rng: np.random.Generator) -> Problem:
+  def _one(self, rng: np.random.Generator) -> Problem:
     for _ in range(_TRIES):
       problem = self._task(int(rng.integers(2**31)))
       if problem.question not in self._questions:

@@ -13,10 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32, PyTree
 
-from experiments.config import Experiment
+from experiments.config import Experiment, Quantize
 from experiments.mesh import BATCH, OnMesh, shardings
 from experiments.optimizers import make_optimizer
 from fp4jax import operands
+from fp4jax.implementation import Implementation
 from fp4jax.models import LanguageModel, LayerRule, Policy
 from fp4jax.models.matrix import Matrix
 from fp4jax.models.policy import KINDS
@@ -55,8 +56,20 @@ class Trainer:
 
 
 def policy_of(recipe: Recipe, config: Experiment) -> Policy:
-  """The recipe where `config.quantize` says so, high precision elsewhere."""
-  quantize, mesh = config.quantize, config.mesh
+  """`quantized_policy` over the mesh of `config`."""
+  mesh = config.mesh
+  return dataclasses.replace(
+    quantized_policy(recipe, config.quantize, config.implementation),
+    token_parts=mesh.token_parts or 1,
+    capacity_factor=mesh.capacity_factor,
+    exchange=mesh.exchange,
+  )
+
+
+def quantized_policy(
+  recipe: Recipe, quantize: Quantize, implementation: Implementation | None
+) -> Policy:
+  """The recipe where `quantize` says so, high precision elsewhere."""
   kinds = [kind for kind in KINDS if getattr(quantize, kind)]
   ends = (*range(quantize.first_bf16), *range(-quantize.last_bf16, 0))
   rules = [
@@ -64,15 +77,7 @@ def policy_of(recipe: Recipe, config: Experiment) -> Policy:
     for kind in kinds
     if ends
   ]
-  recipes = dict.fromkeys(kinds, recipe)
-  return Policy(
-    **recipes,
-    implementation=config.implementation,
-    layers=tuple(rules),
-    token_parts=mesh.token_parts or 1,
-    capacity_factor=mesh.capacity_factor,
-    exchange=mesh.exchange,
-  )
+  return Policy(**dict.fromkeys(kinds, recipe), implementation=implementation, layers=tuple(rules))
 
 
 def schedule_of(config: Experiment, run: str) -> tuple[tuple[int, Policy], ...]:

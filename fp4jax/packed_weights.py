@@ -42,13 +42,28 @@ def pack_weights(w: ArrayLike, recipe: Recipe) -> QuantizedArray:
   """
   (w,) = ops.to_operands(w=w)
   check_type("recipe", recipe, Recipe, " such as fp4jax.recipes.MXFP4")
-  fmt = _packed_format(recipe)
   if w.ndim < 2:
     raise ValueError(f"w {w.shape} is not (*b, k, n)")
+  if obstacle := why_not_packed(recipe, w.shape):
+    raise ValueError(obstacle)
+  return _pack(_packed_format(recipe), w)
+
+
+def why_not_packed(recipe: Recipe, shape: tuple[int, ...] | None = None) -> str | None:
+  """Why weights, of that shape, can't be packed for `recipe`; None: they can."""
+  rhs = recipe.fprop.rhs
+  if not isinstance(rhs, Operand) or rhs.transform is not None or rhs.needs_key:
+    return (
+      f"recipe {recipe.name!r} reads fprop.rhs by {rhs}: packed weights are rounded to nearest, and"
+      " nothing else is done to them"
+    )
+  if rhs.source != "residual" and not rhs.is_quantized:
+    return f"recipe {recipe.name!r} reads fprop.rhs in {rhs.format}, which is not packed"
+  fmt = _packed_format(recipe)
   for axis, block in block_axes(fmt, -2).items():
-    if w.shape[axis] % block:
-      raise ValueError(f"w {w.shape}: {w.shape[axis]} is not a multiple of {fmt.name}'s {block}")
-  return _pack(fmt, w)
+    if shape is not None and shape[axis] % block:
+      return f"w {shape}: {shape[axis]} is not a multiple of {fmt.name}'s {block}"
+  return None
 
 
 @one_program(1)
@@ -66,6 +81,8 @@ def read_packed(name: str, w: Any, recipe: Recipe) -> tuple[Any, Recipe]:
   """
   if not isinstance(w, QuantizedArray):
     return w, recipe
+  if obstacle := why_not_packed(recipe):
+    raise ValueError(obstacle)
   fmt = _packed_format(recipe)
   if w.fmt != fmt or w.axis != -2:
     raise ValueError(
@@ -87,13 +104,4 @@ def read_packed(name: str, w: Any, recipe: Recipe) -> tuple[Any, Recipe]:
 
 def _packed_format(recipe: Recipe) -> Format:
   rhs = recipe.fprop.rhs
-  if not isinstance(rhs, Operand) or rhs.transform is not None or rhs.needs_key:
-    raise ValueError(
-      f"recipe {recipe.name!r} reads fprop.rhs by {rhs}: packed weights are rounded to nearest, and"
-      " nothing else is done to them"
-    )
-  if rhs.source == "residual":
-    return recipe.residual.rhs
-  if not rhs.is_quantized:
-    raise ValueError(f"recipe {recipe.name!r} reads fprop.rhs in {rhs.format}, which is not packed")
-  return rhs.format
+  return recipe.residual.rhs if rhs.source == "residual" else rhs.format

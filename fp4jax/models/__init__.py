@@ -3,7 +3,7 @@
 from fp4jax.models.generation import Generated, generate
 from fp4jax.models.language_model import LanguageModel, ModelConfig
 from fp4jax.models.moe import MoE, Routing, route
-from fp4jax.models.packing import pack_model
+from fp4jax.models.packing import can_pack, pack_model
 from fp4jax.models.policy import LayerRule, Numerics, Policy
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
   "Numerics",
   "Policy",
   "Routing",
+  "can_pack",
   "generate",
   "pack_model",
   "route",

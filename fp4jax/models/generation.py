@@ -25,6 +25,7 @@ class Generated(NamedTuple):
   tokens: Int32[Array, "b n"]  # pad_token past the end
   # log softmax(logits)[token] in nats, whatever temperature and top_p; 0 past the end.
   logprobs: Float32[Array, "b n"]
+  entropy: Float32[Array, "b n"]  # of softmax(logits), in nats; 0 past the end
   lengths: Int32[Array, " b"]  # tokens, a stop token included
   # The experts of every token that was read, in the slots of the padded prompts and then of the new
   # tokens but the last, which was not read; None where it was not asked for.
@@ -106,9 +107,13 @@ def _generate(graph, policy, settings, params, prompts, prompt_lengths, key, num
   def next_token(i, logits, is_done):
     keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(row_keys)
     token = sample(logits, keys, settings.temperature, settings.top_p)
-    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+    # As `cross_entropy` forms it, so that equal logits say the same to the bit.
+    normalizer = jax.nn.logsumexp(logits, axis=1)
+    logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - normalizer
+    of_all = logits - normalizer[:, None]
+    entropy = -jnp.sum(jnp.exp(of_all) * of_all, axis=1)
     token = jnp.where(is_done, settings.pad_token, token)
-    said = token, jnp.where(is_done, 0, logprob), ~is_done
+    said = token, jnp.where(is_done, 0, logprob), jnp.where(is_done, 0, entropy), ~is_done
     return token, is_done | jnp.isin(token, stops), said
 
   padding = (p - prompt_lengths).astype(jnp.int32)
@@ -130,7 +135,7 @@ def _generate(graph, policy, settings, params, prompts, prompt_lengths, key, num
   cache = cache.grown(settings.max_new_tokens - 1)
   numbers = jnp.arange(1, settings.max_new_tokens)
   _, (others, routings) = lax.scan(step, (token, is_done, cache), numbers)
-  tokens, logprobs, is_live = (
+  tokens, logprobs, entropy, is_live = (
     jnp.concatenate([a[:, None], jnp.moveaxis(rest, 0, 1)], axis=1)
     for a, rest in zip(first, others, strict=True)
   )
@@ -138,7 +143,7 @@ def _generate(graph, policy, settings, params, prompts, prompt_lengths, key, num
     later = jnp.moveaxis(routings[..., 0, :], 0, 2)  # (step, layer, b, t=1, k)
     routing = jnp.concatenate([routing, later], axis=2)
   lengths = jnp.sum(is_live, axis=1, dtype=jnp.int32)
-  return Generated(tokens, logprobs, lengths, routing if settings.return_routing else None)
+  return Generated(tokens, logprobs, entropy, lengths, routing if settings.return_routing else None)
 
 
 def _check_prompts(prompts, lengths, vocab):

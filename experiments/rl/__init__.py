@@ -1,0 +1,2 @@
+"""Reinforcement learning of a policy whose rollout and trainer are quantized: `python -m
+experiments.rl`."""

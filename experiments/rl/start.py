@@ -1,0 +1,90 @@
+"""The policy that every arm begins with: read from a file, or made and taught here."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.config import Experiment, Optimizer
+from experiments.rl.config import RLExperiment
+from experiments.tasks import Problems
+from experiments.text import Bytes, Chat, Text
+from experiments.train import make_trainer, policy_of
+from fp4jax import recipes
+from fp4jax.models import LanguageModel, ModelConfig
+
+SMOLLM2 = "smollm2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """What a policy is before it is taught."""
+
+  model: ModelConfig
+  text: Text
+  params: Callable[[], Any]  # reads or makes them
+
+
+def source_of(config: RLExperiment) -> Source:
+  """Raises ValueError or OSError for a pretrained policy that can't be read."""
+  start = config.start
+  if start.pretrained is None:
+    text = Bytes()
+    make = lambda: LanguageModel(config.model, text.vocab_size, nnx.Rngs(start.seed))  # noqa: E731
+    return Source(config.model, text, lambda: _params(make()))
+  if start.pretrained != SMOLLM2:
+    raise ValueError(f"start.pretrained={start.pretrained!r} is not {SMOLLM2!r}")
+  from experiments.gguf_tokenizer import GgufTokenizer
+  from fp4jax.models.gguf import load_gguf, smollm2_path
+
+  path = smollm2_path()
+  found, model = load_gguf(path, config.model.dtype)
+  of_run = {name: getattr(config.model, name) for name in ("remat", "vocab_chunk", "unroll")}
+  text = Chat(GgufTokenizer(path), model.embedding.num_embeddings, start.system)
+  return Source(dataclasses.replace(found, **of_run), text, lambda: _params(model))
+
+
+def _params(model: LanguageModel) -> Any:
+  return nnx.to_pure_dict(nnx.state(model))
+
+
+def taught(
+  config: RLExperiment, source: Source, problems: Problems, tell: Callable[[int, float], None]
+) -> Any:
+  """The source's params after `start.teaching`, which reads whole problems in bf16; `tell` hears
+  the loss of every step."""
+  teaching = config.start.teaching
+  if not teaching.steps:
+    return source.params()
+  settings = Experiment(steps=teaching.steps, model=source.model, optimizer=_optimizer(teaching))
+  trainer = make_trainer(settings, source.text.vocab_size, policy_of(recipes.BF16, settings))
+  state = dataclasses.replace(trainer.init(jnp.int32(0)), params=source.params())
+  seed = jnp.int32(config.start.seed)
+  for step in range(teaching.steps):
+    found = problems.train(config.start.seed, step, teaching.batch_size)
+    rows = taught_rows(found, source.text, config.rollout)
+    state, scalars = trainer.step(state, rows, seed)
+    tell(step + 1, float(scalars["loss"]))
+  return state.params
+
+
+def taught_rows(problems, text: Text, rollout) -> np.ndarray:
+  """A problem with its answer a row, as a rollout would have sampled it, padded at the end."""
+  width = rollout.max_prompt_tokens + rollout.max_new_tokens
+  rows = np.full((len(problems), width), text.pad_token, np.int32)
+  for row, problem in zip(rows, problems, strict=True):
+    tokens = [*text.prompt(problem.question), *text.answer(problem.answer)]
+    if len(tokens) > width:
+      raise ValueError(
+        f"{problem.question[:60]!r} and its answer have {len(tokens)} tokens, more than"
+        f" rollout.max_prompt_tokens + max_new_tokens={width}"
+      )
+    row[: len(tokens)] = tokens
+  return rows
+
+
+def _optimizer(teaching) -> Optimizer:
+  return Optimizer(learning_rate=teaching.learning_rate, warmup_steps=teaching.warmup_steps)

@@ -1,0 +1,140 @@
+"""What one step of an arm samples, learns and says."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from rl_cases import SMALL, GRPOSettings, learner_of, small_rl
+
+from experiments.rl import grpo
+from experiments.rl.train import flip_shares
+
+
+def first_step(arm, dtype="bfloat16", **changes):
+  config = small_rl(model=dataclasses.replace(SMALL, dtype=dtype), **changes)
+  learner, params = learner_of(config, arm)
+  state = learner.trainer.init(params)
+  answers, said = learner.collect(state.params, 0, 0)
+  return learner, params, state, answers, said
+
+
+def test_equal_numerics_and_replay_leave_no_gap_and_other_numerics_do():
+  """Show 2: `ppo_kl` of the first update."""
+  found = {}
+  for arm in ("bf16", "mxfp4", "mxfp4@rollout"):
+    learner, params, state, answers, _ = first_step(arm, **{"rollout.replay_routing": True})
+    _, found[arm] = learner.update(state, answers, params, 0, 0)
+  assert abs(found["bf16"]["ppo_kl"]) < 1e-8
+  assert abs(found["mxfp4"]["ppo_kl"]) < 1e-8
+  assert found["mxfp4@rollout"]["ppo_kl"] > 1e-3
+  assert found["mxfp4@rollout"]["token_mult_prob_error"] > 1.1
+  assert found["bf16"]["token_mult_prob_error"] < 1 + 1e-6
+
+
+@pytest.mark.slow
+def test_replay_takes_the_flips_of_the_router_out_of_the_gap():
+  """The rollout's experts are the trainer's, so that what is left is the numerics of the GEMMs."""
+  gaps = {}
+  for replay in (False, True):
+    arm, changes = "mxfp4@rollout", {"rollout.replay_routing": replay, "rollout.group": 16}
+    learner, params, state, answers, _ = first_step(arm, **changes)
+    _, said = learner.probe(state, answers, params, 0, 0)
+    _, of_update = learner.update(state, answers, params, 0, 0)
+    gaps[replay] = of_update["rollout_kl"]
+    assert 0 < said["router_flips/choices"] < said["router_flips/tokens"] < 1
+    np.testing.assert_allclose(said["unreplayed/rollout_kl"], gaps[False], rtol=1e-3)
+  assert gaps[True] != gaps[False]
+
+
+def test_flips_are_counted_by_token_and_by_choice():
+  rollout = np.array([[[[0, 1], [2, 3], [1, 2]]], [[[0, 1], [0, 1], [3, 0]]]])
+  trainer = np.array([[[[1, 0], [2, 1], [0, 3]]], [[[0, 1], [1, 0], [0, 2]]]])
+  mask = np.array([[True, True, False]])
+  found = flip_shares(rollout, trainer, mask)
+  assert found["router_flips/tokens"] == 1 / 2  # the second; the third is not counted
+  assert found["router_flips/choices"] == 1 / 8
+
+
+def test_updates_raise_the_probability_of_what_was_worth_more():
+  learner, params, state, answers, said = first_step("bf16", **{"grpo.iterations": 2})
+  before = learner.trainer.score(params, answers.rollout).logprobs
+  after, of_update = learner.update(state, answers, params, 0, 0)
+  assert int(after.step) == 2
+  gain = np.asarray(learner.trainer.score(after.params, answers.rollout).logprobs - before)
+  advantages = np.asarray(grpo.advantages(answers.rewards.reshape(3, 4))).ravel()
+  mask = answers.rollout.mask
+  rose = np.where(mask, gain, 0).sum(1)
+  assert np.corrcoef(rose, advantages)[0, 1] > 0.5
+  assert 0 < said["reward"] < 1 and said["groups/mixed"] == 1
+  assert of_update["is_ratio/max"] > 1
+
+
+def test_minibatches_and_the_reference_enter_the_updates():
+  changes = {"grpo": GRPOSettings(minibatches=3, iterations=2, beta=0.1)}
+  learner, params, state, answers, _ = first_step("bf16", **changes)
+  after, said = learner.update(state, answers, params, 0, 0)
+  assert int(after.step) == 6
+  assert said["kl"] > 0  # of the updates after the first
+  assert np.isfinite([*said.values()]).all()
+
+
+def test_groups_that_teach_nothing_are_replaced():
+  """Dynamic sampling of DAPO: of three draws, the groups whose rewards differ come first."""
+  config = small_rl(**{"grpo": grpo.dapo(), "rollout.prompts": 4, "rollout.group": 2})
+  learner, params = learner_of(config)
+  answers, said = learner.collect(params, 0, 0)
+  groups = answers.rewards.reshape(4, 2)
+  mixed = groups.min(1) != groups.max(1)
+  assert said["groups/mixed"] < 1
+  assert mixed.sum() >= min(4, round(said["groups/mixed"] * 12))
+  assert answers.rollout.tokens.shape[0] == answers.rollout.routing.shape[1] == 8
+  for i in range(0, 8, 2):  # a group has one question
+    assert answers.problems[i] is answers.problems[i + 1]
+  texts = [bytes(t for t in row if t).decode(errors="replace") for row in answers.rollout.answers]
+  assert texts == answers.texts
+
+
+def test_a_step_is_a_function_of_seed_and_step():
+  learner, _, state, answers, said = first_step("mxfp4+aqn")
+  again, said_again = learner.collect(state.params, 0, 0)
+  assert said == said_again and answers.texts == again.texts
+  assert learner.collect(state.params, 1, 0)[0].texts != answers.texts
+  assert learner.collect(state.params, 0, 1)[0].texts != answers.texts
+  assert learner.noise(0) == 0 < learner.noise(3)
+
+
+def test_held_out_problems_are_answered_without_noise():
+  learner, params, *_ = first_step("mxfp4+aqn")
+  said, told = learner.evaluate(params, 3)
+  assert said == learner.evaluate(params, 0)[0]
+  assert len(told) == 4 and {*told[0]} == {"question", "answer", "expected", "reward"}
+  assert 0 <= said["reward"] <= 1
+
+
+def test_errors_are_told_by_path():
+  rows = {}
+  for arm in ("mxfp4@rollout", "mxfp4@forward", "mxfp4@backward"):
+    learner, params, state, answers, _ = first_step(arm)
+    found, said = learner.probe(state, answers, params, 0, 0)
+    rows[arm] = {row["path"] for row in found}
+    assert all(np.isfinite(row["sqnr_db"]) for row in found if row["path"] != "backward")
+    assert {"unreplayed/ppo_kl", "router_flips/tokens"} <= said.keys()
+  assert rows == {f"mxfp4@{path}": {path} for path in ("rollout", "forward", "backward")}
+
+
+def test_a_gradient_is_the_mean_over_the_answers():
+  """Of two steps' halves, and of both together."""
+  learner, params, state, answers, _ = first_step("bf16", **{"grpo.mean": "sequence"})
+  key = jax.random.key(0)
+  sampled = learner._sampled(params, answers, params)
+  whole = learner.trainer.gradients(state, answers.rollout, sampled, key)
+
+  def part(rows):
+    cut = lambda tree: jax.tree.map(lambda x: x[rows], tree)  # noqa: E731
+    rollout = dataclasses.replace(answers.rollout, routing=None)
+    return learner.trainer.gradients(state, cut(rollout), cut(sampled), key)
+
+  halves = part(np.arange(6)), part(np.arange(6, 12))
+  for a, b, c in zip(*map(jax.tree.leaves, (whole, *halves)), strict=True):
+    np.testing.assert_allclose(a, (b + c) / 2, rtol=0, atol=0.02 * np.abs(a).max() + 1e-8)

@@ -1,0 +1,106 @@
+"""Answers of a policy against a pass over each row alone, and how they lie."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rl_cases import SMALL, small_rl
+
+from experiments.config import Quantize
+from experiments.rl.arms import arm_of
+from experiments.rl.rollouts import answers_of, make_sampler, packed, padded_prompts
+from experiments.text import Bytes
+from experiments.train import quantized_policy
+from fp4jax.models import LanguageModel
+
+TEXT = Bytes()
+QUESTIONS = ["12 ab", "3 fedcb", "", "45 c"]
+
+
+def sampled(arm="bf16", noise=0.0, **changes):
+  """A rollout of answers that the 0 byte ends early in some rows."""
+  config = small_rl(**changes)
+  model = LanguageModel(config.model, 256, nnx.Rngs(0))
+  model.w_head[...] = (
+    model.w_head[...].at[:, :4].multiply(3)
+  )  # few bytes are likely: the end is one
+  graph, params = nnx.split(model)
+  params = nnx.to_pure_dict(params)
+  policy = quantized_policy(arm_of(arm).rollout, Quantize(), None)
+  sample = make_sampler(graph, policy, config.rollout, TEXT)
+  prompts = padded_prompts(QUESTIONS, TEXT, config.rollout.max_prompt_tokens)
+  rollout = sample(params, *prompts, jax.random.key(3), noise)
+  return model, params, policy, jax.device_get(rollout), sample, prompts
+
+
+def test_a_row_is_its_prompt_its_answer_and_padding():
+  _, _, _, rollout, _, (_prompts, prompt_lengths) = sampled()
+  assert 1 < rollout.lengths.min() < rollout.lengths.max() == 5
+  for i, (row, mask) in enumerate(zip(rollout.tokens, rollout.mask, strict=True)):
+    p, n = prompt_lengths[i], rollout.lengths[i]
+    np.testing.assert_array_equal(row[:p], TEXT.prompt(QUESTIONS[i]))
+    np.testing.assert_array_equal(row[p : p + n], rollout.answers[i, :n])
+    assert not rollout.answers[i, n:].any()
+    np.testing.assert_array_equal(np.flatnonzero(mask), np.arange(p - 1, p - 1 + n))
+    assert (row[1:][mask][:-1] != 0).all()  # only the last may be the end
+    if n < 5:
+      assert row[p + n - 1] == 0
+  said = answers_of(rollout, TEXT)
+  ends = zip(rollout.answers, rollout.lengths - (rollout.lengths < 5), strict=True)
+  assert said == [TEXT.decode(row[:n].tolist()) for row, n in ends]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_said_of_a_token_is_what_a_pass_over_the_row_says(dtype):
+  """For the routing to the bit; logits of the two programs differ in the order of float32 sums."""
+  model, _, policy, rollout, *_ = sampled(model=dataclasses.replace(SMALL, dtype=dtype))
+  logits, said = jax.jit(lambda tokens: model(tokens, policy, return_routing=True))(
+    jnp.asarray(rollout.tokens[:, :-1])
+  )
+  of_all = np.asarray(jax.nn.log_softmax(logits))
+  mask = rollout.mask
+  logprobs = np.take_along_axis(of_all, rollout.tokens[:, 1:, None], 2)[..., 0]
+  entropy = -(np.exp(of_all) * of_all).sum(-1)
+  close = {"rtol": 0, "atol": 1e-4 if dtype == "float32" else 2e-2}
+  np.testing.assert_allclose(rollout.logprobs[mask], logprobs[mask], **close)
+  np.testing.assert_allclose(rollout.entropy[mask], entropy[mask], **close)
+  assert entropy[mask].std() > 0.05
+  np.testing.assert_array_equal(
+    np.sort(rollout.routing[:, mask]), np.sort(np.asarray(said["experts"])[:, mask])
+  )
+
+
+def test_noise_changes_what_is_sampled_and_not_the_weights():
+  _, params, _, quiet, sample, prompts = sampled()
+  before = jax.tree.map(np.array, params)
+  noisy = jax.device_get(sample(params, *prompts, jax.random.key(3), 0.3))
+  jax.tree.map(np.testing.assert_array_equal, params, before)
+  assert np.abs(noisy.entropy - quiet.entropy)[quiet.mask & noisy.mask].max() > 1e-3
+  again = jax.device_get(sample(params, *prompts, jax.random.key(3), 0.0))
+  jax.tree.map(np.testing.assert_array_equal, again, quiet)
+
+
+def test_packed_weights_change_no_number():
+  *_, rollout, _, _ = sampled("mxfp4", **{"rollout.packed": True})
+  *_, unpacked, _, _ = sampled("mxfp4", **{"rollout.packed": False})
+  np.testing.assert_array_equal(rollout.tokens, unpacked.tokens)
+  np.testing.assert_array_equal(rollout.logprobs, unpacked.logprobs)
+
+
+def test_weights_are_packed_where_the_arm_only_rounds_them():
+  settings, model = small_rl().rollout, LanguageModel(SMALL, 256, nnx.Rngs(0))
+  policy = lambda arm, **q: quantized_policy(arm_of(arm).rollout, Quantize(**q), None)  # noqa: E731
+  assert packed(settings, policy("mxfp4"), model)
+  assert packed(settings, policy("bf16"), model)
+  assert not packed(settings, policy("mxfp4+of"), model)
+  assert not packed(settings, policy("mxfp4.deadzone"), model)
+  assert not packed(settings, policy("mxfp4", first_bf16=1), model)
+  assert not packed(settings, policy("mxfp4+mbs"), model)  # w2 has 32 rows, a macro block 128
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_its_length():
+  with pytest.raises(ValueError, match="max_prompt_tokens=4: the prompt of '12 ab' has 6"):
+    padded_prompts(QUESTIONS, TEXT, 4)
