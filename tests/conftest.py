@@ -58,6 +58,13 @@ def one_device(monkeypatch):
   monkeypatch.setattr(mesh, "all_devices", lambda: jax.devices()[:1])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs():
+  """A file's programs go with it. Each is some memory maps of the process, which may have 65530."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def strict_promotion():
   """No silent mixing of dtypes, no silent broadcasting of ranks."""

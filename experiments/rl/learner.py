@@ -139,6 +139,12 @@ class Learner:
       said |= flip_shares(rollout.routing, score.routing, rollout.mask)
     return rows, {name: float(value) for name, value in jax.device_get(said).items()}
 
+  def gradients(self, params: Any, answers: Answers, seed: int, step: int = 0) -> Any:
+    """Of the loss of the first update, shaped like `params`."""
+    state = self.trainer.init(params)
+    sampled = self._sampled(params, answers, params)
+    return self.trainer.gradients(state, answers.rollout, sampled, _key(seed, step))
+
   def noise(self, step: int) -> float:
     """The standard deviation of a step."""
     return noise_at(self._config.noise, step, self._config.steps) if self._arm.has_noise else 0.0
