@@ -18,7 +18,9 @@ from experiments.mesh import BATCH
 from experiments.optimizers import learning_rate
 from experiments.processes import Group
 from experiments.train import Trainer, TrainState
-from experiments.workdir import LOGS, Run
+from experiments.workdir import Run
+
+LOGS = ("metrics", "probes", "timing")
 
 
 class Interrupted(Exception):
