@@ -186,7 +186,9 @@ def with_token_parts(config: Experiment, path: Path, devices: int) -> Experiment
 
 
 _FILES = ("config", "recipes", "environment")
-_SAFE = "+@=[],"  # of an arm's name, in the name of a folder, besides letters, digits and "_.-~"
+# Of an arm's name, in the name of a folder, besides letters, digits and "_.-~". In a folder with
+# brackets, Orbax does not find what it saved.
+_SAFE = "+@=,"
 
 
 def _at(path: str, tree: Mapping[str, Any]) -> Any:

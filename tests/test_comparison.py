@@ -75,7 +75,7 @@ def test_a_workdir_refuses_other_arms_settings_and_data(tmp_path, monkeypatch):
     WorkDir(tmp_path, Tuning(checkpoint_every=0))
 
 
-def test_runs_have_the_names_of_arms_and_folders_that_any_file_system_takes(tmp_path):
+def test_runs_have_the_names_of_arms_and_folders_that_a_file_system_takes(tmp_path, monkeypatch):
   config = Tuning(arms=Names(["slow+twice@.5=a"]), seeds=2)
   assert [run.name for run in WorkDir(tmp_path, config).runs] == [
     "slow+twice@.5=a-0",
@@ -83,10 +83,10 @@ def test_runs_have_the_names_of_arms_and_folders_that_any_file_system_takes(tmp_
   ]
   for name, folder in (
     ("slow+twice@.5=a", "slow+twice@.5=a-0"),
-    ("a[b=c,d]", "a[b=c,d]-0"),
+    ("a[b=c,d]", "a%5Bb=c,d%5D-0"),
     ("../a:b*", "..%2Fa%3Ab%2A-0"),
   ):
-    RATES.setdefault(name, 0)
+    monkeypatch.setitem(RATES, name, 0)
     (run,) = WorkDir(tmp_path, Tuning(arms=Names([name]))).runs
     assert run.recipe == name and run.folder == tmp_path / "runs" / folder
 
