@@ -3,23 +3,28 @@
 import math
 import operator
 import typing
+from collections.abc import Callable, Iterable
 
-from experiments.config import ALL_GEMMS, Distributed, Experiment, Names, field_types
+from experiments.comparison import Comparison, Distributed, Names, field_types
+from experiments.config import ALL_GEMMS, Experiment, Optimizer, Quantize
 from fp4jax import recipes as fp4_recipes
 from fp4jax.implementation import Implementation
+from fp4jax.models import ModelConfig
 from fp4jax.models.remat import Remat
 
 _INT32 = 2**31 - 1
-# Of every number but those of `data`, which `load_corpus` checks.
-_RANGES = (
+# What is allowed in words, as a test, and for which settings.
+Ranges = Iterable[tuple[str, Callable[[float], bool], str]]
+# Of every number that experiments share.
+_RANGES: Ranges = (
   ("from 1 to 1000", lambda x: 1 <= x <= 1000, "seeds"),
   (f"from 1 to {_INT32}", lambda x: 1 <= x <= _INT32, "steps"),
   (
     "at least 1",
     lambda x: x >= 1,
-    "log_every eval_every eval_batches checkpoints_kept"
+    "log_every eval_every checkpoints_kept"
     " model.num_layers model.d_model model.num_heads model.num_kv_heads model.head_dim model.top_k"
-    " model.d_ff optimizer.stable_spam.reset_every mesh.fsdp mesh.expert",
+    " model.d_ff optimizer.stable_spam.reset_every",
   ),
   (
     "at least 0",
@@ -35,13 +40,6 @@ _RANGES = (
     " model.norm_eps",
   ),
   (
-    "None or at least 1",
-    lambda x: x is None or x >= 1,
-    "mesh.data mesh.token_parts",
-  ),
-  ("None or above 0", lambda x: x is None or x > 0, "mesh.capacity_factor"),
-  ("above 0 and below 1", lambda x: 0 < x < 1, "final_share"),
-  (
     "from 0 to 1",
     lambda x: 0 <= x <= 1,
     "optimizer.final_fraction optimizer.stable_spam.final_scale",
@@ -53,55 +51,79 @@ _RANGES = (
     " optimizer.stable_spam.gamma1 optimizer.stable_spam.gamma2 optimizer.stable_spam.gamma3",
   ),
 )
+# Of those of pre-training, but for `data`, which `load_corpus` checks.
+_OF_PRE_TRAINING: Ranges = (
+  ("at least 1", lambda x: x >= 1, "eval_batches mesh.fsdp mesh.expert"),
+  ("None or at least 1", lambda x: x >= 1, "mesh.data mesh.token_parts"),
+  ("None or above 0", lambda x: x > 0, "mesh.capacity_factor"),
+  ("above 0 and below 1", lambda x: 0 < x < 1, "final_share"),
+)
 
 
 def validate(config: Experiment) -> None:
   """Raises ValueError for settings that no run can have; names the value and what is allowed."""
-  _check_types(config)
-  if not config.recipes:
-    raise ValueError("recipes is empty; name at least one of " + ", ".join(fp4_recipes.RECIPES))
+  validate_comparison(config, _OF_PRE_TRAINING)
   for name in config.recipes:
     fp4_recipes.by_name(name)
-  if len(set(config.recipes)) < len(config.recipes):
-    raise ValueError(f"recipes {','.join(config.recipes)} names one twice")
-  for allowed, holds, names in _RANGES:
-    for name in names.split():
-      value = operator.attrgetter(name)(config)
-      if not (holds(value) and (value is None or math.isfinite(value))):
-        raise ValueError(f"{name}={value} is not {allowed}")
   _validate_final(config)
+  validate_model(config.model, config.quantize, config.implementation)
+  validate_optimizer(config.optimizer, config.steps)
+  if config.mesh.exchange not in (None, *typing.get_args(Implementation)):
+    raise ValueError(f"mesh.exchange={config.mesh.exchange!r} is not 'mosaic' or 'xla'")
+
+
+def validate_comparison(config: Comparison, ranges: Ranges = ()) -> None:
+  """What is asked of any experiment: the types of all its settings, the `ranges` of its own numbers
+  and of those that all share, its arms and its processes."""
+  _check_types(config)
+  arms = config.arm_names()
+  if not arms:
+    such = type(config)().arm_names()[0]
+    raise ValueError(f"{config.ARMS} is empty; name at least one, such as {such}")
+  if len(set(arms)) < len(arms):
+    raise ValueError(f"{config.ARMS} {','.join(arms)} names one twice")
+  own = field_types(type(config))  # not every experiment has all groups
+  for allowed, holds, names in (*_RANGES, *ranges):
+    for name in filter(own.__contains__, names.split()):
+      value = operator.attrgetter(name)(config)
+      if not (value is None or (holds(value) and math.isfinite(value))):
+        raise ValueError(f"{name}={value} is not {allowed}")
   validate_distributed(config.distributed)
-  kept = config.quantize.first_bf16 + config.quantize.last_bf16
-  if kept > config.model.num_layers:
-    raise ValueError(
-      f"quantize.first_bf16={config.quantize.first_bf16} and quantize.last_bf16="
-      f"{config.quantize.last_bf16} are more than model.num_layers={config.model.num_layers}"
-    )
-  for name in ("implementation", "mesh.exchange"):
-    value = operator.attrgetter(name)(config)
-    if value not in (None, *typing.get_args(Implementation)):
-      raise ValueError(f"{name}={value!r} is not 'mosaic' or 'xla'")
+  if config.implementation not in (None, *typing.get_args(Implementation)):
+    raise ValueError(f"implementation={config.implementation!r} is not 'mosaic' or 'xla'")
   if config.implementation == "mosaic" and config.probe_every:
     raise ValueError(
       f"probe_every={config.probe_every}: probes read the tensors of implementation='xla'; "
       "set probe_every=0 for implementation='mosaic'"
     )
-  if config.implementation == "mosaic" and config.quantize.head and config.model.vocab_chunk:
+
+
+def validate_model(model: ModelConfig, quantize: Quantize, implementation: str | None) -> None:
+  """Raises ValueError for what no model can be, and for modules that can't be quantized so."""
+  if quantize.first_bf16 + quantize.last_bf16 > model.num_layers:
     raise ValueError(
-      f"model.vocab_chunk={config.model.vocab_chunk}: a head in chunks is XLA's; set it to 0, or "
+      f"quantize.first_bf16={quantize.first_bf16} and quantize.last_bf16="
+      f"{quantize.last_bf16} are more than model.num_layers={model.num_layers}"
+    )
+  if implementation == "mosaic" and quantize.head and model.vocab_chunk:
+    raise ValueError(
+      f"model.vocab_chunk={model.vocab_chunk}: a head in chunks is XLA's; set it to 0, or "
       "quantize.head=false, for implementation='mosaic'"
     )
-  if config.optimizer.warmup_steps >= config.steps:
+  if model.remat not in typing.get_args(Remat):
     raise ValueError(
-      f"optimizer.warmup_steps={config.optimizer.warmup_steps} is not below steps={config.steps}; "
-      f"add --config.optimizer.warmup_steps={config.steps // 5}"
+      f"model.remat={model.remat!r} is not one of {', '.join(typing.get_args(Remat))}"
     )
-  if config.model.remat not in typing.get_args(Remat):
+  if model.dtype not in ("bfloat16", "float32"):
+    raise ValueError(f"model.dtype={model.dtype!r} is not 'bfloat16' or 'float32'")
+
+
+def validate_optimizer(optimizer: Optimizer, steps: int) -> None:
+  if optimizer.warmup_steps >= steps:
     raise ValueError(
-      f"model.remat={config.model.remat!r} is not one of {', '.join(typing.get_args(Remat))}"
+      f"optimizer.warmup_steps={optimizer.warmup_steps} is not below steps={steps}; "
+      f"add --config.optimizer.warmup_steps={steps // 5}"
     )
-  if config.model.dtype not in ("bfloat16", "float32"):
-    raise ValueError(f"model.dtype={config.model.dtype!r} is not 'bfloat16' or 'float32'")
 
 
 def validate_distributed(settings: Distributed) -> None:
@@ -133,9 +155,9 @@ def address_of(coordinator: str) -> tuple[str, int]:
   return host, int(port)
 
 
-def _check_types(config: Experiment) -> None:
+def _check_types(config: Comparison) -> None:
   """A file of configs/ can set anything."""
-  for path, kind in field_types().items():
+  for path, kind in field_types(type(config)).items():
     value = operator.attrgetter(path)(config)
     if kind is Names:
       if isinstance(value, str) or not all(isinstance(name, str) for name in value):
@@ -161,17 +183,3 @@ def _validate_final(config: Experiment) -> None:
     )
   for name in config.recipes:
     config.recipes_of(name)
-
-
-def why_not_longer(config: Experiment) -> str | None:
-  """Why a run of `config` is not the beginning of one with more steps; None: it is."""
-  optimizer, spam = config.optimizer, config.optimizer.stable_spam
-  if not config.checkpoint_every:
-    return "checkpoint_every=0 keeps no state to go on from"
-  if optimizer.final_fraction != 1:
-    return f"optimizer.final_fraction={optimizer.final_fraction} ends the fall of the learning rate"
-  if config.final_recipe is not None:
-    return f"final_recipe={config.final_recipe} has trained the last of them"
-  if optimizer.name == "stable_spam" and spam.final_scale != 1:
-    return f"optimizer.stable_spam.final_scale={spam.final_scale} ends a cosine over the steps"
-  return None

@@ -17,20 +17,27 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import config_flags
 
-from experiments.config import Experiment, Names, field_paths, near_fields
+from experiments.comparison import Comparison, Names, field_paths, near_fields
+from experiments.config import Experiment
 
 flags.disclaim_key_flags()  # --help of a command shows what is defined here for it
 
 
-def define_config() -> flags.FlagHolder:
-  """--config, whose help lists every setting."""
-  settings = "\n".join(f"--config.{path}={_default(path)}" for path in field_paths())
-  return config_flags.DEFINE_config_file(
+def define_config(
+  cls: type[Comparison] = Experiment, example: str = "configs/demo.py"
+) -> flags.FlagHolder:
+  """--config, a file that makes a `cls`, such as `example`; its help lists every setting."""
+  settings = "\n".join(f"--config.{path}={_default(path, cls)}" for path in field_paths(cls))
+  holder = config_flags.DEFINE_config_file(
     "config",
-    help_string="A file of configs/. Every setting is a flag behind it; experiments/config.py and, "
-    "for model.*, fp4jax.models.ModelConfig say what they mean. Before the file changes them they "
-    f"are\n{settings}\n",
+    help_string=f"A file of configs/. Every setting is a flag behind it; {_source(cls)}, "
+    f"{_source(Comparison)} and, for model.*, fp4jax.models.ModelConfig say what they mean. Before "
+    f"the file changes them they are\n{settings}\n",
   )
+  flags.FLAGS["config"].makes, flags.FLAGS["config"].example = cls, example
+  made = lambda config: config is None or isinstance(config, cls)  # noqa: E731
+  flags.register_validator("config", made, f"the file of --config makes no {cls.__name__}")
+  return holder
 
 
 def allow(name: str, items: Iterable[str]) -> None:
@@ -101,27 +108,32 @@ def _unreadable_config(argv: list[str]) -> str | None:
 def _missing_config(argv: list[str]) -> str | None:
   given = any(re.match("--?config(=|$)", argument) for argument in argv)  # if it can't be read, too
   if "config" in flags.FLAGS and flags.FLAGS["config"].value is None and not given:
-    return "--config is needed, such as --config=configs/demo.py"
+    return f"--config is needed, such as --config={flags.FLAGS['config'].example}"
   return None
 
 
 def _bare_setting(error: flags.Error | OSError) -> str | None:
   """A setting without `config.` before it."""
-  if not isinstance(error, flags.UnrecognizedFlagError):
+  if not isinstance(error, flags.UnrecognizedFlagError) or "config" not in flags.FLAGS:
     return None
-  near = [path for path in field_paths() if error.flagname in (path, path.rpartition(".")[2])]
-  hint = f"; did you mean {' or '.join(f'--config.{path}' for path in near)}?" if near else ""
-  return f"there is no --{error.flagname}{hint}" if "config" in flags.FLAGS and near else None
+  every = field_paths(flags.FLAGS["config"].makes)
+  near = [path for path in every if error.flagname in (path, path.rpartition(".")[2])]
+  hint = f"; did you mean {' or '.join(f'--config.{path}' for path in near)}?"
+  return f"there is no --{error.flagname}{hint}" if near else None
 
 
 def _unknown_setting(argv: list[str], error: KeyError | AttributeError) -> str | None:
   for argument in argv:
     flag = argument.lstrip("-").partition("=")[0]
     path = flag.removeprefix("config.")
-    if path != flag and path not in field_paths() and path.rpartition(".")[2] in str(error):
-      near = " or ".join(f"--config.{name}" for name in near_fields(path))
-      hint = f"did you mean {near}?" if near else "--help and experiments/config.py list them all"
-      return f"there is no --{flag}; {hint}"
+    if path == flag or path.rpartition(".")[2] not in str(error):
+      continue
+    cls = flags.FLAGS["config"].makes
+    if path in field_paths(cls):
+      return f"the file of --config makes no {cls.__name__}: there is no --{flag}"
+    near = " or ".join(f"--config.{name}" for name in near_fields(path, cls))
+    hint = f"did you mean {near}?" if near else f"--help and {_source(cls)} list them all"
+    return f"there is no --{flag}; {hint}"
   return None
 
 
@@ -135,6 +147,10 @@ def _stray_argument(argv: list[str], stray: list[str]) -> str | None:
   return f"unexpected argument {stray[0]!r}{hint}"
 
 
-def _default(path: str) -> str:
-  value = operator.attrgetter(path)(Experiment())
+def _default(path: str, cls: type[Comparison]) -> str:
+  value = operator.attrgetter(path)(cls())
   return ",".join(value) if isinstance(value, Names) else str(value)
+
+
+def _source(cls: type) -> str:
+  return f"{cls.__module__.replace('.', '/')}.py"

@@ -5,32 +5,13 @@ changes single fields on top, `--config.model.num_layers=6`.
 """
 
 import dataclasses
-import difflib
-import typing
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from absl import flags
-from ml_collections import config_flags
-
+from experiments.comparison import Comparison, Names, plain_fields
 from fp4jax import recipes as fp4_recipes
 from fp4jax.models import ModelConfig
 from fp4jax.recipe import Recipe
-
-
-class Names(tuple):
-  """Names in order, `bf16,mxfp4` on the command line."""
-
-
-class _NamesParser(flags.ArgumentParser):
-  def parse(self, argument):
-    parts = argument.split(",") if isinstance(argument, str) else argument
-    return Names(part.strip() for part in parts if part.strip())
-
-  def flag_type(self):
-    return "comma-separated names"
-
-
-config_flags.register_flag_parser_for_type(Names, _NamesParser())
 
 
 @dataclasses.dataclass
@@ -108,16 +89,14 @@ class Optimizer:
   router_z_weight: float = 1e-3
   stable_spam: StableSpam = dataclasses.field(default_factory=StableSpam)
 
-
-@dataclasses.dataclass
-class Distributed:
-  """Which of several processes this is; no part of the experiment, which others may go on with."""
-
-  coordinator: str | None = None  # host:port where process 0 meets the others; None: one process
-  num_processes: int | None = None
-  process_id: int | None = None  # 0 to num_processes - 1
-  initialization_timeout: int = 300  # seconds until all have met
-  heartbeat_timeout: int = 30  # seconds until a machine that vanished is missed
+  def why_not_longer(self) -> str | None:
+    """As `Comparison` says it, of what changes over the steps."""
+    if self.final_fraction != 1:
+      return f"optimizer.final_fraction={self.final_fraction} ends the fall of the learning rate"
+    if self.name == "stable_spam" and self.stable_spam.final_scale != 1:
+      scale = self.stable_spam.final_scale
+      return f"optimizer.stable_spam.final_scale={scale} ends a cosine over the steps"
+    return None
 
 
 ALL_GEMMS = Names(("fprop", "dgrad", "wgrad"))
@@ -125,28 +104,26 @@ ALL_RECIPES = Names(("bf16", "fp8", "mxfp4", "mxfp4_rht_sr", "hopper_fp4"))
 
 
 @dataclasses.dataclass
-class Experiment:
-  """One comparison: every recipe from the same weights, over the same batches, once a seed."""
+class Experiment(Comparison):
+  """Recipes compared in pre-training, over the same batches."""
+
+  ARMS: ClassVar[str] = "recipes"
+  KEPT: ClassVar[Mapping[str, str]] = {
+    "corpus.tokenizer_sha256": "tokenizer",
+    "corpus.sha256": "corpus",
+  }
+  BY_ARM: ClassVar[tuple[str, ...]] = ("saved_activation_bytes_per_token", "gemm_seconds_at_peak")
 
   recipes: Names = ALL_RECIPES
-  seeds: int = 1  # runs of every recipe, seeded 0, 1, ...
-  steps: int = 100
   final_recipe: str | None = None  # of the last steps of all runs but bf16's; None: their own
   final_share: float = 0.18  # of the steps; NVIDIA's late switch to bf16, arXiv 2509.25149
   final_gemms: Names = ALL_GEMMS  # that run final_recipe then; `fprop` alone costs least
-  log_every: int = 1
-  eval_every: int = 20
   eval_batches: int = 8
-  probe_every: int = 20  # 0: never
-  checkpoint_every: int = 50  # 0: never, so that a stopped run begins again
-  checkpoints_kept: int = 2
-  implementation: str | None = None  # "mosaic" or "xla", see `Policy`; None: "mosaic" if it can run
   data: Data = dataclasses.field(default_factory=Data)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   quantize: Quantize = dataclasses.field(default_factory=Quantize)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-  distributed: Distributed = dataclasses.field(default_factory=Distributed)
 
   def recipes_of(self, run: str) -> tuple[tuple[int, Recipe], ...]:
     """The recipes of the run of that name, each with the step from which it trains."""
@@ -156,6 +133,27 @@ class Experiment:
     final = _with_gemms(recipe, fp4_recipes.by_name(self.final_recipe), self.final_gemms)
     start = self.steps - round(self.final_share * self.steps)
     return ((0, recipe),) if final == recipe else ((0, recipe), (start, final))
+
+  def definitions(self) -> dict[str, Any]:
+    used = [*self.recipes, *filter(None, [self.final_recipe])]
+    return {name: definition(fp4_recipes.by_name(name)) for name in used}
+
+  def why_not_longer(self) -> str | None:
+    final = self.final_recipe and f"final_recipe={self.final_recipe} has trained the last of them"
+    return super().why_not_longer() or self.optimizer.why_not_longer() or final
+
+  def to_dict(self) -> dict[str, Any]:
+    fields = super().to_dict()
+    for name in ("data", "fsdp", "expert", "exchange"):  # other devices may go on with it
+      del fields["mesh"][name]
+    return fields
+
+
+def definition(recipe: Recipe) -> dict[str, Any]:
+  """Every field of the recipe but its name and citation."""
+  fields = plain_fields(recipe)
+  del fields["name"], fields["citation"]
+  return fields
 
 
 def _with_gemms(recipe: Recipe, other: Recipe, gemms: Names) -> Recipe:
@@ -168,42 +166,3 @@ def _with_gemms(recipe: Recipe, other: Recipe, gemms: Names) -> Recipe:
       changes[f"residual.{kept}"] = getattr(other.residual, kept)
   name = f"{recipe.name}[{','.join(gemms)}={other.name}]"
   return recipe.replace(changes | {"name": name, "citation": f"{name}: {recipe.citation}"})
-
-
-def to_dict(config: Experiment) -> dict[str, Any]:
-  """Nested plain values, as written to config.json: what belongs to the experiment."""
-  fields = dataclasses.asdict(config)
-  del fields["distributed"]
-  for name in ("data", "fsdp", "expert", "exchange"):  # other devices may go on with it
-    del fields["mesh"][name]
-  return {name: list(v) if isinstance(v, Names) else v for name, v in fields.items()}
-
-
-def field_paths() -> list[str]:
-  """Dotted names of every setting, `model.num_layers`."""
-  return list(field_types())
-
-
-def field_types(cls: type = Experiment, prefix: str = "") -> dict[str, Any]:
-  types = {}
-  for name, kind in typing.get_type_hints(cls).items():
-    if dataclasses.is_dataclass(kind):
-      types |= field_types(kind, f"{prefix}{name}.")
-    else:
-      types[prefix + name] = kind
-  return types
-
-
-def near_fields(name: str) -> list[str]:
-  """Up to three settings that a wrong name may mean: near in full, in its last part, or `lr`."""
-  last = name.rpartition(".")[2]
-
-  def likeness(path: str) -> float:
-    end = path.rpartition(".")[2]
-    if last == "".join(word[0] for word in end.split("_")):
-      return 1.0
-    pairs = ((name, path), (last, end))
-    return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-
-  near = [path for path in field_paths() if likeness(path) >= 0.6]
-  return sorted(near, key=likeness, reverse=True)[:3]

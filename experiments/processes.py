@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.checks import address_of, validate_distributed
-from experiments.config import Distributed
+from experiments.comparison import Distributed
 
 _HELLO_SECONDS = 10  # that a process which has connected may take to say which one it is
 

@@ -29,9 +29,10 @@ from experiments import mesh as meshes
 from experiments.checks import validate
 from experiments.config import Experiment
 from experiments.environment import COMMIT, describe_environment
-from experiments.loop import Interrupted, train_run
+from experiments.loop import train_run
 from experiments.processes import Group
 from experiments.report import write_report
+from experiments.session import Interrupted
 from experiments.speed_of_light import at_peak, flops_by_dtype, seconds_at_peak
 from experiments.summary import write_summary
 from experiments.train import (

@@ -7,30 +7,27 @@ runs/<recipe>-<seed>/  metrics.jsonl  probes.jsonl  timing.jsonl  checkpoints/  
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import filelock
-import jax.numpy as jnp
 from absl import logging
 
 from experiments import logs
-from experiments.checks import why_not_longer
-from experiments.config import Experiment, to_dict
+from experiments.comparison import Comparison
+from experiments.config import Experiment
 from experiments.processes import Group
-from fp4jax import recipes
 
-LOGS = ("metrics", "probes", "timing")
-Offsets = dict[str, int]  # bytes of each log
-_GROW = ("recipes", "seeds", "steps")
+Offsets = Mapping[str, int]  # bytes of each log
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One recipe with one seed."""
+  """One arm with one seed."""
 
-  recipe: str
+  recipe: str  # the arm's name, as rows tell it
   seed: int
   folder: Path
 
@@ -51,30 +48,28 @@ class Run:
     logs.write_json(self.folder / "finished.json", {"step": step, "diverged": diverged})
 
   def open_logs(self, offsets: Offsets) -> dict[str, logs.JsonLines]:
-    return {name: logs.JsonLines(self.folder / f"{name}.jsonl", offsets[name]) for name in LOGS}
+    return {name: logs.JsonLines(self.folder / f"{name}.jsonl", at) for name, at in offsets.items()}
 
 
 class WorkDir:
-  """Opened by the config, with the recipes and on the corpus that it began with, or by one that
-  asks for more: other recipes, more seeds, more steps where the first steps stay the same.
+  """Opened by the config, with the arms and on the data that it began with, or by one that asks for
+  more: other arms, more seeds, more steps where the first steps stay the same.
 
-  A workdir from before recipes.json is opened with a warning: its recipes are taken to be
-  unchanged.
+  A workdir from before recipes.json is opened with a warning: its arms are taken to be unchanged.
   """
 
-  def __init__(self, path: str | Path, config: Experiment):
+  def __init__(self, path: str | Path, config: Comparison):
     """Raises ValueError if the folder belongs to another experiment; writes nothing."""
     self.path = Path(path)
     self._config = config
     if self.path.exists() and not self.path.is_dir():
       raise ValueError(f"the workdir {path} is a file, not a folder")
-    used = [*config.recipes, *filter(None, [config.final_recipe])]
-    self._recipes = _definitions(used)
+    self._definitions = config.definitions()
     self._check()
     self.runs = [
-      Run(recipe, seed, self.path / "runs" / f"{recipe}-{seed}")
+      Run(arm, seed, self.path / "runs" / f"{quote(arm, safe=_SAFE)}-{seed}")
       for seed in range(config.seeds)
-      for recipe in config.recipes
+      for arm in config.arm_names()
     ]
 
   @contextlib.contextmanager
@@ -83,7 +78,7 @@ class WorkDir:
     No other process can begin until the context ends.
 
     Raises:
-      ValueError: another process trains here; the corpus, or the tokenizer, is not the one that
+      ValueError: another process trains here; something of `KEPT`, such as the corpus, is not what
         the runs began with.
     """
     self.path.mkdir(parents=True, exist_ok=True)
@@ -94,17 +89,18 @@ class WorkDir:
         raise ValueError(f"another process trains in {self.path}; wait until it ends") from None
       found = self._check()  # the process before this one may have written since
       if found is None:
-        found = to_dict(self._config), {}, {}
+        found = self._config.to_dict(), {}, {}
       config, definitions, first = found
-      logs.write_json(self.path / "environment.json", _joined(first, environment, self.path))
-      logs.write_json(self.path / "recipes.json", definitions | self._recipes)
-      logs.write_json(self.path / "config.json", _grown(config, self._config))
+      logs.write_json(self.path / "environment.json", self._joined(first, environment))
+      logs.write_json(self.path / "recipes.json", definitions | self._definitions)
+      logs.write_json(self.path / "config.json", self._grown(config))
       yield
 
   def agree(self, group: Group, environment: dict[str, Any]) -> None:
     """Raises ValueError, alike in all processes, where one of them would train something else."""
-    facts = {name: environment[name] for name in ("corpus", "versions", "git_commit")}
-    mine = {"config": to_dict(self._config), "recipes": self._recipes} | facts
+    kept = [name.partition(".")[0] for name in self._config.KEPT]
+    facts = {name: environment[name] for name in (*kept, "versions", "git_commit")}
+    mine = {"config": self._config.to_dict(), self._config.ARMS: self._definitions} | facts
     first, *others = group.gather(mine)
     for process, theirs in enumerate(others, 1):
       words = "in process 0", f"in process {process}"
@@ -127,16 +123,17 @@ class WorkDir:
         f"{self.path} is of an earlier version, with one metrics.jsonl for all runs: its report "
         "can be written again, but its training can't go on; choose another --workdir"
       )
-    wanted = to_dict(self._config)
-    both = wanted | {name: config.get(name) for name in _GROW}
+    arms = self._config.ARMS
+    wanted = self._config.to_dict()
+    both = wanted | {name: config.get(name) for name in (arms, "seeds", "steps")}
     self._refuse(_differences(config, both, "config"), "another config")
     if definitions is None:
       logging.warning(
-        "%s does not tell how its recipes were defined: taken to be as now", self.path
+        "%s does not tell how its %s were defined: taken to be as now", self.path, arms
       )
-    shared = {name: own for name, own in self._recipes.items() if name in (definitions or {})}
+    shared = {name: own for name, own in self._definitions.items() if name in (definitions or {})}
     was = {name: definitions[name] for name in shared}
-    self._refuse(_differences(was, shared, "recipes"), "recipes defined differently")
+    self._refuse(_differences(was, shared, arms), f"{arms} defined differently")
     self._check_steps(config["steps"])
     return config, definitions or {}, environment or {}
 
@@ -144,7 +141,7 @@ class WorkDir:
     now = self._config.steps
     if now < was:
       raise ValueError(f"{self.path} has runs of steps={was}, which steps={now} can't shorten")
-    reason = why_not_longer(self._config) if now > was else None
+    reason = self._config.why_not_longer() if now > was else None
     if reason:
       raise ValueError(
         f"{self.path} has runs of steps={was}, which can't go on to steps={now}: {reason}; "
@@ -158,6 +155,26 @@ class WorkDir:
         + "\n  ".join(differences)
       )
 
+  def _grown(self, was: dict[str, Any]) -> dict[str, Any]:
+    """The config with the arms and seeds of both."""
+    now, arms = self._config.to_dict(), self._config.ARMS
+    both = list(dict.fromkeys([*was[arms], *now[arms]]))
+    return now | {arms: both, "seeds": max(was["seeds"], now["seeds"])}
+
+  def _joined(self, first: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """environment.json of a workdir that began with `first`."""
+    if not first:
+      return now
+    kept, by_arm = self._config.KEPT, self._config.BY_ARM
+    for path, what in kept.items():
+      was, is_now = (_at(path, each) for each in (first, now))
+      if was != is_now:
+        raise ValueError(f"{self.path} began with the {what} {was}, not {is_now}")
+    groups = {path.partition(".")[0] for path in kept}
+    again = {name: value for name, value in now.items() if name not in (*groups, *by_arm)}
+    resumed = {"resumed": [*first.get("resumed", []), again]}
+    return first | resumed | {name: first.get(name, {}) | now.get(name, {}) for name in by_arm}
+
 
 def with_token_parts(config: Experiment, path: Path, devices: int) -> Experiment:
   """`config` with the `mesh.token_parts` that the workdir began with, else one for each device."""
@@ -168,47 +185,17 @@ def with_token_parts(config: Experiment, path: Path, devices: int) -> Experiment
   return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, token_parts=parts))
 
 
-_BY_RECIPE = ("saved_activation_bytes_per_token", "gemm_seconds_at_peak")  # of environment.json
 _FILES = ("config", "recipes", "environment")
+# Of an arm's name, in the name of a folder, besides letters, digits and "_.-~". In a folder with
+# brackets, Orbax does not find what it saved.
+_SAFE = "+@=,"
 
 
-def _grown(was: dict[str, Any], config: Experiment) -> dict[str, Any]:
-  """`config` with the recipes and seeds of both."""
-  recipes = list(dict.fromkeys([*was["recipes"], *config.recipes]))
-  return to_dict(config) | {"recipes": recipes, "seeds": max(was["seeds"], config.seeds)}
-
-
-def _joined(first: dict[str, Any], now: dict[str, Any], path: Path) -> dict[str, Any]:
-  """environment.json of a workdir that began with `first`."""
-  if not first:
-    return now
-  for name in ("tokenizer_sha256", "sha256"):
-    was, is_now = first["corpus"][name], now["corpus"][name]
-    if was != is_now:
-      what = "tokenizer" if name == "tokenizer_sha256" else "corpus"
-      raise ValueError(f"{path} began with the {what} {was}, not {is_now}")
-  again = {name: value for name, value in now.items() if name not in ("corpus", *_BY_RECIPE)}
-  resumed = {"resumed": [*first.get("resumed", []), again]}
-  return first | resumed | {name: first.get(name, {}) | now.get(name, {}) for name in _BY_RECIPE}
-
-
-def _definitions(names: Iterable[str]) -> dict[str, Any]:
-  """Every field of the recipes but their names and citations, as in recipes.json."""
-  fields = {name: _plain(recipes.by_name(name)) for name in names}
-  for recipe in fields.values():
-    del recipe["name"], recipe["citation"]
-  return fields
-
-
-def _plain(value: Any) -> Any:
-  """For JSON: a dataclass by its type and fields, a dtype by its name."""
-  if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return {"type": type(value).__name__} | fields
-  if isinstance(value, tuple | list):
-    return [_plain(v) for v in value]
-  plain = value is None or isinstance(value, str | int | float)
-  return value if plain else jnp.dtype(value).name
+def _at(path: str, tree: Mapping[str, Any]) -> Any:
+  """The value at the dotted `path`."""
+  for name in path.split("."):
+    tree = tree[name]
+  return tree
 
 
 def _differences(was, now, path, words=("there", "here")):

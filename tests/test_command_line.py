@@ -13,6 +13,7 @@ import pytest
 
 from experiments import checks, kernel_peers
 from experiments import config as configs
+from experiments.comparison import field_paths
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,7 +80,7 @@ def test_senseless_settings_are_refused(changes, message):
 
 def test_no_number_is_left_unchecked():
   config = configs.Experiment()
-  values = {path: operator.attrgetter(path)(config) for path in configs.field_paths()}
+  values = {path: operator.attrgetter(path)(config) for path in field_paths(configs.Experiment)}
   numbers = [p for p, v in values.items() if type(v) in (int, float) and not p.startswith("data.")]
   for path in numbers:
     with pytest.raises(ValueError, match=rf"^{path}=-7 is not"):
@@ -205,6 +206,6 @@ def test_a_benchmark_without_torch_says_which_parts_want_it(monkeypatch):
 def test_help_lists_every_setting():
   line = [sys.executable, "-m", "experiments.run", "--help"]
   out = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
-  assert all(f"--config.{path}=" in out for path in configs.field_paths())
+  assert all(f"--config.{path}=" in out for path in field_paths(configs.Experiment))
   assert "experiments/config.py" in out and "fp4jax.models.ModelConfig" in out
   assert "--config.recipes=bf16,fp8,mxfp4" in out and "--config.model.num_layers=2\n" in out

@@ -22,8 +22,8 @@ from small_runs import ROOT, SMALL, finish, rows_of, small, wait_for_lines
 from test_checkpoints import sharded
 
 from experiments import checks, processes
-from experiments import config as configs
 from experiments.checkpoints import Checkpoints
+from experiments.comparison import Distributed
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
 
@@ -153,15 +153,15 @@ def test_a_port_in_use_is_named():
 def test_settings_that_name_no_process_are_refused(settings, message):
   with (
     pytest.raises(ValueError, match=message),
-    processes.joined(configs.Distributed(**settings), {}),
+    processes.joined(Distributed(**settings), {}),
   ):
     raise AssertionError
   with pytest.raises(ValueError, match=message):
-    checks.validate(small(distributed=configs.Distributed(**settings)))
+    checks.validate(small(distributed=Distributed(**settings)))
 
 
 def test_which_process_it_is_does_not_belong_to_the_experiment():
-  assert configs.to_dict(small(**{"distributed.process_id": 1})) == configs.to_dict(small())
+  assert small(**{"distributed.process_id": 1}).to_dict() == small().to_dict()
 
 
 def test_all_pass_over_what_one_finds_damaged(tmp_path):

@@ -226,7 +226,7 @@ def test_what_is_lost_to_the_scale_by_hand(tmp_path):
 
 def test_settings_list_every_field_and_the_command(tmp_path):
   text = page_without_plotly(report.write_report(make_workdir(tmp_path / "w")))
-  for path in report.flatten(config_lib.to_dict(config_lib.Experiment())):
+  for path in report.flatten(config_lib.Experiment().to_dict()):
     assert f'<th scope="row">{path}</th>' in text
   assert f"run.py --config=configs/demo.py --workdir={tmp_path / 'w'}" in text
   nested = report.flatten({"resumed": [{"argv": ["a", "b c"]}], "empty": {}, "none": None})

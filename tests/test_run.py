@@ -17,8 +17,9 @@ from test_logs import events
 from experiments import checks, data, logs, probes
 from experiments import config as configs
 from experiments.checkpoints import Checkpoints
-from experiments.loop import Interrupted, train_run
+from experiments.loop import train_run
 from experiments.run import run
+from experiments.session import Interrupted
 from experiments.train import make_trainer, policy_of, saved_activation_bytes
 from experiments.workdir import Run
 from fp4jax import operands, recipes

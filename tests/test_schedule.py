@@ -14,7 +14,8 @@ from stateful import Clipped, with_state
 from experiments import checks, data, logs
 from experiments import config as configs
 from experiments.checkpoints import Checkpoints
-from experiments.loop import Interrupted, train_run
+from experiments.loop import train_run
+from experiments.session import Interrupted
 from experiments.train import make_trainer, policy_of, schedule_of
 from experiments.workdir import WorkDir
 from fp4jax import recipes

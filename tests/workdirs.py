@@ -36,7 +36,7 @@ def make_workdir(
   path.mkdir(parents=True, exist_ok=True)
   config = config_lib.Experiment(recipes=config_lib.Names(recipes), seeds=seeds, steps=steps)
   config.model.num_layers = layers
-  (path / "config.json").write_text(json.dumps(config_lib.to_dict(config)))
+  (path / "config.json").write_text(json.dumps(config.to_dict()))
   penalty = dict(zip(RECIPES, (0.0, 0.001, 0.03, 0.012, 0.006), strict=True))
   saved = dict(zip(RECIPES, (36864.0, 20480.0, 11264.0, 11264.0, 14336.0), strict=True))
   speed = dict(zip(RECIPES, (41.0, 48.0, 77.0, 92.0, 60.0), strict=True))
