@@ -1,11 +1,17 @@
 """Every setting of reinforcement learning. A file of configs/ builds an `RLExperiment`."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from experiments.config import Names, Optimizer, Quantize
+from experiments.comparison import Comparison, Names
+from experiments.config import Optimizer, Quantize, definition
+from experiments.rl.arms import Arm, arm_of
 from experiments.rl.grpo import GRPOSettings
 from experiments.tasks import TaskSettings
 from fp4jax.models import ModelConfig
+
+DEFAULT_ARMS = Names(("bf16", "mxfp4", "mxfp4+mbs+of"))
 
 
 @dataclasses.dataclass
@@ -58,23 +64,15 @@ class NoiseSettings:
   stages: int = 10
 
 
-ARMS = Names(("bf16", "mxfp4", "mxfp4+mbs+of"))
-
-
 @dataclasses.dataclass
-class RLExperiment:
-  """One comparison: every arm from the same policy, on the same problems, once a seed."""
+class RLExperiment(Comparison):
+  """Arms compared in reinforcement learning: from the same policy, on the same problems."""
 
-  arms: Names = ARMS
-  seeds: int = 1
-  steps: int = 100  # rollouts, each with its updates
-  log_every: int = 1
-  eval_every: int = 20
-  probe_every: int = 20  # 0: never
+  ARMS: ClassVar[str] = "arms"
+  KEPT: ClassVar[Mapping[str, str]] = {"start.sha256": "policy"}
+
+  arms: Names = DEFAULT_ARMS  # see `experiments.rl.arms`
   samples_kept: int = 4  # answers written down at an evaluation
-  checkpoint_every: int = 50  # 0: never
-  checkpoints_kept: int = 2
-  implementation: str | None = None  # of the quantized GEMMs, "mosaic" or "xla"
   fallback_alpha: float = 0.5  # of arms with `+of`
   task: TaskSettings = dataclasses.field(default_factory=TaskSettings)
   start: Start = dataclasses.field(default_factory=Start)
@@ -93,3 +91,21 @@ class RLExperiment:
       router_z_weight=0.0,
     )
   )
+
+  def arm(self, name: str) -> Arm:
+    """Raises ValueError for a name that says nothing."""
+    return arm_of(name, self.fallback_alpha)
+
+  def definitions(self) -> dict[str, Any]:
+    arms = {name: self.arm(name) for name in self.arms}
+    sides = {name: {"rollout": arm.rollout, "trainer": arm.trainer} for name, arm in arms.items()}
+    return {
+      name: {side: definition(recipe) for side, recipe in own.items()}
+      | {"has_noise": arms[name].has_noise}
+      for name, own in sides.items()
+    }
+
+  def why_not_longer(self) -> str | None:
+    noisy = next((name for name in self.arms if self.arm(name).has_noise), None)
+    noise = noisy and f"the noise of arm {noisy} has fallen to its end"
+    return super().why_not_longer() or self.optimizer.why_not_longer() or noise
