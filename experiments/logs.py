@@ -194,17 +194,26 @@ class TensorBoard:
 class Progress:
   """A bar over the tokens that this process has to train, with the run in hand, recipe-seed.
 
-  `total_steps` are those of all runs; what a run has done already is taken off as it starts. On a
-  terminal the line is rewritten in place, elsewhere one is printed every 10 s.
+  `total_steps` are those of all runs; what a run has done already is taken off as it starts. `unit`
+  is what a step has `per_step` of, `shown` the number that stands beside the step. On a terminal
+  the line is rewritten in place, elsewhere one is printed every 10 s.
   """
 
-  def __init__(self, total_steps: int, tokens_per_step: int, stream: TextIO | None = None):
+  def __init__(
+    self,
+    total_steps: int,
+    per_step: int,
+    stream: TextIO | None = None,
+    *,
+    unit: str = "tokens",
+    shown: str = "loss",
+  ):
     stream = sys.stderr if stream is None else stream
     terminal = stream.isatty()
-    self._tokens_per_step = tokens_per_step
+    self._per_step, self._shown = per_step, shown
     self._bar = tqdm.tqdm(
-      total=total_steps * tokens_per_step,
-      unit=" tokens",
+      total=total_steps * per_step,
+      unit=f" {unit}",
       unit_scale=True,
       file=stream if terminal else _Lines(stream),
       mininterval=0.1 if terminal else 10,
@@ -217,18 +226,19 @@ class Progress:
   def start(self, run: str, steps: int, step: int = 0) -> None:
     """Begins the run of that name, of whose `steps` steps `step` are done."""
     self._run, self._steps, self._step = run, steps, step
-    self._bar.total -= step * self._tokens_per_step
+    self._bar.total -= step * self._per_step
 
-  def update(self, step: int, loss: float) -> None:
-    """Tells that `step` steps of the run are done."""
+  def update(self, step: int, value: float) -> None:
+    """Tells that `step` steps of the run are done, and the number that is shown of the last."""
     at = f"{step:{len(str(self._steps))}d}/{self._steps}"
-    self._bar.set_description_str(f"{self._run}  step {at}  loss {loss:.4f}  ", refresh=False)
-    self._bar.update((step - self._step) * self._tokens_per_step)
+    told = f"{self._run}  step {at}  {self._shown} {value:.4f}  "
+    self._bar.set_description_str(told, refresh=False)
+    self._bar.update((step - self._step) * self._per_step)
     self._step = step
 
   def end(self) -> None:
     """Ends the run, also one that diverged before its last step."""
-    self._bar.total -= (self._steps - self._step) * self._tokens_per_step
+    self._bar.total -= (self._steps - self._step) * self._per_step
     self._bar.refresh()
 
   def close(self) -> None:

@@ -17,14 +17,11 @@ from experiments.stop_signals import StopSignals
 if __name__ == "__main__":
   _STOP = StopSignals().listen()  # before the imports that take seconds and start threads
 
-import contextlib
-import os
-import sys
 from pathlib import Path
 
 from absl import app
 
-from experiments import command_line, data, logs, processes
+from experiments import command_line, data, logs, runner
 from experiments import mesh as meshes
 from experiments.checks import validate
 from experiments.config import Experiment
@@ -32,7 +29,6 @@ from experiments.environment import COMMIT, describe_environment
 from experiments.loop import train_run
 from experiments.processes import Group
 from experiments.report import write_report
-from experiments.session import Interrupted
 from experiments.speed_of_light import at_peak, flops_by_dtype, seconds_at_peak
 from experiments.summary import write_summary
 from experiments.train import (
@@ -41,7 +37,7 @@ from experiments.train import (
   saved_activation_bytes,
   schedule_of,
 )
-from experiments.workdir import WorkDir, with_token_parts
+from experiments.workdir import Run, WorkDir, with_token_parts
 from fp4jax.implementation import choose, device_obstacle
 from fp4jax.models import Policy
 
@@ -50,14 +46,8 @@ _WORKDIR = command_line.define_workdir("Folder of this experiment.")
 
 
 def main(_) -> None:
-  status = 0
-  with processes.joined(_CONFIG.value.distributed, os.environ) as group:
-    try:
-      run(_CONFIG.value, _WORKDIR.value, _STOP, COMMIT.value, group)
-    except Interrupted as stopped:
-      print(f"\n{stopped}", file=sys.stderr)
-      status = 128 + stopped.number
-  sys.exit(status)
+  config, workdir = _CONFIG.value, _WORKDIR.value
+  runner.main(config.distributed, lambda group: run(config, workdir, _STOP, COMMIT.value, group))
 
 
 def run(
@@ -104,25 +94,20 @@ def run(
     ]
     for name, own in phases.items()
   }
-  folder.agree(group, environment)
-  first = group.index == 0
-  with folder.begin(environment) if first else contextlib.nullcontext():
-    unfinished = group.gather([this.name for this in folder.unfinished()] if first else None)[0]
-    runs = [this for this in folder.runs if this.name in unfinished]
-    progress = logs.Progress(len(runs) * config.steps * first, batch * length)
-    try:
-      with stop.after_step(), contextlib.closing(progress):
-        for this in runs:
-          of_run = phases[this.recipe], gemm_seconds[this.recipe]
-          train_run(this, config, corpus, *of_run, progress, lambda: stop.number, group, mesh)
-    except BaseException:
-      # After a full disk, say: what went wrong first is what counts.
-      with contextlib.suppress(OSError, ValueError):
-        if first:
-          _report(folder)
-      raise
-    if first:
-      print(f"report: {_report(folder)}")
+
+  def train(this: Run, progress: logs.Progress) -> None:
+    of_run = phases[this.recipe], gemm_seconds[this.recipe]
+    train_run(this, config, corpus, *of_run, progress, lambda: stop.number, group, mesh)
+
+  runner.train_unfinished(
+    folder,
+    environment,
+    train,
+    report=lambda: _report(folder),
+    make_progress=lambda steps: logs.Progress(steps, batch * length),
+    stop=stop,
+    group=group,
+  )
 
 
 def _work_of_a_device(config: Experiment, vocab_size: int, policy: Policy) -> dict[str, float]:

@@ -64,6 +64,7 @@ class WorkDir:
     self._config = config
     if self.path.exists() and not self.path.is_dir():
       raise ValueError(f"the workdir {path} is a file, not a folder")
+    self.steps = config.steps
     self._definitions = config.definitions()
     self._check()
     self.runs = [

@@ -264,13 +264,13 @@ def test_tensorboard_events(tmp_path):
   assert 0 <= second[2].wall_time - first[0].wall_time < 60
 
 
-def run_progress(stream):
+def run_progress(stream, **shown):
   """Two runs of 50 steps of 10 tokens; the second resumes at step 20 and diverges at step 40."""
-  with contextlib.closing(logs.Progress(100, tokens_per_step=10, stream=stream)) as progress:
+  with contextlib.closing(logs.Progress(100, 10, stream, **shown)) as progress:
     for run, first, last in (("a-0", 0, 50), ("b-0", 20, 40)):
       progress.start(run, steps=50, step=first)
       for step in range(first + 2, last + 1, 2):
-        progress.update(step, loss=step / 10)
+        progress.update(step, step / 10)
       progress.end()
 
 
@@ -284,6 +284,13 @@ def test_progress_in_a_file_is_lines_and_waits_for_no_step_that_will_not_come():
   assert " 50%|" in of_a and "tokens/s" in of_a
   assert lines[-1].startswith("b-0  step 40/50  loss 4.0000  100%|")
   assert lines[-1].endswith("00:00 left")
+
+
+def test_progress_shows_the_number_and_the_unit_that_it_is_told():
+  stream = io.StringIO()
+  run_progress(stream, unit="answers", shown="reward")
+  last = stream.getvalue().splitlines()[-1]
+  assert last.startswith("b-0  step 40/50  reward 4.0000  100%|") and " answers/s" in last
 
 
 def test_progress_on_a_terminal_rewrites_its_line():
