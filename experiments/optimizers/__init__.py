@@ -26,11 +26,14 @@ def make_optimizer(
 def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
   """Of the step that follows `count` steps: the last of the warmup has the peak, the last of all
   the final fraction, and no step has 0."""
-  rate = optax.warmup_cosine_decay_schedule(
-    init_value=0.0,
-    peak_value=config.learning_rate,
-    warmup_steps=config.warmup_steps,
-    decay_steps=steps,
-    end_value=config.final_fraction * config.learning_rate,
-  )
+  if config.warmup_steps:
+    rate = optax.warmup_cosine_decay_schedule(
+      init_value=0.0,
+      peak_value=config.learning_rate,
+      warmup_steps=config.warmup_steps,
+      decay_steps=steps,
+      end_value=config.final_fraction * config.learning_rate,
+    )
+  else:  # a warmup of 0 steps is told of at every call
+    rate = optax.cosine_decay_schedule(config.learning_rate, steps, config.final_fraction)
   return lambda count: rate(count + 1)

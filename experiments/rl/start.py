@@ -1,13 +1,18 @@
 """The policy that every arm begins with: read from a file, or made and taught here."""
 
+import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments.checkpoints import Checkpoints
 from experiments.config import Experiment, Optimizer
 from experiments.rl.config import RLExperiment
 from experiments.tasks import Problems
@@ -26,6 +31,7 @@ class Source:
   model: ModelConfig
   text: Text
   params: Callable[[], Any]  # reads or makes them
+  sha256: str | None = None  # of the file that they are read from
 
 
 def source_of(config: RLExperiment) -> Source:
@@ -44,22 +50,44 @@ def source_of(config: RLExperiment) -> Source:
   found, model = load_gguf(path, config.model.dtype)
   of_run = {name: getattr(config.model, name) for name in ("remat", "vocab_chunk", "unroll")}
   text = Chat(GgufTokenizer(path), model.embedding.num_embeddings, start.system)
-  return Source(dataclasses.replace(found, **of_run), text, lambda: _params(model))
+  with open(path, "rb") as file:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+  return Source(dataclasses.replace(found, **of_run), text, lambda: _params(model), digest)
 
 
 def _params(model: LanguageModel) -> Any:
   return nnx.to_pure_dict(nnx.state(model))
 
 
-def taught(
-  config: RLExperiment, source: Source, problems: Problems, tell: Callable[[int, float], None]
+def start_params(
+  folder: Path,
+  config: RLExperiment,
+  source: Source,
+  problems: Problems,
+  tell: Callable[[int, float], None],
 ) -> Any:
-  """The source's params after `start.teaching`, which reads whole problems in bf16; `tell` hears
-  the loss of every step."""
+  """What all runs begin with: the source's params, after `start.teaching` if there is any.
+
+  What was taught is kept in `folder`, and read from there the next time; `tell` hears how many
+  steps are done, and the loss, and may raise to stop.
+  """
   teaching = config.start.teaching
   if not teaching.steps:
     return source.params()
-  settings = Experiment(steps=teaching.steps, model=source.model, optimizer=_optimizer(teaching))
+  with contextlib.closing(Checkpoints(folder, keep=1)) as kept:
+    restored = kept.restore_latest({"params": jax.eval_shape(source.params)})
+    if restored is not None:
+      return restored[1]["params"]
+    params = _taught(config, source, problems, tell)
+    kept.save(teaching.steps, {"params": params}, {})
+  return params
+
+
+def _taught(config, source, problems, tell) -> Any:
+  """After reading whole problems in bf16, with the loss of pre-training."""
+  teaching = config.start.teaching
+  optimizer = Optimizer(learning_rate=teaching.learning_rate, warmup_steps=teaching.warmup_steps)
+  settings = Experiment(steps=teaching.steps, model=source.model, optimizer=optimizer)
   trainer = make_trainer(settings, source.text.vocab_size, policy_of(recipes.BF16, settings))
   state = dataclasses.replace(trainer.init(jnp.int32(0)), params=source.params())
   seed = jnp.int32(config.start.seed)
@@ -84,7 +112,3 @@ def taught_rows(problems, text: Text, rollout) -> np.ndarray:
       )
     row[: len(tokens)] = tokens
   return rows
-
-
-def _optimizer(teaching) -> Optimizer:
-  return Optimizer(learning_rate=teaching.learning_rate, warmup_steps=teaching.warmup_steps)

@@ -1,0 +1,86 @@
+"""All runs of an experiment of reinforcement learning that its workdir still lacks."""
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from experiments import logs, runner
+from experiments.environment import describe_environment
+from experiments.processes import Group
+from experiments.rl.checks import validate
+from experiments.rl.config import RLExperiment
+from experiments.rl.learner import Learner
+from experiments.rl.loop import train_run
+from experiments.rl.start import source_of, start_params
+from experiments.session import Interrupted
+from experiments.stop_signals import StopSignals
+from experiments.tasks import Problems, load_task
+from experiments.workdir import Run, WorkDir
+from fp4jax.implementation import choose, device_obstacle
+from fp4jax.models import LanguageModel
+
+
+def run(
+  config: RLExperiment,
+  workdir: str | Path,
+  stop: StopSignals | None = None,
+  commit: str | None = None,
+  group: Group | None = None,
+) -> None:
+  """Trains whatever of `config` is not yet in `workdir`, then writes its report.
+
+  The policy that all runs begin with is taught first, if it is to be, and kept in the workdir.
+  """
+  stop, group = stop or StopSignals(), group or Group()
+  if group.count > 1:
+    raise ValueError(f"reinforcement learning runs in one process, not in {group.count}")
+  choose(config.implementation, device_obstacle())
+  source = source_of(config)
+  validate(config, source.model)
+  problems = Problems(load_task(config.task), config.task.held_out)
+  model = nnx.eval_shape(lambda: LanguageModel(source.model, source.text.vocab_size, nnx.Rngs(0)))
+  folder = WorkDir(workdir, config)
+  weights = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+  environment = describe_environment(commit) | {
+    "parameters": weights,
+    "start": {"sha256": source.sha256, "tokens": source.text.vocab_size},
+  }
+  answers = config.rollout.prompts * config.rollout.group
+  learners = functools.cache(
+    lambda arm: Learner(config, config.arm(arm), model, source.text, problems)
+  )
+
+  @functools.cache
+  def start() -> Any:
+    teaching = config.start.teaching
+    progress = logs.Progress(teaching.steps, teaching.batch_size, unit="problems")
+    with contextlib.closing(progress):
+      progress.start("teaching", teaching.steps)
+
+      def tell(step: int, loss: float) -> None:
+        progress.update(step, loss)
+        if stop.number:
+          raise Interrupted("stopped while the policy was taught; that begins again", stop.number)
+
+      return start_params(folder.path / "policy", config, source, problems, tell)
+
+  def train(this: Run, progress: logs.Progress) -> None:
+    train_run(this, config, learners(this.recipe), start(), progress, lambda: stop.number)
+
+  runner.train_unfinished(
+    folder,
+    environment,
+    train,
+    report=lambda: _report(folder),
+    make_progress=lambda steps: logs.Progress(steps, answers, unit="answers", shown="reward"),
+    stop=stop,
+    group=group,
+  )
+
+
+def _report(folder: WorkDir) -> Path:
+  return folder.path
