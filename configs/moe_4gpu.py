@@ -1,14 +1,14 @@
 """What BF16, FP8 and HOPPER_FP4 have room to keep for the backward pass, on four GPUs of 80 GB.
 
-Aim, not measured yet: where attention and norms are computed again, HOPPER_FP4 needs at least 12
-points of 80 GB less than FP8; FP8 has no room to keep all, HOPPER_FP4 has, and its fastest step is
-at least 1.10 times as fast as FP8's fastest. arXiv 2603.02731 reports the like of 671 billion
-parameters on 256 GPUs.
+Claim: (aimed at, not measured yet) where attention and norms are computed again, HOPPER_FP4 needs
+at least 12 points of 80 GB less than FP8; FP8 has no room to keep all, HOPPER_FP4 has, and its
+fastest step is at least 1.10 times as fast as FP8's fastest. arXiv 2603.02731 reports the like of
+671 billion parameters on 256 GPUs.
 Command: XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 .venv/bin/python -m experiments.recompute_table \\
     --config=configs/moe_4gpu.py --out=results/recompute.jsonl
 Cost: 12 programs that compile at once, then 9 steps of 65,536 tokens each, in under 10 minutes on
 four H100 of one host.
-Expected, by the compiler's plan: 15 points less, and FP8 out of memory where nothing is computed
+Expected: (by the compiler's plan) 15 points less, and FP8 out of memory where nothing is computed
 again.
 
 10.2 billion parameters, 2.9 billion of them active: 12 layers of 8 experts of 4096 x 16,384 and

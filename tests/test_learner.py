@@ -23,7 +23,8 @@ def test_equal_numerics_and_replay_leave_no_gap_and_other_numerics_do():
   """Show 2: `ppo_kl` of the first update."""
   found = {}
   for arm in ("bf16", "mxfp4", "mxfp4@rollout"):
-    learner, params, state, answers, _ = first_step(arm, **{"rollout.replay_routing": True})
+    many = {"rollout.prompts": 8, "rollout.group": 8}
+    learner, params, state, answers, _ = first_step(arm, **many, **{"rollout.replay_routing": True})
     _, found[arm] = learner.update(state, answers, params, 0, 0)
   assert abs(found["bf16"]["ppo_kl"]) < 1e-8
   assert abs(found["mxfp4"]["ppo_kl"]) < 1e-8

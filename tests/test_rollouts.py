@@ -11,6 +11,7 @@ from rl_cases import SMALL, small_rl
 
 from experiments.config import Quantize
 from experiments.rl.arms import arm_of
+from experiments.rl.programs import compiled
 from experiments.rl.rollouts import answers_of, make_sampler, packed, padded_prompts
 from experiments.text import Bytes
 from experiments.train import quantized_policy
@@ -57,7 +58,7 @@ def test_a_row_is_its_prompt_its_answer_and_padding():
 def test_what_is_said_of_a_token_is_what_a_pass_over_the_row_says(dtype):
   """For the routing to the bit; logits of the two programs differ in the order of float32 sums."""
   model, _, policy, rollout, *_ = sampled(model=dataclasses.replace(SMALL, dtype=dtype))
-  logits, said = jax.jit(lambda tokens: model(tokens, policy, return_routing=True))(
+  logits, said = compiled(lambda tokens: model(tokens, policy, return_routing=True))(
     jnp.asarray(rollout.tokens[:, :-1])
   )
   of_all = np.asarray(jax.nn.log_softmax(logits))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from experiments.rl.config import RolloutSettings
 from experiments.rl.noise import with_noise
+from experiments.rl.programs import compiled
 from experiments.text import Text
 from fp4jax.models import LanguageModel, Policy, can_pack, generate, pack_model
 from fp4jax.models.kv_cache import align_left
@@ -44,7 +45,7 @@ def make_sampler(
   """`sample(params, prompts, prompt_lengths, key, noise)`, compiled. `noise` is the standard
   deviation of what the weights of the norms get; every row has its own numbers of `key`."""
 
-  @jax.jit
+  @compiled
   def sample(params, prompts, prompt_lengths, key, noise):
     noise_key, answer_key, numerics_key = jax.random.split(key, 3)
     model = nnx.merge(graph, with_noise(params, noise_key, noise))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float32, Int32
 from experiments.optimizers import make_optimizer
 from experiments.rl import grpo
 from experiments.rl.config import RLExperiment
+from experiments.rl.programs import compiled
 from experiments.train import Scalars, TrainState, matrices
 from fp4jax import operands
 from fp4jax.models import LanguageModel, Policy
@@ -107,11 +108,11 @@ def make_policy_trainer(
 
   return PolicyTrainer(
     policy,
-    jax.jit(init),
-    jax.jit(score),
-    jax.jit(update, donate_argnums=0),
-    jax.jit(gradients),
-    jax.jit(probe),
+    compiled(init),
+    compiled(score),
+    compiled(update, donate_argnums=0),
+    compiled(gradients),
+    compiled(probe),
   )
 
 
