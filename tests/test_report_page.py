@@ -112,8 +112,9 @@ def test_what_diverged_has_a_cross_and_no_reward(tmp_path):
   records = read_records(workdir)
   found = summarize(records)["recipes"]["mxfp4"]
   assert found["gap"]["verdict"] == "diverged" and found["runs"][2]["held_out_reward"] is None
-  (cross,) = last_points(records, "held_out", "reward", styles_of(records.arms.values()))
-  assert (cross["x"], cross["y"], cross["legendgroup"]) == ([20], [0.7], "mxfp4")
+  for split, reward in (("held_out", 0.7), ("train", 0.5)):
+    (cross,) = last_points(records, split, "reward", styles_of(records.arms.values()))
+    assert (cross["x"], cross["y"], cross["legendgroup"]) == ([20], [reward], "mxfp4")
 
 
 def test_sentences_name_the_measure(tmp_path):
