@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from experiments.summary import interval
+from experiments.gaps import interval
 
 plt.rcParams |= {"svg.hashsalt": "fp4jax", "font.size": 9, "axes.spines.right": False}
 plt.rcParams |= {"axes.spines.top": False, "svg.fonttype": "none"}

@@ -7,42 +7,19 @@ Works on a run that is still going, too. Several workdirs are laid side by side:
 compared with BF16 of its own workdir.
 """
 
-import base64
-import functools
-import gzip
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from plotly.offline import get_plotlyjs
-
-from experiments import logs
+from experiments import logs, report_page
 from experiments.headline import headline, listed
-from experiments.numbers import MISSING, fixed, signed, thousands
-from experiments.report_charts import (
-  ALL,
-  ON_TOP,
-  OVER_TIME,
-  curve_charts,
-  load_charts,
-  probe_charts,
-  smoothing_window,
-)
-from experiments.report_lines import styles_of
+from experiments.records import Records
+from experiments.report_charts import ON_TOP, OVER_TIME, curve_charts, load_charts, probe_charts
+from experiments.report_lines import Chart
 from experiments.report_stacks import PARTS
-from experiments.summary import (
-  ABOVE,
-  BASELINE,
-  BELOW,
-  CONFIDENCE,
-  DIVERGED,
-  MIN_SEEDS,
-  Records,
-  read_records,
-  summarize_records,
-)
+from experiments.summary import read_records, summarize_records
+
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def write_report(*workdirs: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
@@ -55,61 +32,38 @@ def write_report(*workdirs: str | os.PathLike, out: str | os.PathLike | None = N
 
 
 def render(records: Records, name: str) -> str:
-  """The page; everything that comes from files is escaped."""
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  environment.filters |= {"fixed": fixed, "signed": signed, "thousands": thousands}
   summary = summarize_records(records)
-  recipes = summary["recipes"]
   probes = probe_charts(records)
-  return environment.get_template("report.html.jinja").render(
+  over_time, panels = split_probes(probes)
+  return report_page.render(
+    _TEMPLATE,
+    records,
+    summary,
     name=name,
     headline=headline(summary),
-    summary=summary,
-    curves=curve_charts(records),
-    all_panels={name: charts for name, charts in probes.items() if name not in OVER_TIME}
-    | {"load": load_charts(records)},
-    over_time={name: probes[name][0] for name in OVER_TIME if name in probes},
-    formats={recipe: _formats(own) for recipe, own in recipes.items()},
-    reading={recipe: _reading_residual(own) for recipe, own in recipes.items()},
-    operands=list(probes["sqnr"][0]["figures"]) if probes else [],
-    all_operands=ALL,
-    parts=PARTS,
-    on_top=ON_TOP,
-    baseline=BASELINE,
-    told_apart=(ABOVE, BELOW, DIVERGED),
-    missing=MISSING,
-    min_seeds=MIN_SEEDS,
-    confidence=f"{100 * CONFIDENCE:.0f}",
-    styles=styles_of(records.arms.values()),
-    has_peak=any(own["flops_utilization"] is not None for own in recipes.values()),
-    window=smoothing_window(records),
-    runs_finished=sum(own["seeds_finished"] for own in recipes.values()),
-    runs_planned=sum(own["seeds"] or 1 for own in recipes.values()),
-    differences=differences(records.configs),
-    configs={workdir: flatten(config) for workdir, config in records.configs.items()},
-    environments={workdir: flatten(own) for workdir, own in records.environments.items()},
-    plotly=packed_plotly(),
+    charts=curve_charts(records) | over_time,
+    panels=panels | {"load": load_charts(records)},
+    has_peak=any(own["flops_utilization"] is not None for own in summary["recipes"].values()),
+    **of_probes(summary, probes),
   )
 
 
-@functools.cache
-def packed_plotly() -> str:
-  """plotly's script, a third of the page's size when the page unpacks it itself."""
-  return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
+def split_probes(probes: dict[str, list[Chart]]) -> tuple[dict[str, Chart], dict[str, list[Chart]]]:
+  """Of `probe_charts`: what is one chart, and the panels."""
+  charts = {name: probes[name][0] for name in OVER_TIME if name in probes}
+  return charts, {name: own for name, own in probes.items() if name not in OVER_TIME}
 
 
-def differences(configs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-  """Settings that are not the same in all workdirs, by name, in the order of the workdirs."""
-  flat = [flatten(config) for config in configs.values()]
-  names = dict.fromkeys(name for own in flat for name in own)
-  values = {name: [own.get(name, "none") for own in flat] for name in names}
-  return {name: own for name, own in values.items() if len(set(own)) > 1}
+def of_probes(summary: dict[str, Any], probes: dict[str, list[Chart]]) -> dict[str, Any]:
+  """What report_probes.html.jinja asks for."""
+  recipes = summary["recipes"]
+  return {
+    "formats": {recipe: _formats(own) for recipe, own in recipes.items()},
+    "reading": {recipe: _reading_residual(own) for recipe, own in recipes.items()},
+    "operands": list(probes["sqnr"][0]["figures"]) if probes else [],
+    "parts": PARTS,
+    "on_top": ON_TOP,
+  }
 
 
 def _formats(own: dict[str, Any]) -> str:
@@ -122,23 +76,6 @@ def _formats(own: dict[str, Any]) -> str:
 def _reading_residual(own: dict[str, Any]) -> str:
   operands = own["decomposition"]["operands"]
   return listed([f"{o['gemm']} {o['operand']}" for o in operands if o["reads_residual"]])
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-  """Leaves by dotted name, as text; `argv` as a command line to paste into a shell."""
-  leaves = {}
-  for name, value in tree.items():
-    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-      value = {str(i): item for i, item in enumerate(value)}
-    if isinstance(value, dict) and value:
-      leaves |= flatten(value, f"{prefix}{name}.")
-    elif name == "argv" and isinstance(value, list):
-      leaves[prefix + name] = shlex.join(map(str, value))
-    elif isinstance(value, list):
-      leaves[prefix + name] = ", ".join(map(str, value))
-    else:
-      leaves[prefix + name] = "none" if value is None else str(value)
-  return leaves
 
 
 if __name__ == "__main__":

@@ -12,15 +12,17 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from experiments.records import Records
 from experiments.report_lines import (
   Chart,
-  Curve,
   Figure,
-  last_point,
+  curves_of,
+  gap_curves,
+  last_points,
   line_figure,
   over_seeds,
-  seed_bands,
   shorts,
+  smoothing_window,
   styles_of,
 )
 from experiments.report_stacks import (
@@ -34,16 +36,7 @@ from experiments.report_stacks import (
   panels,
   time_figure,
 )
-from experiments.summary import (
-  MIN_SEEDS,
-  Records,
-  interval,
-  is_lossless,
-  last_probe_rows,
-  mean_shares,
-  paired_gaps,
-  reads_residual,
-)
+from experiments.summary import LOSS, is_lossless, last_probe_rows, mean_shares, reads_residual
 
 ALL = "all operands"
 ON_TOP = "*"  # of an error that adds to the residual's
@@ -64,26 +57,15 @@ _STEP_CURVES = {
 }
 
 
-def smoothing_window(records: Records) -> int:
-  """Rows averaged at every point of the train curves: 3 % of a run's rows."""
-  train = records.metrics[records.metrics.split == "train"]
-  longest = train.groupby(["recipe", "seed"]).size().max() if len(train) else 0
-  return max(1, round(0.03 * longest))
-
-
 def curve_charts(records: Records) -> dict[str, Chart]:
   """Over steps, as far as there are rows: validation loss, its gap to BF16, and of the training
   steps the loss, the gradient norm, the routing losses, the busiest expert and the learning rate.
   """
-  metrics, styles = records.metrics, styles_of(records.arms.values())
+  styles = styles_of(records.arms.values())
   window = smoothing_window(records)
-
-  def curves(split: str, name: str, window: int = 1) -> dict[str, Curve]:
-    own = metrics[metrics.split == split]
-    return {arm: over_seeds(own[own.recipe == arm], name, window) for arm in records.arms}
-
-  validation = curves("validation", "loss")
-  level = _one_entropy(records)
+  validation = curves_of(records, "validation", "loss")
+  entropy = _one_entropy(records)
+  level = None if entropy is None else ("unigram entropy", entropy)
   charts = {
     "validation": (
       "Validation loss",
@@ -91,21 +73,18 @@ def curve_charts(records: Records) -> dict[str, Chart]:
     ),
     "gap": (
       "Validation gap to BF16",
-      line_figure(_gap_curves(records), styles, "gap to BF16 (%)", zero=True),
+      line_figure(gap_curves(records, LOSS), styles, "gap to BF16 (%)", zero=True),
     ),
   }
   for name, (title, column, unit, log) in _STEP_CURVES.items():
-    own = curves("train", column, 1 if name == "rate" else window)
+    own = curves_of(records, "train", column, 1 if name == "rate" else window)
     if name == "rate":  # of all recipes of a workdir
       firsts = {arm.workdir: arm.name for arm in reversed(records.arms.values())}
       own = {arm: own[arm] for arm in firsts.values()}
     charts[name] = title, line_figure(own, styles, unit, log=log)
-  charts["busiest"] = "Busiest expert", _busiest_figure(metrics, styles)
-  for split, name in (("validation", "validation"), ("train", "train")):
-    for _, event in metrics[metrics.event == "diverged"].iterrows():
-      of_run = (metrics.recipe == event.recipe) & (metrics.seed == event.seed)
-      own = metrics[of_run & (metrics.split == split)].set_index("step").loss
-      charts[name][1]["data"] += last_point(own, styles[event.recipe])
+  charts["busiest"] = "Busiest expert", _busiest_figure(records.metrics, styles)
+  for split in ("validation", "train"):
+    charts[split][1]["data"] += last_points(records, split, "loss", styles)
   return {
     name: {"title": title, "figures": {ALL: figure}}
     for name, (title, figure) in charts.items()
@@ -227,21 +206,6 @@ def _sqnr(rows: pd.DataFrame) -> str:
   mean = rows.sqnr_db.mean()
   text = "no error" if math.isnan(mean) else f"{mean:.1f} dB"
   return text + ON_TOP * reads_residual(rows)
-
-
-def _gap_curves(records: Records) -> dict[str, Curve]:
-  """Mean gap to BF16 in percent; the band is the interval, of fewer than MIN_SEEDS seeds their
-  range."""
-  curves = {}
-  for arm in records.arms.values():
-    if arm.name != arm.baseline:
-      gaps = paired_gaps(records, arm)
-      curve = seed_bands(gaps)
-      for step, own in gaps.groupby("step"):
-        if len(own) >= MIN_SEEDS:
-          curve.loc[step, ["low", "high"]] = interval(own.tolist())
-      curves[arm.name] = curve
-  return curves
 
 
 def _depth_charts(rows: dict[str, pd.DataFrame], names: list[str], chosen: Callable) -> list[Chart]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.summary import BASELINE, Arm
+from experiments.gaps import MIN_SEEDS, Measure, interval, paired
+from experiments.records import Arm, Records
 
 Figure = dict[str, Any]
 Chart = dict[str, Any]  # see report_charts.py
@@ -22,12 +23,12 @@ LINE_HEIGHT = 15  # pixels of a name at the end of a line
 def styles_of(arms: Iterable[Arm]) -> dict[str, dict[str, str]]:
   """Colour and dash by arm, the same in every chart: a recipe has a colour, a workdir a dash."""
   arms = list(arms)
-  recipes = list(dict.fromkeys(arm.recipe for arm in arms if arm.recipe != BASELINE))
+  recipes = list(dict.fromkeys(arm.recipe for arm in arms if arm.name != arm.baseline))
   workdirs = list(dict.fromkeys(arm.workdir for arm in arms))
   styles = {}
   for arm in arms:
     color, turn = "--baseline", 0
-    if arm.recipe != BASELINE:
+    if arm.name != arm.baseline:
       turn, i = divmod(recipes.index(arm.recipe), RECIPE_COLOURS)
       color = f"--recipe-{i}"
     dash = DASHES[(turn + workdirs.index(arm.workdir)) % len(DASHES)]
@@ -57,6 +58,33 @@ def seed_bands(values: pd.Series) -> Curve:
   return bands.set_axis(["mean", "low", "high"], axis=1)
 
 
+def smoothing_window(records: Records) -> int:
+  """Rows averaged at every point of the curves of training steps: 3 % of a run's rows."""
+  train = records.metrics[records.metrics.split == "train"]
+  longest = train.groupby(["recipe", "seed"]).size().max() if len(train) else 0
+  return max(1, round(0.03 * longest))
+
+
+def curves_of(records: Records, split: str, column: str, window: int = 1) -> dict[str, Curve]:
+  """A column of the rows of "metrics" with that split, by arm."""
+  own = records.metrics[records.metrics.split == split]
+  return {arm: over_seeds(own[own.recipe == arm], column, window) for arm in records.arms}
+
+
+def gap_curves(records: Records, measure: Measure) -> dict[str, Curve]:
+  """Mean gaps to BF16; the band is the interval, of fewer than MIN_SEEDS seeds their range."""
+  curves = {}
+  for arm in records.arms.values():
+    if arm.name != arm.baseline:
+      gaps = paired(records, arm, measure)
+      curve = seed_bands(gaps)
+      for step, own in gaps.groupby("step"):
+        if len(own) >= MIN_SEEDS:
+          curve.loc[step, ["low", "high"]] = interval(own.tolist())
+      curves[arm.name] = curve
+  return curves
+
+
 def line_figure(
   curves: dict[str, Curve],
   styles: dict,
@@ -64,20 +92,22 @@ def line_figure(
   *,
   height: int = 320,
   log: bool = False,
-  level: float | None = None,
+  level: tuple[str, float] | None = None,
   zero: bool = False,
 ) -> Figure:
   """Mean lines with bands over seeds and names at their ends.
 
-  `level` is the unigram entropy, `zero` asks for a rule at 0. A style names, as `recipe`, the arm
-  that a curve is hidden with.
+  `level` is a value with its name, for a rule across the plot; `zero` asks for one at 0. A style
+  names, as `recipe`, the arm that a curve is hidden with.
   """
   scale = math.log10 if log else float
   curves = {arm: _thinned(curve) for arm, curve in curves.items() if len(curve)}
   values = [v for curve in curves.values() for v in curve.to_numpy().ravel()]
   if not values or (log and min(values) <= 0):
     return {"data": [], "layout": {}}
-  values += [level] * (level is not None) + [0.0] * zero
+  if level is not None:
+    values.append(level[1])
+  values += [0.0] * zero
   low, high = scale(min(values)), scale(max(values))
   if low == high:
     low, high = low - 0.5, high + 0.5
@@ -116,9 +146,10 @@ def line_figure(
     "shapes": [rule("y", 0.0)] * zero,
   }
   if level is not None:
-    layout["shapes"].append(rule("y", level))
-    text = {"text": f"unigram entropy {level:.2f}", "font": {"color": "--muted"}}
-    place = {"xref": "paper", "x": 1, "y": level, "xanchor": "right", "yanchor": "bottom"}
+    name, at = level
+    layout["shapes"].append(rule("y", at))
+    text = {"text": f"{html.escape(name)} {at:.2f}", "font": {"color": "--muted"}}
+    place = {"xref": "paper", "x": 1, "y": at, "xanchor": "right", "yanchor": "bottom"}
     layout["annotations"] = [text | place | {"showarrow": False}]
   return {"data": bands + lines + names, "layout": layout}
 
@@ -137,8 +168,17 @@ def line(curve: Curve, style: dict, name: str) -> dict:
   }
 
 
-def last_point(curve: pd.Series, style: dict) -> list[dict]:
-  """A cross at the last finite value, by step, of a run that diverged."""
+def last_points(records: Records, split: str, column: str, styles: dict) -> list[dict]:
+  """A cross at the last finite value of each run that diverged."""
+  metrics, crosses = records.metrics, []
+  for _, event in metrics[metrics.event == "diverged"].iterrows():
+    of_run = (metrics.recipe == event.recipe) & (metrics.seed == event.seed)
+    own = metrics[of_run & (metrics.split == split)].set_index("step")[column]
+    crosses += _last_point(own, styles[event.recipe])
+  return crosses
+
+
+def _last_point(curve: pd.Series, style: dict) -> list[dict]:
   finite = curve.dropna()
   if finite.empty:
     return []

@@ -22,6 +22,7 @@ from experiments.checks import validate
 from experiments.config import Experiment
 from experiments.environment import COMMIT
 from experiments.mesh import BATCH, first_devices, make_mesh
+from experiments.records import BASELINE
 from experiments.step_cost import (
   busiest_device,
   compile_all,
@@ -29,7 +30,6 @@ from experiments.step_cost import (
   describe_step,
   lower_step,
 )
-from experiments.summary import BASELINE
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
 from fp4jax.implementation import choose, device_obstacle

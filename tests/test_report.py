@@ -24,7 +24,7 @@ from workdirs import (
 )
 
 from experiments import config as config_lib
-from experiments import numbers, report, summary
+from experiments import numbers, report, report_page, summary
 
 ROOT = Path(__file__).parents[1]
 
@@ -226,10 +226,10 @@ def test_what_is_lost_to_the_scale_by_hand(tmp_path):
 
 def test_settings_list_every_field_and_the_command(tmp_path):
   text = page_without_plotly(report.write_report(make_workdir(tmp_path / "w")))
-  for path in report.flatten(config_lib.Experiment().to_dict()):
+  for path in report_page.flatten(config_lib.Experiment().to_dict()):
     assert f'<th scope="row">{path}</th>' in text
   assert f"run.py --config=configs/demo.py --workdir={tmp_path / 'w'}" in text
-  nested = report.flatten({"resumed": [{"argv": ["a", "b c"]}], "empty": {}, "none": None})
+  nested = report_page.flatten({"resumed": [{"argv": ["a", "b c"]}], "empty": {}, "none": None})
   assert nested == {"resumed.0.argv": "a 'b c'", "empty": "{}", "none": "none"}
 
 

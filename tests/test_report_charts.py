@@ -37,7 +37,7 @@ def colours(value, key=""):
 def test_figures_are_valid_and_their_colours_are_defined_in_both_schemes(tmp_path):
   figures = all_figures(make_workdir(tmp_path, diverged=("mxfp4", 1, 57)))
   assert len(figures) > 20
-  template = Path(report.__file__).with_name("report.html.jinja").read_text()
+  template = Path(report.__file__).with_name("report_base.html.jinja").read_text()
   light, dark = re.findall(r":root \{(.*?)\}", template, re.DOTALL)
   found = set()
   for figure in figures:

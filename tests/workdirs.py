@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from experiments import config as config_lib
-from experiments import report, report_charts, summary
+from experiments import report_charts, report_page, summary
 
 RECIPES = ("bf16", "fp8", "mxfp4", "mxfp4_rht_sr", "hopper_fp4")
 ENTROPY = 3.25
@@ -165,7 +165,7 @@ def rows_of(path):
 def page_without_plotly(path):
   """The page and its own script, without plotly's source, which no test is about."""
   text = path.read_text()
-  return text.replace(report.packed_plotly(), "")
+  return text.replace(report_page.packed_plotly(), "")
 
 
 def all_figures(workdir):
