@@ -24,7 +24,6 @@ from experiments.train import make_trainer, policy_of, saved_activation_bytes
 from experiments.workdir import Run
 from fp4jax import operands, recipes
 
-
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 PRE_TRAINING = [path for path in CONFIGS if not path.name.startswith("rl_")]
 
