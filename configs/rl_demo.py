@@ -1,23 +1,36 @@
-"""GRPO on a small mixture of experts, in BF16, in MXFP4, and in MXFP4 with two corrections.
+"""GRPO on a small mixture of experts, in BF16, in MXFP4, and in MXFP4 with a correction.
 
 Claim: not measured yet.
 Command: make rl-demo
+Cost:
+Expected:
 """
+
+import random
 
 from experiments.comparison import Names
 from experiments.rl.config import RLExperiment
-from experiments.tasks import TaskSettings
+from experiments.tasks import Problem, TaskSettings
 from fp4jax.models import ModelConfig
+
+
+def largest(i: int) -> Problem:
+  """Which of three numbers is the largest; the policy is taught to name one of them."""
+  draw = random.Random(i)
+  numbers = draw.sample(range(10, 100), 3)
+  question = " ".join(map(str, numbers))
+  return Problem(question, str(max(numbers)), example=str(draw.choice(numbers)))
 
 
 def get_config() -> RLExperiment:
   config = RLExperiment(
-    arms=Names(("bf16", "mxfp4", "mxfp4+of")),
+    arms=Names(("bf16", "mxfp4", "mxfp4@rollout", "mxfp4+of")),
+    seeds=3,
     steps=60,
     eval_every=15,
     probe_every=15,
     checkpoint_every=30,
-    task=TaskSettings("spell_backward", "min_word_len=3,max_word_len=4", held_out=64),
+    task=TaskSettings("configs.rl_demo:largest", held_out=128),
     model=ModelConfig(
       num_layers=4,
       d_model=128,
@@ -29,9 +42,9 @@ def get_config() -> RLExperiment:
       d_ff=64,
     ),
   )
-  config.start.teaching.steps = 110
-  config.rollout.prompts = 16
-  config.rollout.max_prompt_tokens = 56
-  config.rollout.max_new_tokens = 6
-  config.optimizer.learning_rate = 2e-4
+  config.start.teaching.steps = 600
+  config.rollout.prompts = 32
+  config.rollout.max_prompt_tokens = 9
+  config.rollout.max_new_tokens = 3
+  config.optimizer.learning_rate = 3e-4
   return config

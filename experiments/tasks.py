@@ -34,6 +34,7 @@ class Problem(NamedTuple):
   question: str
   answer: str
   score: Callable[[str], float] | None = None  # None: 1 for the answer itself, 0 for others
+  example: str | None = None  # of an answer's form, for who is taught no more; None: the answer
 
   def reward(self, answer: str) -> float:
     return float(answer == self.answer) if self.score is None else float(self.score(answer))

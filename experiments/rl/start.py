@@ -104,7 +104,8 @@ def taught_rows(problems, text: Text, rollout) -> np.ndarray:
   width = rollout.max_prompt_tokens + rollout.max_new_tokens
   rows = np.full((len(problems), width), text.pad_token, np.int32)
   for row, problem in zip(rows, problems, strict=True):
-    tokens = [*text.prompt(problem.question), *text.answer(problem.answer)]
+    shown = problem.answer if problem.example is None else problem.example
+    tokens = [*text.prompt(problem.question), *text.answer(shown)]
     if len(tokens) > width:
       raise ValueError(
         f"{problem.question[:60]!r} and its answer have {len(tokens)} tokens, more than"
