@@ -3,8 +3,9 @@
     python -m experiments.rl.microscope --config=configs/rl_demo.py --workdir=runs/rl_demo \\
       --out=results/rl_parts.jsonl
 
-The policy is the one that the workdir's arms began with, or `--arm=bf16-0` as that run left it. Its
-answers are sampled in bf16; over them, and over nothing else, a row for each part and path says
+The policy is the one that the workdir's runs began with or, with `--run=bf16-0`, as that run left
+it. Its answers are sampled in bf16; over them, and over nothing else, a row for each part and path
+says
 
 - how far the numbers' distribution of the next token lies from bf16's: `kl`, the exact
   KL(quantized || bf16), `entropy_gap`, quantized less bf16, both means in nats, and
@@ -15,26 +16,33 @@ answers are sampled in bf16; over them, and over nothing else, a row for each pa
   without, and then the share of the tokens whose experts differ.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from absl import app, flags
 from flax import nnx
 
+from experiments import command_line, logs
+from experiments.checkpoints import Checkpoints
 from experiments.config import Quantize
+from experiments.environment import COMMIT
 from experiments.rl import grpo
 from experiments.rl.arms import PARTS, arm_of
 from experiments.rl.config import RLExperiment
-from experiments.rl.learner import Answers, Learner
+from experiments.rl.programs import compiled
 from experiments.rl.rollouts import Rollout
+from experiments.rl.run import POLICY, Setting
+from experiments.rl.start import start_params
 from experiments.rl.train import flip_shares
-from experiments.tasks import Problems
-from experiments.text import Text
+from experiments.step_cost import describe_source
 from experiments.train import quantized_policy
 from fp4jax import recipes
 from fp4jax.models import LanguageModel, Policy
@@ -47,42 +55,34 @@ SUBSETS = tuple(
 
 def part_rows(
   config: RLExperiment,
-  model: LanguageModel,
+  setting: Setting,
   params: Any,
-  text: Text,
-  problems: Problems,
   base: str = "mxfp4",
   subsets: tuple[tuple[str, ...], ...] = SUBSETS,
   seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-  """A row for each subset of the parts, path, and with experts each way to route."""
-  make = lambda arm: Learner(config, arm_of(arm), model, text, problems)  # noqa: E731
-  reference = make("bf16")
-  answers, said = reference.collect(params, seed, 0)
-  yield {"path": "sampled", "base": "bf16", "replay": None} | said
+  """A row for what was sampled, then for each subset of the parts, path, and with experts each way
+  to route."""
+  model = setting.model
+  answers, said = setting.learner(config, "bf16").collect(params, seed, 0)
+  yield {"path": "sampled", "base": base, "answers": len(answers.rewards)} | said
   ways = (False, True) if model.is_mixture else (False,)
-  gradients = {
-    replay: _gradient(config, model, text, problems, "bf16", replay, params, answers, seed)
-    for replay in ways
-  }
+
+  @functools.cache
+  def gradients(arm: str, replay: bool) -> Any:
+    rollout = dataclasses.replace(config.rollout, replay_routing=replay)
+    learner = setting.learner(dataclasses.replace(config, rollout=rollout), arm)
+    return learner.gradients(params, answers, seed)
+
   for parts, replay in itertools.product(subsets, ways):
     name = ".".join([base, *parts])
-    shared = {"base": base, "parts": list(parts), "replay": replay if model.is_mixture else None}
+    shared = {"base": base, "parts": list(parts)} | ({"replay": replay} if len(ways) > 1 else {})
     recipe = arm_of(f"{name}@rollout").rollout
     gap = distance(model, recipe, config.quantize, params, answers.rollout, replay)
     yield {"path": "rollout"} | shared | gap
     for path in ("forward", "backward"):
-      arm = f"{name}@{path}"
-      own = _gradient(config, model, text, problems, arm, replay, params, answers, seed)
-      error = gradient_error(own, gradients[replay])
-      yield {"path": path} | shared | error | (gap if path == "forward" else {})
-
-
-def _gradient(config, model, text, problems, arm, replay, params, answers: Answers, seed):
-  rollout = dataclasses.replace(config.rollout, replay_routing=replay)
-  config = dataclasses.replace(config, rollout=rollout)
-  learner = Learner(config, arm_of(arm), model, text, problems)
-  return learner.gradients(params, answers, seed)
+      error = gradient_error(gradients(f"{name}@{path}", replay), gradients("bf16", replay))
+      yield {"path": path} | shared | error
 
 
 def gradient_error(found: Any, reference: Any) -> dict[str, float]:
@@ -109,7 +109,7 @@ def distance(
   return {name: float(value) for name, value in jax.device_get(found).items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(compiled, static_argnums=(0, 1, 2, 3))
 def _distance(graph, policy: Policy, reference: Policy, replay: bool, params, rollout: Rollout):
   model = nnx.merge(graph, params)
   tokens, mask = rollout.tokens, rollout.mask
@@ -133,3 +133,44 @@ def _distance(graph, policy: Policy, reference: Policy, replay: bool, params, ro
   if model.is_mixture and not replay:
     told |= flip_shares(rollout.routing, experts, mask)
   return told
+
+
+def policy_of_run(folder: Path, config: RLExperiment, setting: Setting, run: str | None) -> Any:
+  """Raises ValueError where the workdir has no such policy yet."""
+  if run is None:
+    return start_params(folder / POLICY, config, setting.source, setting.problems, _too_early)
+  with contextlib.closing(Checkpoints(folder / "runs" / run / "checkpoints", keep=1)) as kept:
+    learner, params = setting.learner(config, "bf16"), setting.source.params
+    restored = kept.restore_latest(jax.eval_shape(lambda: learner.trainer.init(params())))
+  if restored is None:
+    raise ValueError(f"{folder} has no checkpoint of a run {run!r}")
+  return restored[1].params
+
+
+def _too_early(step: int, loss: float) -> None:
+  raise ValueError("the workdir has no policy yet: its runs have not begun")
+
+
+def main(_) -> None:
+  config, folder = _CONFIG.value, Path(_WORKDIR.value)
+  setting = Setting.of(config)
+  params = policy_of_run(folder, config, setting, _RUN.value)
+  log, source = logs.Rewritten(_OUT.value), describe_source(COMMIT.value)
+  alone = {"run": _RUN.value, "seed": _SEED.value}
+  subsets = SUBSETS[: len(PARTS)] if _SINGLE.value else SUBSETS
+  for row in part_rows(config, setting, params, _BASE.value, subsets, _SEED.value):
+    told = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()}
+    print("  ".join(f"{name}={value}" for name, value in told.items()))
+    log.write(row | alone | source)
+  log.close()
+
+
+if __name__ == "__main__":
+  _CONFIG = command_line.define_config(RLExperiment, "configs/rl_demo.py")
+  _WORKDIR = command_line.define_workdir("Folder of a run of experiments.rl.")
+  _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
+  _RUN = flags.DEFINE_string("run", None, "Such as bf16-0; without: what all runs began with.")
+  _BASE = flags.DEFINE_string("base", "mxfp4", "The format, as in the name of an arm.")
+  _SEED = flags.DEFINE_integer("seed", 0, "Of the problems and answers.")
+  _SINGLE = flags.DEFINE_bool("single", False, "Parts alone, without their sums.")
+  app.run(command_line.one_line_errors(main), flags_parser=command_line.parse_flags)

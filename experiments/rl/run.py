@@ -1,6 +1,7 @@
 """All runs of an experiment of reinforcement learning that its workdir still lacks."""
 
 import contextlib
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,36 @@ from experiments.rl.checks import validate
 from experiments.rl.config import RLExperiment
 from experiments.rl.learner import Learner
 from experiments.rl.loop import train_run
-from experiments.rl.start import source_of, start_params
+from experiments.rl.start import Source, source_of, start_params
 from experiments.session import Interrupted
 from experiments.stop_signals import StopSignals
 from experiments.tasks import Problems, load_task
 from experiments.workdir import Run, WorkDir
 from fp4jax.implementation import choose, device_obstacle
 from fp4jax.models import LanguageModel
+
+POLICY = "policy"  # of a workdir, what its runs begin with
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What all arms of an experiment share."""
+
+  source: Source
+  problems: Problems
+  model: LanguageModel  # shapes alone
+
+  @classmethod
+  def of(cls, config: RLExperiment) -> "Setting":
+    """Raises ValueError or OSError for what can't be read or no run can have."""
+    source = source_of(config)
+    validate(config, source.model)
+    problems = Problems(load_task(config.task), config.task.held_out)
+    make = lambda: LanguageModel(source.model, source.text.vocab_size, nnx.Rngs(0))  # noqa: E731
+    return cls(source, problems, nnx.eval_shape(make))
+
+  def learner(self, config: RLExperiment, arm: str) -> Learner:
+    return Learner(config, config.arm(arm), self.model, self.source.text, self.problems)
 
 
 def run(
@@ -39,20 +63,14 @@ def run(
   if group.count > 1:
     raise ValueError(f"reinforcement learning runs in one process, not in {group.count}")
   choose(config.implementation, device_obstacle())
-  source = source_of(config)
-  validate(config, source.model)
-  problems = Problems(load_task(config.task), config.task.held_out)
-  model = nnx.eval_shape(lambda: LanguageModel(source.model, source.text.vocab_size, nnx.Rngs(0)))
+  setting = Setting.of(config)
   folder = WorkDir(workdir, config)
-  weights = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
   environment = describe_environment(commit) | {
-    "parameters": weights,
-    "start": {"sha256": source.sha256, "tokens": source.text.vocab_size},
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(setting.model))),
+    "start": {"sha256": setting.source.sha256, "tokens": setting.source.text.vocab_size},
   }
   answers = config.rollout.prompts * config.rollout.group
-  learners = functools.cache(
-    lambda arm: Learner(config, config.arm(arm), model, source.text, problems)
-  )
+  learners = functools.cache(lambda arm: setting.learner(config, arm))
 
   @functools.cache
   def start() -> Any:
@@ -66,7 +84,8 @@ def run(
         if stop.number:
           raise Interrupted("stopped while the policy was taught; that begins again", stop.number)
 
-      return start_params(folder.path / "policy", config, source, problems, tell)
+      own = setting.source, setting.problems
+      return start_params(folder.path / POLICY, config, *own, tell)
 
   def train(this: Run, progress: logs.Progress) -> None:
     train_run(this, config, learners(this.recipe), start(), progress, lambda: stop.number)
