@@ -19,6 +19,7 @@ def first_step(arm, dtype="bfloat16", **changes):
   return learner, params, state, answers, said
 
 
+@pytest.mark.slow
 def test_equal_numerics_and_replay_leave_no_gap_and_other_numerics_do():
   """Show 2: `ppo_kl` of the first update."""
   found = {}
@@ -57,6 +58,7 @@ def test_flips_are_counted_by_token_and_by_choice():
   assert found["router_flips/choices"] == 1 / 8
 
 
+@pytest.mark.slow
 def test_updates_raise_the_probability_of_what_was_worth_more():
   learner, params, state, answers, said = first_step("bf16", **{"grpo.iterations": 2})
   before = learner.trainer.score(params, answers.rollout).logprobs
@@ -71,6 +73,7 @@ def test_updates_raise_the_probability_of_what_was_worth_more():
   assert of_update["is_ratio/max"] > 1
 
 
+@pytest.mark.slow
 def test_minibatches_and_the_reference_enter_the_updates():
   changes = {"grpo": GRPOSettings(minibatches=3, iterations=2, beta=0.1)}
   learner, params, state, answers, _ = first_step("bf16", **changes)
@@ -113,6 +116,7 @@ def test_held_out_problems_are_answered_without_noise():
   assert 0 <= said["reward"] <= 1
 
 
+@pytest.mark.slow
 def test_errors_are_told_by_path():
   rows = {}
   for arm in ("mxfp4@rollout", "mxfp4@forward", "mxfp4@backward"):
@@ -124,6 +128,7 @@ def test_errors_are_told_by_path():
   assert rows == {f"mxfp4@{path}": {path} for path in ("rollout", "forward", "backward")}
 
 
+@pytest.mark.slow
 def test_a_gradient_is_the_mean_over_the_answers():
   """Of two steps' halves, and of both together."""
   learner, params, state, answers, _ = first_step("bf16", **{"grpo.mean": "sequence"})

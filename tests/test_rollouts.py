@@ -84,6 +84,7 @@ def test_noise_changes_what_is_sampled_and_not_the_weights():
   jax.tree.map(np.testing.assert_array_equal, again, quiet)
 
 
+@pytest.mark.slow
 def test_packed_weights_change_no_number():
   *_, rollout, _, _ = sampled("mxfp4", **{"rollout.packed": True})
   *_, unpacked, _, _ = sampled("mxfp4", **{"rollout.packed": False})

@@ -1,0 +1,94 @@
+"""Parts of the error on single paths: what is measured, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rl_cases import small_rl
+
+from experiments.rl.arms import arm_of
+from experiments.rl.microscope import SUBSETS, distance, gradient_error, part_rows
+from experiments.rl.programs import compiled
+from experiments.rl.run import Setting
+from experiments.train import quantized_policy
+from fp4jax import recipes
+
+KL = {"kl", "entropy", "entropy_gap", "token_mult_prob_error"}
+FLIPS = {"router_flips/tokens", "router_flips/choices"}
+GRADIENT = {"gradient_error", "cosine", "gradient_ratio"}
+
+
+def case():
+  config = small_rl()
+  setting = Setting.of(config)
+  return config, setting, setting.source.params()
+
+
+@pytest.mark.slow
+def test_a_row_for_each_part_path_and_way_to_route():
+  config, setting, params = case()
+  sampled, *rows = part_rows(config, setting, params, subsets=SUBSETS[:1])
+  assert sampled["path"] == "sampled" and sampled["answers"] == 12
+  told = [(r["path"], r["replay"], set(r) - {"path", "base", "parts", "replay"}) for r in rows]
+  assert told == [
+    ("rollout", False, KL | FLIPS),
+    ("forward", False, GRADIENT),
+    ("backward", False, GRADIENT),
+    ("rollout", True, KL),
+    ("forward", True, GRADIENT),
+    ("backward", True, GRADIENT),
+  ]
+  assert all(0 < r["gradient_error"] < 2 for r in rows if "gradient_error" in r)
+  assert [len(s) for s in SUBSETS] == [1, 1, 1, 2, 2, 2, 3]
+
+
+def test_a_distance_is_that_of_the_two_distributions():
+  config, setting, params = case()
+  answers, _ = setting.learner(config, "bf16").collect(params, 0, 0)
+  rollout, recipe = answers.rollout, arm_of("mxfp4").rollout
+  graph, _ = nnx.split(setting.model)
+
+  def logprobs(recipe):
+    policy = quantized_policy(recipe, config.quantize, None)
+    run = compiled(lambda p: nnx.merge(graph, p)(rollout.tokens[:, :-1], policy)[0])
+    logits = np.asarray(run(params), np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+  own, base = logprobs(recipe), logprobs(recipes.BF16)
+  mask, targets = np.asarray(rollout.mask), np.asarray(rollout.tokens[:, 1:])
+  taken = lambda x: np.take_along_axis(x, targets[..., None], 2)[..., 0][mask]  # noqa: E731
+  found = distance(setting.model, recipe, config.quantize, params, rollout, replay=False)
+  entropy = lambda x: -(np.exp(x) * x).sum(-1)[mask].mean()  # noqa: E731
+  expected = {
+    "kl": (np.exp(own) * (own - base)).sum(-1)[mask].mean(),
+    "entropy": entropy(own),
+    "entropy_gap": entropy(own) - entropy(base),
+    "token_mult_prob_error": np.exp(np.abs(taken(own) - taken(base))).mean(),
+  }
+  for name, value in expected.items():  # float32 sums of 256 terms of some nats
+    assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+  assert found["kl"] > 1e-3 and found["router_flips/tokens"] > 0
+  same = distance(setting.model, recipes.BF16, config.quantize, params, rollout, replay=False)
+  assert same["kl"] == same["entropy_gap"] == same["router_flips/tokens"] == 0
+
+
+@pytest.mark.slow
+def test_all_parts_are_the_arm():
+  config, setting, params = case()
+  answers, _ = setting.learner(config, "bf16").collect(params, 0, 0)
+  parts = ".scale_bias.deadzone.grid_noise"
+  for path in ("forward", "backward"):
+    whole, together = (
+      setting.learner(config, f"mxfp4{name}@{path}").gradients(params, answers, 0)
+      for name in ("", parts)
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, together)
+
+
+def test_the_error_of_a_gradient():
+  g, h = ({"a": jnp.array(a), "b": jnp.array(b)} for a, b in (([3.0], [4.0]), ([3.0], [0.0])))
+  assert gradient_error(h, g) == pytest.approx(
+    {"gradient_error": 4 / 5, "cosine": 3 / 5, "gradient_ratio": 3 / 5}
+  )
+  assert gradient_error(g, g)["gradient_error"] == 0
