@@ -37,7 +37,6 @@ def test_a_row_for_each_part_path_and_way_to_route():
     ("backward", False, GRADIENT),
     ("rollout", True, KL),
     ("forward", True, GRADIENT),
-    ("backward", True, GRADIENT),
   ]
   assert all(0 < r["gradient_error"] < 2 for r in rows if "gradient_error" in r)
   assert [len(s) for s in SUBSETS] == [1, 1, 1, 2, 2, 2, 3]
