@@ -48,7 +48,8 @@ from IPython.display import Markdown
 
 from configs import rl_demo
 from experiments.rl import grpo
-from experiments.rl.microscope import SUBSETS, part_rows
+from experiments.rl.arms import arm_of
+from experiments.rl.microscope import SUBSETS, distance, part_rows
 from experiments.rl.run import POLICY, Setting
 from experiments.rl.start import start_params
 
@@ -93,8 +94,8 @@ def table(header, rows):
 # %% [markdown]
 # ## 1. A rollout, token by token
 #
-# The policy knows the form of an answer, one of the three numbers, but not which. We sample four
-# answers to each question in MXFP4, and read what the trainer says of the very same tokens in bf16:
+# The policy knows the form of an answer, one of the three numbers, but not which. We sample
+# answers in MXFP4, and read what the trainer says of the very same tokens in bf16:
 # the arm `mxfp4@rollout`. A language model's answer ends with a stop token, written `.` here.
 
 # %%
@@ -112,7 +113,7 @@ scored = learner.trainer.score(params, answers.rollout)
 rollout, mask = answers.rollout, np.asarray(answers.rollout.mask)
 sampled, trained = np.asarray(rollout.logprobs), np.asarray(scored.logprobs)
 rows = []
-for i in range(4):
+for i in range(0, 4 * config.rollout.group, config.rollout.group):
   for t in np.flatnonzero(mask[i]):
     token = chr(int(rollout.tokens[i, t + 1])) if rollout.tokens[i, t + 1] else "."
     first = t == np.flatnonzero(mask[i])[0]
@@ -183,31 +184,44 @@ table(
 # A quantizer that adds only one part of its error to an operand, on one path, with all others in
 # bf16. `kl` is the exact KL divergence of the next token's distribution from bf16's, `entropy_gap`
 # its entropy less bf16's, over the tokens of one bf16 rollout. The error of GRPO's gradient is
-# relative to the gradient in bf16. Once the router is free, once the experts of the rollout are
-# replayed.
+# relative to the gradient in bf16.
+#
+# With the experts of the bf16 rollout *replayed*, what is left of the divergence is the numerics of
+# the GEMMs alone; the rest is the router's flips.
 
 # %%
-_, *found = part_rows(config, setting, params, BASE, SUBSETS[:3])
+sampling, *found = part_rows(config, setting, params, BASE, SUBSETS[:3], replays=(False,))
 
 
-def cell(part, path, column, replay=False):
-  (row,) = (r for r in found if (r["parts"], r["path"], r["replay"]) == ([part], path, replay))
+def cell(part, path, column):
+  (row,) = (r for r in found if (r["parts"], r["path"]) == ([part], path))
   return row[column]
 
 
 COLUMNS = {
-  "KL to bf16 (nats)": ("rollout", "kl", False),
-  "KL, replayed": ("rollout", "kl", True),
-  "entropy less bf16's (nats)": ("rollout", "entropy_gap", False),
-  "entropy, replayed": ("rollout", "entropy_gap", True),
-  "gradient error, forward": ("forward", "gradient_error", False),
-  "forward, replayed": ("forward", "gradient_error", True),
-  "gradient error, backward": ("backward", "gradient_error", False),
+  "KL to bf16 (nats)": ("rollout", "kl"),
+  "tokens with a flip": ("rollout", "router_flips/tokens"),
+  "entropy less bf16's (nats)": ("rollout", "entropy_gap"),
+  "gradient error, forward": ("forward", "gradient_error"),
+  "gradient error, backward": ("backward", "gradient_error"),
+}
+in_bf16, _ = learner_of("bf16").collect(params, seed=0, step=0)
+replayed = {
+  part: distance(
+    setting.model,
+    arm_of(f"{BASE}.{part}").rollout,
+    config.quantize,
+    params,
+    in_bf16.rollout,
+    replay=True,
+  )
+  for part in PARTS
 }
 table(
-  ["part", *COLUMNS],
+  ["part", *COLUMNS, "KL, experts replayed"],
   [
-    [name, *(cell(part, *where) for where in COLUMNS.values())] for part, (name, _) in PARTS.items()
+    [name, *(cell(part, *where) for where in COLUMNS.values()), replayed[part]["kl"]]
+    for part, (name, _) in PARTS.items()
   ],
 )
 

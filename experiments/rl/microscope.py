@@ -61,13 +61,14 @@ def part_rows(
   base: str = "mxfp4",
   subsets: tuple[tuple[str, ...], ...] = SUBSETS,
   seed: int = 0,
+  replays: tuple[bool, ...] = (False, True),
 ) -> Iterator[dict[str, Any]]:
   """A row for what was sampled, then for each subset of the parts, path, and with experts each way
   to route."""
   model = setting.model
   answers, said = setting.learner(config, "bf16").collect(params, seed, 0)
   yield {"path": "sampled", "base": base, "answers": len(answers.rewards)} | said
-  ways = (False, True) if model.is_mixture else (False,)
+  ways = replays if model.is_mixture else (False,)
 
   @functools.cache
   def gradients(arm: str, replay: bool) -> Any:
@@ -77,7 +78,7 @@ def part_rows(
 
   for parts, replay in itertools.product(subsets, ways):
     name = ".".join([base, *parts])
-    shared = {"base": base, "parts": list(parts)} | ({"replay": replay} if len(ways) > 1 else {})
+    shared = {"base": base, "parts": list(parts), "replay": replay if model.is_mixture else None}
     recipe = arm_of(f"{name}@rollout").rollout
     gap = distance(model, recipe, config.quantize, params, answers.rollout, replay)
     yield {"path": "rollout"} | shared | gap
