@@ -236,6 +236,10 @@ class Progress:
     self._bar.update((step - self._step) * self._per_step)
     self._step = step
 
+  def skip(self, steps: int) -> None:
+    """Takes off the steps of a run that is none of this process's."""
+    self._bar.total -= steps * self._per_step
+
   def end(self) -> None:
     """Ends the run, also one that diverged before its last step."""
     self._bar.total -= (self._steps - self._step) * self._per_step

@@ -38,24 +38,39 @@ def train_unfinished(
 ) -> None:
   """Trains what is not yet in `folder`, one run after the other, then reports.
 
-  `make_progress` is told the steps of all runs, 0 in a process that writes nothing. The report is
-  written after a failure or a signal, too. Every process calls this.
+  Runs that another process trains, started by itself with the same command, are left to it: so
+  several devices share a folder, each with a process of its own. `make_progress` is told the steps
+  of all runs, 0 in a process that writes nothing. The report is written after a failure or a
+  signal, too. Every process of `group` calls this.
+
+  Raises:
+    ValueError: other processes train all that is left.
   """
   folder.agree(group, environment)
   first = group.index == 0
-  with folder.begin(environment) if first else contextlib.nullcontext():
-    unfinished = group.gather([this.name for this in folder.unfinished()] if first else None)[0]
-    runs = [this for this in folder.runs if this.name in unfinished]
-    progress = make_progress(len(runs) * folder.steps * first)
-    try:
-      with stop.after_step(), contextlib.closing(progress):
-        for this in runs:
-          train(this, progress)
-    except BaseException:
-      # After a full disk, say: what went wrong first is what counts.
-      with contextlib.suppress(OSError, ValueError):
-        if first:
-          report()
-      raise
-    if first:
-      print(f"report: {report()}")
+  if first:
+    folder.begin(environment)
+  unfinished = group.gather([this.name for this in folder.unfinished()] if first else None)[0]
+  runs = [this for this in folder.runs if this.name in unfinished]
+  progress, left = make_progress(len(runs) * folder.steps * first), []
+  try:
+    with stop.after_step(), contextlib.closing(progress):
+      for this in runs:
+        with folder.claimed(this) if first else contextlib.nullcontext() as mine:
+          todo = mine and not this.is_finished(folder.steps)  # as it may be by now
+          if group.gather(todo)[0]:
+            train(this, progress)
+          else:
+            progress.skip(folder.steps)
+            left += [] if mine else [this.name]
+  except BaseException:
+    # After a full disk, say: what went wrong first is what counts.
+    with contextlib.suppress(OSError, ValueError):
+      if first:
+        report()
+    raise
+  if first:
+    others = f"another process trains {', '.join(left)} in {folder.path}"
+    if left and len(left) == len(runs):
+      raise ValueError(f"{others}; wait until it ends")
+    print(f"report: {report()}" + (f" (so far: {others})" if left else ""))

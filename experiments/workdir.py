@@ -73,21 +73,14 @@ class WorkDir:
       for arm in config.arm_names()
     ]
 
-  @contextlib.contextmanager
-  def begin(self, environment: dict[str, Any]) -> Iterator[None]:
+  def begin(self, environment: dict[str, Any]) -> None:
     """Writes what was configured and environment.json, or adds this session to that of the first.
-    No other process can begin until the context ends.
 
     Raises:
-      ValueError: another process trains here; something of `KEPT`, such as the corpus, is not what
-        the runs began with.
+      ValueError: something of `KEPT`, such as the corpus, is not what the runs began with.
     """
     self.path.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-      try:
-        stack.enter_context(filelock.FileLock(self.path / ".lock", blocking=False))
-      except filelock.Timeout:
-        raise ValueError(f"another process trains in {self.path}; wait until it ends") from None
+    with filelock.FileLock(self.path / ".lock"):
       found = self._check()  # the process before this one may have written since
       if found is None:
         found = self._config.to_dict(), {}, {}
@@ -95,7 +88,21 @@ class WorkDir:
       logs.write_json(self.path / "environment.json", self._joined(first, environment))
       logs.write_json(self.path / "recipes.json", definitions | self._definitions)
       logs.write_json(self.path / "config.json", self._grown(config))
-      yield
+
+  @contextlib.contextmanager
+  def claimed(self, run: Run) -> Iterator[bool]:
+    """Whether this process may train `run`: no other one does, nor can until the context ends."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(run.folder / ".lock", blocking=False)
+    try:
+      lock.acquire()
+    except filelock.Timeout:
+      yield False
+      return
+    try:
+      yield True
+    finally:
+      lock.release()
 
   def agree(self, group: Group, environment: dict[str, Any]) -> None:
     """Raises ValueError, alike in all processes, where one of them would train something else."""

@@ -24,7 +24,7 @@ class Frame:
 
   def train(self, run, progress):
     self.trained.append(run.name)
-    run.folder.mkdir(parents=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
     run.finish(100, diverged=False)
 
   def report(self):
@@ -74,13 +74,43 @@ def test_a_failure_is_reported_and_told(tmp_path, report_fails):
   with pytest.raises(OSError, match="full"):
     frame.run(Tuning())
   assert frame.reports == 1
-  with WorkDir(tmp_path, Tuning()).begin(ENVIRONMENT):  # the lock is free
-    pass
+  folder = WorkDir(tmp_path, Tuning())
+  with folder.claimed(folder.runs[0]) as mine:  # the lock is free
+    assert mine
+
+
+def test_processes_of_their_own_share_the_runs(tmp_path, capsys):
+  """Each leaves to the other what it trains, and what it finished meanwhile."""
+  one, other = Frame(tmp_path), Frame(tmp_path)
+  train = one.train
+
+  def while_one_trains(run, progress):
+    if run.name == "slow-0":
+      other.run(Tuning())
+    train(run, progress)
+
+  one.train = while_one_trains
+  one.run(Tuning())
+  assert (one.trained, other.trained) == (["slow-0"], ["fast-0"])
+  said = capsys.readouterr().out.splitlines()
+  report = f"report: {tmp_path / 'report.html'}"
+  assert said == [f"{report} (so far: another process trains slow-0 in {tmp_path})", report]
+
+
+def test_a_process_for_which_nothing_is_left_says_who_trains(tmp_path):
+  folder = WorkDir(tmp_path, Tuning())
+  with folder.claimed(folder.runs[0]), folder.claimed(folder.runs[1]) as mine:
+    assert mine
+    with pytest.raises(
+      ValueError, match=r"another process trains slow-0, fast-0 in .*; wait until"
+    ):
+      Frame(tmp_path).run(Tuning())
 
 
 def test_another_process_than_the_first_trains_and_writes_nothing(tmp_path, capsys):
   frame, group = Frame(tmp_path / "w"), Group(index=1)
-  said = iter([[{}], [["fast-0"]]])  # what the first tells: what it trains, what is left
+  # What the first tells: what it trains, what is left, that this process may train it.
+  said = iter([[{}], [["fast-0"]], [True]])
   group.gather = lambda value: next(said)
   frame.train = lambda run, progress: frame.trained.append(run.name)
   frame.run(Tuning(), group)

@@ -92,8 +92,7 @@ def test_a_redefined_final_recipe_is_refused(tmp_path, monkeypatch):
   monkeypatch.setitem(recipes.RECIPES, "mine", recipes.FP8.replace({"name": "mine"}))
   config = experiment()
   config.final_recipe = "mine"
-  with WorkDir(tmp_path, config).begin({}):
-    pass
+  WorkDir(tmp_path, config).begin({})
   WorkDir(tmp_path, config)
   monkeypatch.setitem(recipes.RECIPES, "mine", recipes.MXFP4.replace({"name": "mine"}))
   with pytest.raises(ValueError, match=r"defined differently(?s:.)*recipes\.mine\.fprop"):

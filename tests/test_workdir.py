@@ -6,7 +6,6 @@ import re
 import shutil
 from pathlib import Path
 
-import filelock
 import jax.numpy as jnp
 import pytest
 from small_runs import assert_same_logs, finish, small
@@ -19,8 +18,7 @@ from fp4jax import formats, recipes
 
 
 def begin(path, config):
-  with WorkDir(path, config).begin({}):
-    pass
+  WorkDir(path, config).begin({})
 
 
 def test_a_workdir_with_another_config_is_refused_and_kept(straight, corpus_file):
@@ -164,24 +162,28 @@ def test_steps_that_would_not_follow_are_refused(tmp_path, corpus_file, changes,
     WorkDir(tmp_path, growing(corpus_file, **changes | {"steps": steps}))
 
 
-def test_a_second_process_is_refused(tmp_path, command, corpus_file):
+def test_a_second_process_leaves_what_the_first_trains(tmp_path, command, corpus_file):
   config = small(**{"data.path": corpus_file, "recipes": configs.Names(["bf16", "mxfp4_rht_sr"])})
-  with WorkDir(tmp_path, config).begin({}):
-    before = {p: p.read_bytes() for p in tmp_path.glob("*.json")}
+  begin(tmp_path, config)
+  folder = WorkDir(tmp_path, config)
+  with folder.claimed(folder.runs[0]), folder.claimed(folder.runs[1]):
     out = finish(command(tmp_path), code=1)
-    assert before == {p: p.read_bytes() for p in tmp_path.glob("*.json")}
-  assert out == f"error: another process trains in {tmp_path}; wait until it ends\n"
+  both = "bf16-0, mxfp4_rht_sr-0"
+  assert out.endswith(f"error: another process trains {both} in {tmp_path}; wait until it ends\n")
+  assert not list(tmp_path.glob("runs/*/*.jsonl"))
 
 
-def test_the_lock_is_given_back_also_after_a_failure(tmp_path, monkeypatch):
-  kept, make = [], filelock.FileLock  # a lock that is collected is given back anyway
-  monkeypatch.setattr(
-    filelock, "FileLock", lambda *a, **options: kept.append(make(*a, **options)) or kept[-1]
-  )
-  with pytest.raises(OSError, match="full"), WorkDir(tmp_path, small()).begin({}):
+def test_a_claim_is_given_back_also_after_a_failure(tmp_path):
+  folder = WorkDir(tmp_path, small())
+  kept = []  # a lock that is collected is given back anyway
+  with pytest.raises(OSError, match="full"), folder.claimed(folder.runs[0]) as mine:
+    kept.append(mine)
+    with folder.claimed(folder.runs[0]) as again:
+      kept.append(again)
     raise OSError("full")
-  assert len(kept) == 1 and not kept[0].is_locked
-  begin(tmp_path, small())
+  assert kept == [True, False]
+  with folder.claimed(folder.runs[0]) as mine:
+    assert mine
 
 
 def test_a_workdir_of_the_earlier_layout_is_told_from_a_new_one(tmp_path):

@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 from flax import nnx
 
@@ -74,18 +76,8 @@ def run(
 
   @functools.cache
   def start() -> Any:
-    teaching = config.start.teaching
-    progress = logs.Progress(teaching.steps, teaching.batch_size, unit="problems")
-    with contextlib.closing(progress):
-      progress.start("teaching", teaching.steps)
-
-      def tell(step: int, loss: float) -> None:
-        progress.update(step, loss)
-        if stop.number:
-          raise Interrupted("stopped while the policy was taught; that begins again", stop.number)
-
-      own = setting.source, setting.problems
-      return start_params(folder.path / POLICY, config, *own, tell)
+    with _alone(folder.path / f".{POLICY}.lock", stop):
+      return _start(folder.path / POLICY, config, setting, stop)
 
   def train(this: Run, progress: logs.Progress) -> None:
     train_run(this, config, learners(this.recipe), start(), progress, lambda: stop.number)
@@ -99,6 +91,36 @@ def run(
     stop=stop,
     group=group,
   )
+
+
+@contextlib.contextmanager
+def _alone(path: Path, stop: StopSignals) -> Iterator[None]:
+  """Waits until no other process teaches the policy."""
+  lock = filelock.FileLock(path)
+  while not lock.is_locked:
+    try:
+      lock.acquire(timeout=1)
+    except filelock.Timeout:
+      if stop.number:
+        raise Interrupted("stopped while another process taught the policy", stop.number) from None
+  with contextlib.ExitStack() as stack:
+    stack.callback(lock.release)
+    yield
+
+
+def _start(folder: Path, config: RLExperiment, setting: Setting, stop: StopSignals) -> Any:
+  teaching = config.start.teaching
+  with contextlib.closing(
+    logs.Progress(teaching.steps, teaching.batch_size, unit="problems")
+  ) as bar:
+    bar.start("teaching", teaching.steps)
+
+    def tell(step: int, loss: float) -> None:
+      bar.update(step, loss)
+      if stop.number:
+        raise Interrupted("stopped while the policy was taught; that begins again", stop.number)
+
+    return start_params(folder, config, setting.source, setting.problems, tell)
 
 
 def _report(folder: WorkDir) -> Path:
