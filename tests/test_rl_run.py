@@ -18,6 +18,7 @@ from experiments.tasks import TaskSettings
 from fp4jax.models import ModelConfig
 
 TINY = {
+  "seeds": 1,
   "steps": 4,
   "eval_every": 2,
   "probe_every": 2,
@@ -25,8 +26,6 @@ TINY = {
   "start.teaching.steps": 3,
   "start.teaching.warmup_steps": 1,
   "start.teaching.batch_size": 4,
-  "task.name": "spell_backward",
-  "task.options": "min_word_len=3,max_word_len=4",
   "task.held_out": 4,
   "rollout.prompts": 2,
   "rollout.group": 2,
