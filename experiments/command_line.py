@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments.comparison import Comparison, Names, field_paths, near_fields
@@ -59,6 +59,19 @@ def define_workdir(help_string: str, several: bool = False) -> flags.FlagHolder:
   named = lambda given: given is None or all(given if several else [given])  # noqa: E731
   flags.register_validator("workdir", named, "--workdir is empty")
   return holder
+
+
+def run_report(write: Callable[..., Path]) -> None:
+  """The command that writes the page of `--workdir`, one or several, to `--out`."""
+  workdirs = define_workdir("Folders of runs, with commas.", several=True)
+  out = flags.DEFINE_string("out", None, "The page; of one workdir by default its report.html.")
+
+  def main(_) -> None:
+    if len(workdirs.value) > 1 and not out.value:
+      raise ValueError("several workdirs need --out, the page to write")
+    print(write(*workdirs.value, out=out.value))
+
+  app.run(one_line_errors(main), flags_parser=parse_flags)
 
 
 def one_line_errors(main: Callable) -> Callable:

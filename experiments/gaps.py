@@ -79,8 +79,6 @@ def runs_of(records: Records, arm: Arm, measure: Measure) -> list[Row]:
     diverged = None
     if len(events):
       diverged = events.iloc[0][["step", "probe"]].to_dict()
-    # The last tenth of the planned steps, counted back from the last step taken.
-    window = train[train.index > train.index.max() - max(0.1 * (arm.steps or 0), 1)]
     last = scores.index.max() if len(scores) else None
     runs.append(
       {
@@ -88,13 +86,19 @@ def runs_of(records: Records, arm: Arm, measure: Measure) -> list[Row]:
         "last_step": rows.step.max(),
         # The last step is always evaluated.
         "finished": bool(arm.steps is not None and last is not None and last >= arm.steps),
-        measure.train: None if diverged else window.mean(skipna=False),
+        measure.train: None if diverged else mean_at_end(train, arm),
         measure.value: None if diverged or last is None else scores[last],
         measure.step: last,
         "diverged": diverged,
       }
     )
   return logs.plain(runs)
+
+
+def mean_at_end(values: pd.Series, arm: Arm) -> float:
+  """Of values by step: over the last tenth of the planned steps, counted back from the last."""
+  window = values[values.index > values.index.max() - max(0.1 * (arm.steps or 0), 1)]
+  return window.mean(skipna=False)
 
 
 def mean_of_runs(runs: list[Row], name: str, step_name: str) -> Row:
@@ -126,11 +130,11 @@ def gap_of(records: Records, arm: Arm, runs: dict[str, list[Row]], measure: Meas
   return logs.plain(found)
 
 
-def median_step_time(timing: pd.DataFrame, arm: str) -> float | None:
-  """The first row of every run compiles: left out."""
+def median_time(timing: pd.DataFrame, arm: str, column: str = "step_time_ms") -> float:
+  """NaN without rows. The first row of every run compiles: left out."""
   own = timing[timing.recipe == arm]
   later = own[own.step > own.groupby("seed").step.transform("min")]
-  return later.step_time_ms.median()
+  return later[column].median()
 
 
 def _verdict(

@@ -61,9 +61,15 @@ def of_probes(summary: dict[str, Any], probes: dict[str, list[Chart]]) -> dict[s
     "formats": {recipe: _formats(own) for recipe, own in recipes.items()},
     "reading": {recipe: _reading_residual(own) for recipe, own in recipes.items()},
     "operands": list(probes["sqnr"][0]["figures"]) if probes else [],
+    "place": place,
     "parts": PARTS,
     "on_top": ON_TOP,
   }
+
+
+def place(operand: dict[str, Any]) -> str:
+  """Of an operand of a summary, in words."""
+  return " ".join(operand[name] for name in ("path", "gemm", "operand") if name in operand)
 
 
 def _formats(own: dict[str, Any]) -> str:
@@ -75,20 +81,10 @@ def _formats(own: dict[str, Any]) -> str:
 
 def _reading_residual(own: dict[str, Any]) -> str:
   operands = own["decomposition"]["operands"]
-  return listed([f"{o['gemm']} {o['operand']}" for o in operands if o["reads_residual"]])
+  return listed([place(o) for o in operands if o["reads_residual"]])
 
 
 if __name__ == "__main__":
-  from absl import app, flags
-
   from experiments import command_line
 
-  WORKDIRS = command_line.define_workdir("Folders of runs, with commas.", several=True)
-  OUT = flags.DEFINE_string("out", None, "The page; of one workdir by default its report.html.")
-
-  def main(_) -> None:
-    if len(WORKDIRS.value) > 1 and not OUT.value:
-      raise ValueError("several workdirs need --out, the page to write")
-    print(write_report(*WORKDIRS.value, out=OUT.value))
-
-  app.run(command_line.one_line_errors(main), flags_parser=command_line.parse_flags)
+  command_line.run_report(write_report)

@@ -6,6 +6,7 @@ its CSS variables, `--recipe-1` or with an alpha byte `--recipe-1/33`. plotly.ex
 figure here: it knows no bands, no names at the ends of lines, and no colours of two schemes.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ import pandas as pd
 from experiments.records import Records
 from experiments.report_lines import (
   Chart,
+  Curve,
   Figure,
   curves_of,
   gap_curves,
@@ -36,7 +38,14 @@ from experiments.report_stacks import (
   panels,
   time_figure,
 )
-from experiments.summary import LOSS, is_lossless, last_probe_rows, mean_shares, reads_residual
+from experiments.summary import (
+  LOSS,
+  is_lossless,
+  last_probe_rows,
+  mean_shares,
+  place_columns,
+  reads_residual,
+)
 
 ALL = "all operands"
 ON_TOP = "*"  # of an error that adds to the residual's
@@ -78,9 +87,8 @@ def curve_charts(records: Records) -> dict[str, Chart]:
   }
   for name, (title, column, unit, log) in _STEP_CURVES.items():
     own = curves_of(records, "train", column, 1 if name == "rate" else window)
-    if name == "rate":  # of all recipes of a workdir
-      firsts = {arm.workdir: arm.name for arm in reversed(records.arms.values())}
-      own = {arm: own[arm] for arm in firsts.values()}
+    if name == "rate":
+      own = one_arm_a_workdir(records, own)
     charts[name] = title, line_figure(own, styles, unit, log=log)
   charts["busiest"] = "Busiest expert", _busiest_figure(records.metrics, styles)
   for split in ("validation", "train"):
@@ -90,6 +98,12 @@ def curve_charts(records: Records) -> dict[str, Chart]:
     for name, (title, figure) in charts.items()
     if figure["data"]
   }
+
+
+def one_arm_a_workdir(records: Records, curves: dict[str, Curve]) -> dict[str, Curve]:
+  """Of what is the same for all arms of a workdir."""
+  firsts = {arm.workdir: arm.name for arm in reversed(records.arms.values())}
+  return {arm: curves[arm] for arm in firsts.values()}
 
 
 def load_charts(records: Records) -> list[Chart]:
@@ -117,7 +131,8 @@ def probe_charts(records: Records) -> dict[str, list[Chart]]:
   probes = records.probes
   if probes.empty:
     return {}
-  probes = probes.assign(key=probes.gemm + " " + probes.operand)
+  columns = [probes[name] for name in place_columns(probes)]
+  probes = probes.assign(key=functools.reduce(lambda a, b: a + " " + b, columns))
   names = sorted(probes.key.unique(), key=order)
   last = {arm: last_probe_rows(probes, arm) for arm in records.arms}
   last = {arm: own for arm, own in last.items() if len(own)}
@@ -173,7 +188,7 @@ def _probe_line_figure(
   for arm, own in probes.groupby("recipe", sort=False):
     rows = own if name == ALL else own[own.key == name]
     if name != ALL and len(rows) and reads_residual(rows):
-      rows = own[own.key.isin([name, f"residual {rows.operand.iloc[0]}"])]
+      rows = own[(own.key == name) | _is_residual_of(own, rows.iloc[0])]
     kinds = pd.Series("", index=rows.index)
     kinds[rows.source == "residual"] = " on top"
     kinds[rows.gemm == "residual"] = " residual"
@@ -183,6 +198,14 @@ def _probe_line_figure(
       curve = over_seeds(of_kind, column)
       curves[arm + kind] = curve if column == "sqnr_db" else 100 * curve
   return line_figure(curves, styles, unit, height=360)
+
+
+def _is_residual_of(rows: pd.DataFrame, reader: pd.Series) -> pd.Series:
+  """Which rows are of the residual that `reader` reads: a backward pass has it from the forward."""
+  found = (rows.gemm == "residual") & (rows.operand == reader.operand)
+  if "path" in rows:
+    found &= rows.path == ("forward" if reader.path == "backward" else reader.path)
+  return found
 
 
 def _grouped(rows: pd.DataFrame, column: str) -> Parts:

@@ -97,8 +97,8 @@ def line_figure(
 ) -> Figure:
   """Mean lines with bands over seeds and names at their ends.
 
-  `level` is a value with its name, for a rule across the plot; `zero` asks for one at 0. A style
-  names, as `recipe`, the arm that a curve is hidden with.
+  `level` is a value with its name, "" where a caption tells it, for a rule across the plot; `zero`
+  asks for one at 0. A style names, as `recipe`, the arm that a curve is hidden with.
   """
   scale = math.log10 if log else float
   curves = {arm: _thinned(curve) for arm, curve in curves.items() if len(curve)}
@@ -138,6 +138,8 @@ def line_figure(
     for arm, y in zip(ends, at, strict=True)
   ]
   yaxis = {"title": {"text": unit}, "range": [low - margin, high + margin]}
+  if max(map(abs, values)) < 1e-2:
+    yaxis["exponentformat"] = "e"  # plotly would write 200µ
   layout = {
     "height": height,
     "margin": {"r": 16 + 7 * max(map(len, curves))},
@@ -148,9 +150,10 @@ def line_figure(
   if level is not None:
     name, at = level
     layout["shapes"].append(rule("y", at))
-    text = {"text": f"{html.escape(name)} {at:.2f}", "font": {"color": "--muted"}}
-    place = {"xref": "paper", "x": 1, "y": at, "xanchor": "right", "yanchor": "bottom"}
-    layout["annotations"] = [text | place | {"showarrow": False}]
+    if name:
+      text = {"text": f"{html.escape(name)} {at:.2f}", "font": {"color": "--muted"}}
+      place = {"xref": "paper", "x": 1, "y": scale(at), "xanchor": "right", "yanchor": "bottom"}
+      layout["annotations"] = [text | place | {"showarrow": False}]
   return {"data": bands + lines + names, "layout": layout}
 
 

@@ -16,7 +16,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from experiments.gaps import ABOVE, BELOW, CONFIDENCE, DIVERGED, MIN_SEEDS
-from experiments.numbers import MISSING, fixed, signed, thousands
+from experiments.numbers import MISSING, fixed, short, signed, thousands
 from experiments.records import BASELINE, Records
 from experiments.report_charts import ALL
 from experiments.report_lines import Chart, smoothing_window, styles_of
@@ -47,7 +47,12 @@ def render(
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.filters |= {"fixed": fixed, "signed": signed, "thousands": thousands}
+  environment.filters |= {
+    "fixed": fixed,
+    "short": short,
+    "signed": signed,
+    "thousands": thousands,
+  }
   recipes = summary["recipes"].values()
   bands = "Line: mean over the seeds that have the step; band: lowest to highest seed."
   return environment.get_template(template.name).render(

@@ -30,13 +30,14 @@ PARTS = {  # in the order of a stack: where the first two end, an ideal scale wo
   "scale_bias": "scale bias",
   "cross": "cross terms",
 }
-GEMMS = ("fprop", "dgrad", "wgrad", "residual")
+_ORDER = ("rollout", "forward", "backward", "fprop", "dgrad", "wgrad", "residual")
 SHARE = "share of squared error"
 
 
-def order(operand: str) -> tuple[int, str]:
-  gemm = operand.split(" ")[0]
-  return (GEMMS.index(gemm) if gemm in GEMMS else len(GEMMS), operand)
+def order(place: str) -> tuple[list[int], str]:
+  """As a step meets them: "fprop lhs", or "rollout fprop lhs" where there are paths."""
+  words = place.split(" ")[:-1] or [place]
+  return [_ORDER.index(word) if word in _ORDER else len(_ORDER) for word in words], place
 
 
 def panels(parts: dict[str, dict[str, Parts]], figure: Callable) -> list[Chart]:

@@ -57,7 +57,7 @@ def summarize_records(records: Records) -> dict[str, Any]:
     name: records.of_arm(arm, "saved_activation_bytes_per_token") for name, arm in arms.items()
   }
   at_peak = {name: records.of_arm(arm, "gemm_seconds_at_peak") for name, arm in arms.items()}
-  step_times = {name: gaps.median_step_time(records.timing, name) for name in arms}
+  step_times = {name: gaps.median_time(records.timing, name) for name in arms}
   recipes = {}
   for name, arm in arms.items():
     loss = gaps.mean_of_runs(runs[name], LOSS.value, LOSS.step)
@@ -75,10 +75,10 @@ def summarize_records(records: Records) -> dict[str, Any]:
       "gap": _gap(records, arm, runs),
       "nats_below_unigram": below,
       "saved_activation_bytes_per_token": saved[name],
-      "saved_activation_ratio": _ratio(saved[name], saved.get(arm.baseline)),
+      "saved_activation_ratio": ratio(saved[name], saved.get(arm.baseline)),
       "step_time_ms": step_times[name],
-      "step_time_ratio": _ratio(step_times[name], step_times.get(arm.baseline)),
-      "flops_utilization": _ratio(at_peak[name], step_times[name] / 1000),
+      "step_time_ratio": ratio(step_times[name], step_times.get(arm.baseline)),
+      "flops_utilization": ratio(at_peak[name], step_times[name] / 1000),
       "decomposition": decomposition(records.probes, name),
     }
   told = notes(records, runs, LOSS, "validation loss")
@@ -154,13 +154,18 @@ def _gap(records: Records, arm: Arm, runs: dict[str, list[Row]]) -> Row:
   }
 
 
+def place_columns(probes: pd.DataFrame) -> list[str]:
+  """What tells where a quantization is: the path, if runs have several, the GEMM, the operand."""
+  return [name for name in ("path", "gemm", "operand") if name in probes]
+
+
 def decomposition(probes: pd.DataFrame, recipe: str) -> Row:
-  """Means over seeds, layers and modules, by GEMM and operand."""
+  """Means over seeds, layers and modules, by `place_columns`."""
   last = last_probe_rows(probes, recipe)
+  columns = place_columns(last)
   operands = [
     {
-      "gemm": gemm,
-      "operand": operand,
+      **dict(zip(columns, place, strict=True)),
       "format": _listed(rows.format),
       "scale_rule": _listed(rows.scale_rule),
       "reads_residual": reads_residual(rows),
@@ -168,7 +173,7 @@ def decomposition(probes: pd.DataFrame, recipe: str) -> Row:
       **mean_shares(rows),
       **rows[RATES].mean(),
     }
-    for (gemm, operand), rows in last.groupby(["gemm", "operand"], sort=False)
+    for place, rows in last.groupby(columns, sort=False)
   ]
   step = last.step.max() if len(last) else None
   return {"step": step, "lost_to_scale": lost_to_scale(last), "operands": operands}
@@ -192,11 +197,11 @@ def notes(
     elif not any(arm.name == arm.baseline for arm in own if arm.name in scored):
       told.append(f"No {what} of {BASELINE}{where}, so there are no gaps to it.")
     if not records.environments[workdir]:
-      told.append(f"No environment.json{where}: corpus, memory and versions are unknown.")
+      told.append(f"No environment.json{where}, so it is unknown what its runs ran on.")
   if records.probes.empty:
     told.append("No probe rows, so there is no error decomposition.")
   return told
 
 
-def _ratio(value: float | None, reference: float | None) -> float | None:
+def ratio(value: float | None, reference: float | None) -> float | None:
   return value / reference if value and reference else None

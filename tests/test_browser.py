@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import pytest
 from playwright import sync_api as playwright
+from rl_workdirs import make_rl_workdir
 from workdirs import make_workdir
 
 from experiments import numbers, report, report_charts, summary
 from experiments.report_charts import ALL
+from experiments.rl import report as rl_report
 
 pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -354,3 +356,26 @@ def test_colours_follow_the_scheme(page, opened):
     else:
       assert max(backgrounds) < 40 and min(texts) > 200
     fold.click()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "dark")])
+def test_a_report_of_reinforcement_learning_fits_its_window(browser, tmp_path, width, scheme):
+  arms = ("bf16", "mxfp4", "mxfp4.scale_bias.deadzone@backward")
+  path = rl_report.write_report(make_rl_workdir(tmp_path / "w", arms=arms, replays=True))
+  viewport = {"width": width, "height": HEIGHT}
+  page = browser.new_context(viewport=viewport, color_scheme=scheme).new_page()
+  problems = []
+  page.on("console", lambda said: problems.append(said.text))
+  page.on("pageerror", lambda error: problems.append(str(error)))
+  page.goto(path.as_uri())
+  page.locator("#held_out .main-svg").first.wait_for()
+  settle(page)
+  places = set(page.locator(".chart").evaluate_all("(all) => all.map((c) => c.id)"))
+  assert drawn(page) == places > {"held_out", "gap", "error", "unreplayed_error", "operands-0"}
+  for selector in ("html", ".scroll:has(.cards)", ".sample"):
+    assert not any(is_wider_than_its_place(page, selector)), selector
+  for one in page.locator("input.log").all():
+    one.check()
+  settle(page)
+  assert problems == []
+  page.context.close()

@@ -89,6 +89,9 @@ def test_a_run_leaves_everything_that_it_promises(whole):
   definitions = logs.read_json(whole / "recipes.json")
   assert definitions["mxfp4@rollout"]["trainer"] == definitions["bf16"]["trainer"]
   assert logs.read_json(whole / "environment.json")["parameters"] > 0
+  own = logs.read_json(whole / "summary.json")["recipes"]["mxfp4@rollout"]
+  assert own["seeds_finished"] == 1 and own["gap"]["verdict"] == "too few seeds"
+  assert "mxfp4@rollout" in (whole / "report.html").read_text()
 
 
 @pytest.mark.slow

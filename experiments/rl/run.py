@@ -18,7 +18,9 @@ from experiments.rl.checks import validate
 from experiments.rl.config import RLExperiment
 from experiments.rl.learner import Learner
 from experiments.rl.loop import train_run
+from experiments.rl.report import write_report
 from experiments.rl.start import Source, source_of, start_params
+from experiments.rl.summary import write_summary
 from experiments.session import Interrupted
 from experiments.stop_signals import StopSignals
 from experiments.tasks import Problems, load_task
@@ -124,4 +126,5 @@ def _start(folder: Path, config: RLExperiment, setting: Setting, stop: StopSigna
 
 
 def _report(folder: WorkDir) -> Path:
-  return folder.path
+  write_summary(folder.path)
+  return write_report(folder.path)
