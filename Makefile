@@ -1,4 +1,5 @@
 # make demo   the main job at its smallest: a report of how BF16, FP8 and FP4 diverge
+# make rl-demo  the same for reinforcement learning, with a quantized policy
 # make test   lint and the tests that are not marked slow
 # make test-all  lint and every test, as CI does
 # make tables rebuild the README's tables and picture from results/
@@ -10,7 +11,7 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all lint tables gpu-test gpu-bench gpu-sanitize
+.PHONY: setup demo rl-demo test test-all lint tables gpu-test gpu-bench gpu-sanitize
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt constraints.txt pyproject.toml
@@ -20,6 +21,9 @@ $(VENV)/.installed: requirements.txt constraints.txt pyproject.toml
 
 demo: setup
 	$(BIN)/python -m experiments.run --config=configs/demo.py --workdir=runs/demo
+
+rl-demo: setup
+	$(BIN)/python -m experiments.rl --config=configs/rl_demo.py --workdir=runs/rl_demo
 
 tables: setup
 	$(BIN)/python -m experiments.tables

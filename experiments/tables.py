@@ -12,6 +12,7 @@ from typing import get_args
 from absl import app, flags
 
 from experiments import command_line, cost_tables, kernel_tables, logs, pictures
+from experiments.rl import tables as rl_tables
 from experiments.summary import read_records, summarize_records
 from fp4jax.models.remat import Remat
 
@@ -282,7 +283,8 @@ def main(_) -> None:
   results = _ROOT / "results"
   if _COLLECT.value:
     workdir = Path(_COLLECT.value)
-    collect(workdir, results / f"{workdir.name}.jsonl")
+    of_rl = "arms" in (logs.read_json(workdir / "config.json") or {})
+    (rl_tables.collect if of_rl else collect)(workdir, results / f"{workdir.name}.jsonl")
   readme = _ROOT / "README.md"
   text = readme.read_text()
   for name, content in readme_tables(results).items():
@@ -305,11 +307,15 @@ def main(_) -> None:
     text = fill(text, name, content)
   readme.write_text(text)
 
-  scaling = _ROOT / "docs" / "scaling.md"
-  text = scaling.read_text()
-  for name, content in cost_tables.scaling_tables(results).items():
-    text = fill(text, name, content)
-  scaling.write_text(text)
+  for name, tables in (
+    ("scaling", cost_tables.scaling_tables(results)),
+    ("reinforcement_learning", rl_tables.page_tables(results)),
+  ):
+    page = _ROOT / "docs" / f"{name}.md"
+    text = page.read_text()
+    for place, content in tables.items():
+      text = fill(text, place, content)
+    page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""The tables of docs/reinforcement_learning.md, from committed rows; `make tables` rebuilds them."""
+
+from pathlib import Path
+
+from experiments import logs
+from experiments.rl.microscope import PARTS, SUBSETS
+from experiments.rl.summary import read_records, summarize_records
+
+Row = dict
+_ENVIRONMENT = ("versions", "device", "git_commit", "git_dirty")
+_NAMES = {"scale_bias": "scale bias", "deadzone": "deadzone", "grid_noise": "grid noise"}
+
+
+def collect(workdir: Path, out: Path) -> None:
+  """Writes what the page shows of a finished run: its environment and a row for each arm."""
+  records = read_records(workdir)
+  summary = summarize_records(records)
+  (environment,) = records.environments.values()
+  (facts,) = summary["workdirs"].values()
+  log = logs.JsonLines(out, 0)
+  log.write({"kind": "environment"} | {k: environment[k] for k in _ENVIRONMENT} | facts)
+  for name, own in summary["recipes"].items():
+    decomposition = {"decomposition": None}  # the report has it
+    log.write({"kind": "arm", "arm": name} | own | decomposition)
+  log.close()
+
+
+def arms_table(rows: list[Row]) -> str:
+  lines = [
+    "| arm | held-out reward, before and after | less BF16's | 95 % interval | against BF16 |"
+    " entropy, nats | `ppo_kl`, nats | `token_mult_prob_error` | router flips, % of tokens |",
+    "|---|---|---|---|---|---|---|---|---|",
+  ]
+  environment, *arms = rows
+  for row in arms:
+    gap = row["gap"]
+    less = interval = ""
+    if gap["verdict"] != "reference" and gap["mean"] is not None:
+      less = f"{gap['mean']:+.3f}"
+      bounds = gap["interval"]
+      interval = "" if bounds is None else f"{bounds[0]:+.3f} to {bounds[1]:+.3f}"
+    flips = (row["router_flips"] or {}).get("tokens")
+    lines.append(
+      f"| `{row['arm']}` | {row['start_reward']['mean']:.3f}, {row['held_out_reward']['mean']:.3f} |"
+      f" {less} | {interval} | {gap['verdict'] or ''} | {row['entropy']['mean']:.3f} |"
+      f" {row['ppo_kl']['mean']:.1e} | {row['token_mult_prob_error']['mean']:.3f} |"
+      f" {'' if flips is None else f'{100 * flips:.0f}'} |"
+    )
+  lines.append(
+    f"\n{environment['seeds']} seeds, {environment['steps']} steps of {environment['prompts']}"
+    f" questions with {environment['group']} answers each; {environment['held_out']} held-out"
+    f" problems. {source(environment)}"
+  )
+  return "\n".join(lines)
+
+
+def parts_table(rows: list[Row]) -> str:
+  """Each subset of the parts on each path; where the router is free, and with its choice replayed."""
+  lines = [
+    "| parts | rollout: KL to BF16, nats | tokens with a flip, % | KL, experts replayed |"
+    " entropy less BF16's, nats | forward: gradient error | its norm | forward, replayed |"
+    " backward: gradient error | its norm |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+  ]
+  for parts in SUBSETS:
+    found = {(r["path"], r["replay"]): r for r in rows if r.get("parts") == list(parts)}
+    if not found:
+      continue
+    free = {path: own for (path, replay), own in found.items() if not replay}
+    replayed = {path: own for (path, replay), own in found.items() if replay}
+    name = "all" if len(parts) == len(PARTS) else " + ".join(_NAMES[part] for part in parts)
+    cells = (
+      f"{free['rollout']['kl']:.4f}",
+      _percent(free["rollout"].get("router_flips/tokens")),
+      f"{replayed['rollout']['kl']:.4f}" if replayed else "",
+      f"{free['rollout']['entropy_gap']:+.4f}",
+      f"{free['forward']['gradient_error']:.3f}",
+      f"{free['forward']['gradient_ratio']:.3f}",
+      f"{replayed['forward']['gradient_error']:.3f}" if replayed else "",
+      f"{free['backward']['gradient_error']:.3f}",
+      f"{free['backward']['gradient_ratio']:.3f}",
+    )
+    lines.append(f"| {name} | {' | '.join(cells)} |")
+  sampled = rows[0]
+  lines.append(f"\nOver {sampled['answers']} answers sampled in BF16. {source(sampled)}")
+  return "\n".join(lines)
+
+
+def rollout_table(rows: list[Row]) -> str:
+  lines = [
+    "| answers at once | numerics | tokens/s | of BF16's, quartiles | weights, MB |",
+    "|---|---|---|---|---|",
+  ]
+  for row in rows:
+    low, high = row["speed_quartiles"]
+    lines.append(
+      f"| {row['batch']} | {row['numerics']} | {row['tokens_per_s']:,.0f} |"
+      f" {row['speed_of_bf16']:.2f}, {low:.2f} to {high:.2f} | {row['weight_bytes'] / 1e6:,.0f} |"
+    )
+  lines.append(f"\n{source(rows[0])}")
+  return "\n".join(lines)
+
+
+def source(row: Row) -> str:
+  dirty = ", with uncommitted changes" if row["git_dirty"] else ""
+  return f"Device: {row['device']}. Commit {row['git_commit'][:9]}{dirty}."
+
+
+def page_tables(results: Path) -> dict[str, str]:
+  """By the name of their place; those alone whose rows are there."""
+  rows = {path.stem: logs.read_rows(path) for path in results.glob("rl_*.jsonl")}
+  make = {"rl_demo": arms_table, "rl_demo_parts": parts_table, "rl_rollout": rollout_table}
+  return {name: table(rows[name]) for name, table in make.items() if rows.get(name)}
+
+
+def _percent(share: float | None) -> str:
+  return "" if share is None else f"{100 * share:.0f}"
