@@ -1,4 +1,4 @@
-"""The tables of docs/reinforcement_learning.md, from committed rows; `make tables` rebuilds them."""
+"""The tables of docs/reinforcement_learning.md, from committed rows: `make tables`."""
 
 from pathlib import Path
 
@@ -40,9 +40,10 @@ def arms_table(rows: list[Row]) -> str:
       bounds = gap["interval"]
       interval = "" if bounds is None else f"{bounds[0]:+.3f} to {bounds[1]:+.3f}"
     flips = (row["router_flips"] or {}).get("tokens")
+    before, after = row["start_reward"]["mean"], row["held_out_reward"]["mean"]
     lines.append(
-      f"| `{row['arm']}` | {row['start_reward']['mean']:.3f}, {row['held_out_reward']['mean']:.3f} |"
-      f" {less} | {interval} | {gap['verdict'] or ''} | {row['entropy']['mean']:.3f} |"
+      f"| `{row['arm']}` | {before:.3f}, {after:.3f} | {less} | {interval} | {gap['verdict'] or ''} |"
+      f" {row['entropy']['mean']:.3f} |"
       f" {row['ppo_kl']['mean']:.1e} | {row['token_mult_prob_error']['mean']:.3f} |"
       f" {'' if flips is None else f'{100 * flips:.0f}'} |"
     )
@@ -55,7 +56,7 @@ def arms_table(rows: list[Row]) -> str:
 
 
 def parts_table(rows: list[Row]) -> str:
-  """Each subset of the parts on each path; where the router is free, and with its choice replayed."""
+  """Each subset of the parts on each path; with a free router, and with its choices replayed."""
   lines = [
     "| parts | rollout: KL to BF16, nats | tokens with a flip, % | KL, experts replayed |"
     " entropy less BF16's, nats | forward: gradient error | its norm | forward, replayed |"
