@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 from absl import logging
-from experiments.session import RunSession
 
 from experiments import logs, probes
 from experiments.optimizers import learning_rate
 from experiments.processes import Group
 from experiments.rl.config import RLExperiment
 from experiments.rl.learner import Learner
+from experiments.session import RunSession
 from experiments.workdir import Run
 
 LOGS = ("metrics", "probes", "timing", "samples")
