@@ -42,8 +42,8 @@ def arms_table(rows: list[Row]) -> str:
     flips = (row["router_flips"] or {}).get("tokens")
     before, after = row["start_reward"]["mean"], row["held_out_reward"]["mean"]
     lines.append(
-      f"| `{row['arm']}` | {before:.3f}, {after:.3f} | {less} | {interval} | {gap['verdict'] or ''} |"
-      f" {row['entropy']['mean']:.3f} |"
+      f"| `{row['arm']}` | {before:.3f}, {after:.3f} | {less} | {interval} |"
+      f" {gap['verdict'] or ''} | {row['entropy']['mean']:.3f} |"
       f" {row['ppo_kl']['mean']:.1e} | {row['token_mult_prob_error']['mean']:.3f} |"
       f" {'' if flips is None else f'{100 * flips:.0f}'} |"
     )
