@@ -74,9 +74,10 @@ class XlaGemms:
     of_weights = layout.weight_slices, layout.ids.weights, self._gather
     rhs = self._read("dgrad.rhs", rhs, -1, *of_weights)
     dx = multiply(lhs, rhs, layout.dgrad)
+    learned = ops.pull_state(self.recipe, "fprop.lhs", forward.lhs, dx)
     dx = ops.pull(self.recipe, "fprop.lhs", forward.lhs, dx, -1, self.keys)
     reads = {"dgrad.lhs": lhs, "dgrad.rhs": rhs}
-    return dx[..., : w.shape[-2]], _summaries(reads), self._states(reads)
+    return dx[..., : w.shape[-2]], _summaries(reads), self._states(reads) | learned
 
   def wgrad(
     self,
@@ -92,9 +93,10 @@ class XlaGemms:
     lhs = self._read("wgrad.lhs", layout.groups(take_rows(x.read(source), rows)), *how)
     rhs = self._read("wgrad.rhs", layout.groups(dy), *how)
     dw = multiply(lhs, rhs, layout.wgrad)
+    learned = ops.pull_state(self.recipe, "fprop.rhs", forward.rhs, dw)
     dw = ops.pull(self.recipe, "fprop.rhs", forward.rhs, dw, -2, self.keys)
     reads = {"wgrad.lhs": lhs, "wgrad.rhs": rhs}
-    return dw[..., : x.shape[-1], :], _summaries(reads), self._states(reads)
+    return dw[..., : x.shape[-1], :], _summaries(reads), self._states(reads) | learned
 
   @property
   def _gather(self):

@@ -69,8 +69,8 @@ def new_tap() -> Tap:
 def init_state(recipe: Recipe, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...]) -> State:
   """What `state=` takes: the first state of every quantizer that has one, by role.
 
-  Differentiate the loss by it: the "gradient" is the next state, which replaces it. A recipe
-  without state has {}.
+  Differentiate the loss by it: the "gradient" is the next state, which replaces it, but for a
+  quantizer that learns its state, whose gradient it is. A recipe without state has {}.
 
   Args:
     recipe: the numerics.
@@ -210,6 +210,15 @@ def pull(
   if quantizer.transform is not None and recipe.operand(partner).source == "fprop":
     g = quantizer.transform.invert(g, axis, None if keys is None else keys.of_gemm("fprop"))
   return g
+
+
+def pull_state(recipe: Recipe, role: str, read: Read, g: Float32[Array, "*t"]) -> State:
+  """The gradient of the state of an fprop operand whose quantizer learns it, {} for others: from
+  `g`, that of what was read. It takes the place of the next state."""
+  quantizer = recipe.operand(role)
+  if not getattr(quantizer, "learns_state", False):
+    return {}
+  return {role: quantizer.pull_state(read.saved, g)}
 
 
 def whole(read: Read) -> Float[Array, "*s"]:

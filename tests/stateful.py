@@ -38,6 +38,19 @@ class Shaped(Composed):
     return self.operand.read(x, axis, ctx)._replace(state=ctx.state)
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaled(Composed):
+  """Times its state, which stays."""
+
+  operand: Operand
+
+  def init(self, shape):
+    return jnp.ones((), jnp.float32)
+
+  def read(self, x, axis, ctx):
+    return self.operand.read(ctx.state.astype(x.dtype) * x, axis, ctx)._replace(state=ctx.state)
+
+
 def with_state(recipe: Recipe, quantizer: type, *roles: str) -> Recipe:
   """`recipe` with `quantizer` around the operands of the roles."""
   return recipe.replace({role: quantizer(recipe.operand(role)) for role in roles})

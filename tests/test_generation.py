@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
+from stateful import Scaled
 
 from fp4jax import recipes
 from fp4jax.grouped import TILE
@@ -16,6 +17,7 @@ from fp4jax.models import LanguageModel, LayerRule, ModelConfig, Policy, generat
 from fp4jax.models.kv_cache import align_left
 from fp4jax.models.matrix import Matrix
 from fp4jax.models.sampling import nucleus, sample
+from fp4jax.quantizers import Operand
 
 VOCAB, NEW, WIDTH = 50, 8, 6
 LENGTHS = jnp.array([6, 1, 4, 3, 6, 2])
@@ -136,6 +138,23 @@ def test_bf16_logprobs_are_those_of_a_full_pass(config, policy):
   exact = model_of(config)
   rounding = np.abs(full.logprobs - FullPass.of(exact, FP32, found).logprobs)
   assert rounding.any() and error.max() <= 2 * rounding.max()
+
+
+def test_every_pass_reads_the_states():
+  """Scales of activations: half of them, half of the first product of a block."""
+  model, half = model_of(DENSE), Operand(jnp.float32)
+  policy = dataclasses.replace(
+    FP32, experts=recipes.FP32.replace({"fprop.lhs": Scaled(half), "name": "scaled"})
+  )
+  states = jax.tree.map(lambda s: s / 2, model.new_states(policy))
+  found = generated(model, policy, states=states, temperature=0)
+  halved = nnx.clone(model)
+  for w in (halved.blocks.feed_forward.w13, halved.blocks.feed_forward.w2):
+    w[...] = w[...] / 2
+  expected = generated(halved, FP32, temperature=0)
+  np.testing.assert_array_equal(found.tokens, expected.tokens)
+  np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+  assert (found.tokens != generated(model, FP32, temperature=0).tokens).any()
 
 
 def test_greedy_tokens_are_the_likeliest_of_a_full_pass():

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int, Int32
 
 from fp4jax.arguments import check_key, to_arrays
-from fp4jax.models.language_model import LanguageModel
+from fp4jax.models.language_model import LanguageModel, States
 from fp4jax.models.policy import Policy
 from fp4jax.models.sampling import sample
 
@@ -54,6 +54,7 @@ def generate(
   stop_tokens: Sequence[int] = (),
   pad_token: int = 0,
   numerics_key: jax.Array | None = None,
+  states: States | None = None,
   return_routing: bool = False,
 ) -> Generated:
   """Samples up to `max_new_tokens` after each prompt, token after token.
@@ -72,6 +73,7 @@ def generate(
     stop_tokens: each ends its row, whose last token it is.
     pad_token: what follows the end.
     numerics_key: for policies that round stochastically.
+    states: of the policy's quantizers that have one; every pass reads the same.
     return_routing: of a mixture of experts, for `LanguageModel.__call__(routing=...)`.
   Raises:
     ValueError: a setting out of its range, a token outside the vocabulary, a prompt that is empty
@@ -91,11 +93,12 @@ def generate(
   )
   _check_settings(settings, model)
   graph, params = nnx.split(model)
-  return _generate(graph, policy, settings, params, prompts, prompt_lengths, key, numerics_key)
+  draws = key, numerics_key
+  return _generate(graph, policy, settings, params, prompts, prompt_lengths, *draws, states)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(graph, policy, settings, params, prompts, prompt_lengths, key, numerics_key):
+def _generate(graph, policy, settings, params, prompts, prompt_lengths, key, numerics_key, states):
   model = nnx.merge(graph, params)
   b, p = prompts.shape
   row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(b))
@@ -120,7 +123,7 @@ def _generate(graph, policy, settings, params, prompts, prompt_lengths, key, num
   cache = model.new_cache(padding, p)
   is_token = jnp.arange(p) >= padding[:, None]
   prompts = jnp.where(is_token, prompts, settings.pad_token)  # NaN of no token would spread
-  logits, cache, routing = model.decode(prompts, cache, policy, key=key_of_pass(0))
+  logits, cache, routing = model.decode(prompts, cache, policy, key=key_of_pass(0), states=states)
   token, is_done, first = next_token(0, logits, jnp.zeros(b, bool))
   of_step = dataclasses.replace(
     policy, implementation=policy.implementation or "xla", few_rows=True
@@ -128,7 +131,8 @@ def _generate(graph, policy, settings, params, prompts, prompt_lengths, key, num
 
   def step(carry, i):
     token, is_done, cache = carry
-    logits, cache, routing = model.decode(token[:, None], cache, of_step, key=key_of_pass(i))
+    how = {"key": key_of_pass(i), "states": states}
+    logits, cache, routing = model.decode(token[:, None], cache, of_step, **how)
     token, is_done, said = next_token(i, logits, is_done)
     return (token, is_done, cache), (said, routing if settings.return_routing else None)
 

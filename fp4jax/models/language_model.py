@@ -231,9 +231,10 @@ class LanguageModel(nnx.Module):
     policy: Policy,
     *,
     key: jax.Array | None = None,
+    states: States | None = None,
   ) -> tuple[Float32[Array, "b vocab"], KVCache, Int32[Array, "layer b t k"] | None]:
     """Logits after the last of the next t tokens, which attend to those in the cache; the cache
-    with them; and the experts that they went to, None without experts.
+    with them; and the experts that they went to, None without experts. `states` stay as they are.
 
     The cache must have room left for t tokens; of its length this is checked, of what is filled it
     can't be under jit.
@@ -248,7 +249,7 @@ class LanguageModel(nnx.Module):
         " slots"
       )
     x, head, said = self._hidden(
-      tokens, policy, key, None, None, cache=cache, return_routing=self.is_mixture
+      tokens, policy, key, None, states, cache=cache, return_routing=self.is_mixture
     )
     with jax.named_scope("head"):
       logits = head.matmul(HEAD, x[:, -1], self.head_weights).astype(jnp.float32)

@@ -6,6 +6,8 @@ from fp4jax.quantizers.eden import EDEN, NVFP4_EDEN, EdenFormat
 from fp4jax.quantizers.error_parts import ErrorParts
 from fp4jax.quantizers.fallback import OutlierFallback
 from fp4jax.quantizers.grad_scale import GradScale
+from fp4jax.quantizers.learned_scale import LearnedScale
+from fp4jax.quantizers.llm_fp4 import PreShifted
 from fp4jax.quantizers.occ import OutlierClamp
 from fp4jax.quantizers.q_ema import QEma
 from fp4jax.quantizers.quantizer import Composed, Context, Operand, Quantizer, Read, Source
@@ -28,9 +30,11 @@ __all__ = [
   "FreshHadamard",
   "GradScale",
   "Hadamard",
+  "LearnedScale",
   "Operand",
   "OutlierClamp",
   "OutlierFallback",
+  "PreShifted",
   "QEma",
   "Quantizer",
   "Quest",

@@ -55,7 +55,12 @@ class Read(NamedTuple):
 
 @runtime_checkable
 class Quantizer(Protocol):
-  """A frozen value. Its state is a pytree of float32 arrays, () for most."""
+  """A frozen value. Its state is a pytree of float32 arrays, () for most.
+
+  One that learns its state, for operands of fprop, sets `learns_state` and has
+  `pull_state(saved, g)`: the gradient of the state from that of what was read, which then comes out
+  where the next state would.
+  """
 
   format: Format | DTypeLike  # that it rounds to
   source: Source  # see `Operand`
