@@ -75,6 +75,8 @@ def load_corpus(config: config_lib.Data) -> Corpus:
     name = config.path
     root, files = documents_lib.matching_files(config.path)
   documents = [d for file in files for d in documents_lib.read(file, root) if d.text]
+  if config.path is None and tokenizer is not None:  # it has tests of other encodings
+    documents = [d for d in documents if _is_utf8(d.text)]
   if not documents:
     raise ValueError(f"data.path={config.path!r} holds no text: {len(files)} files, all empty")
   train, validation = _split(documents, config)
@@ -281,6 +283,14 @@ def _encode(
   tokens = np.concatenate(arrays)
   tokens.setflags(write=False)
   return tokens
+
+
+def _is_utf8(text: bytes) -> bool:
+  try:
+    text.decode()
+  except UnicodeDecodeError:
+    return False
+  return True
 
 
 def _unknown(text: str, tokenizer: tokenizers.Tokenizer) -> str:

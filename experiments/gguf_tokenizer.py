@@ -44,6 +44,10 @@ class GgufTokenizer:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     self._template = environment.from_string(read("tokenizer.chat_template") or "")
 
+  def save(self, path: str | Path) -> None:
+    """As a `tokenizers` JSON file, such as `experiments.data` reads."""
+    self._tokenizer.save(str(path))
+
   def encode(self, text: str) -> list[int]:
     """Ids; special tokens in the text, `<|im_end|>`, are one id each."""
     return self._tokenizer.encode(text).ids

@@ -370,6 +370,16 @@ def test_a_newline_ends_documents_where_the_tokenizer_has_no_other_end(tmp_path)
   assert corpus.train.tolist() == ([0] * 20 + [1]) * 2
 
 
+def test_of_the_standard_library_a_tokenizer_reads_what_is_utf8(tmp_path, monkeypatch):
+  monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path))
+  for name in "abcd":
+    (tmp_path / f"{name}.py").write_bytes(b"a " * 20 + b"\xff" * (name == "b"))
+  save_tokenizer(tmp_path / "t.json", boundary=True)
+  corpus = data.load_corpus(config.Data(tokenizer=str(tmp_path / "t.json"), **SMALL))
+  assert corpus.train.size + corpus.validation.size == 3 * 21
+  assert data.load_corpus(config.Data(**SMALL)).sha256 != corpus.sha256
+
+
 def test_text_must_be_utf8_for_a_tokenizer(tmp_path):
   save_tokenizer(tmp_path / "t.json", boundary=True)
   (tmp_path / "x.txt").write_bytes(b"a b\xff\n" * 100)

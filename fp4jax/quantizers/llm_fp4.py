@@ -46,6 +46,7 @@ def search(
   first: Float32[Array, " format *s"],
   deltas: Float32[Array, " c"],
   error_of: Callable[[int, Float32[Array, "*s"]], Float32[Array, "*s"]],
+  formats: tuple[int, ...] = (0, 1, 2),
 ) -> Found:
   """The best bias of each group in each format, then the format whose groups err least in sum.
 
@@ -54,17 +55,18 @@ def search(
     deltas: by how much a bias is higher than that of `first`; with a 0 among them nothing errs
       more than the format's rounding to nearest. Of equals the first is taken.
     error_of: the squared error of each group, from a format's number and the scales.
+    formats: the numbers of those to try.
   """
   best = []
-  for fmt in range(len(LLM_FP4)):
+  for fmt in formats:
     candidates = jnp.exp2(-deltas).reshape(-1, *[1] * (first.ndim - 1)) * first[fmt]
     errors = lax.map(functools.partial(error_of, fmt), candidates)
     chosen = jnp.argmin(errors, axis=0, keepdims=True)
     pick = lambda x, at=chosen: jnp.take_along_axis(x, at, axis=0)[0]  # noqa: E731
     best.append((pick(candidates), jnp.sum(pick(errors))))
   scales, errors = (jnp.stack(of_each) for of_each in zip(*best, strict=True))
-  fmt = jnp.argmin(errors).astype(jnp.int32)
-  return Found(fmt, scales[fmt], errors[fmt])
+  least = jnp.argmin(errors)
+  return Found(jnp.array(formats, jnp.int32)[least], scales[least], errors[least])
 
 
 def search_tensor(x: Float[Array, "k n"], deltas: Float32[Array, " c"]) -> Found:

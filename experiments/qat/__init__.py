@@ -1,0 +1,1 @@
+"""Quantization of a pretrained policy, with training and without: `python -m experiments.qat`."""

@@ -1,0 +1,68 @@
+"""A row for each case: what it is, how good the student is, what that took."""
+
+import concurrent.futures
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from experiments.qat.evaluate import accuracy, nats_per_token
+from experiments.qat.methods import Case, make
+from experiments.qat.settings import Settings
+from experiments.qat.source import Source
+from fp4jax.formats import FORMATS
+
+Row = dict[str, Any]
+
+
+def measure(source: Source, case: Case) -> Row:
+  """All of a row but where it ran. `bits_per_value` is of the weights."""
+  s, began = source.settings, time.perf_counter()
+  student, facts = make(source, case)
+  made = time.perf_counter()
+  nats = nats_per_token(student, source.held_out, s.window_batch)
+  share, error = accuracy(student, source.problems, source.text, s.max_new_tokens)
+  fmt = FORMATS.get(case.format)
+  return {
+    "kind": "qat",
+    "method": case.method,
+    "format": case.format,
+    "operands": case.operands,
+    "bits_per_value": None if fmt is None else fmt.bits_per_value,
+    "perplexity": math.exp(nats),
+    "nats_per_token": nats,
+    "accuracy": share,
+    "accuracy_error": error,
+    "tokens_trained": 0,
+    "seconds": made - began,
+    "evaluation_seconds": time.perf_counter() - made,
+    **facts,
+    **source.describe(),
+    "settings": dataclasses.asdict(s),
+  }
+
+
+def measure_all(source: Source, cases: Iterable[Case], workers: int) -> Iterator[Row]:
+  """In order, `workers` at a time: while one compiles, another computes."""
+  if workers == 1:
+    yield from (measure(source, case) for case in cases)
+    return
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    yield from pool.map(lambda case: measure(source, case), cases)
+
+
+def missing(
+  cases: Iterable[Case], rows: Iterable[Row], settings: Settings, commit: Row
+) -> list[Case]:
+  """The cases of which there is no row of these settings by this very code."""
+  known = {"git_commit": commit["git_commit"], "git_dirty": commit["git_dirty"]}
+  if known["git_dirty"]:
+    return list(cases)
+  known |= {"settings": dataclasses.asdict(settings)}
+  done = {
+    (row["method"], row["format"], row["operands"])
+    for row in rows
+    if all(row.get(name) == value for name, value in known.items())
+  }
+  return [case for case in cases if tuple(case) not in done]

@@ -1,0 +1,54 @@
+"""The rows of `python -m experiments.qat` as a table in Markdown."""
+
+from experiments.numbers import fixed
+from experiments.qat.rows import Row
+
+_HEAD = (
+  "| method | weights | activations | bits/weight | perplexity | accuracy, % | tokens trained |"
+  " seconds |"
+)
+
+
+def qat_table(rows: list[Row]) -> str:
+  """In the order of the rows, the last of each case."""
+  of_case = {(row["method"], row["format"], row["operands"]): row for row in rows}
+  lines = [_HEAD, "|---" * 8 + "|"]
+  for row in of_case.values():
+    weights, activations = operands_of(row)
+    lines.append(
+      f"| `{row['method']}` | {weights} | {activations} | {_bits(row)} |"
+      f" {fixed(row['perplexity'])} | {_percent(row)} |"
+      f" {row['tokens_trained']:,} | {row['seconds']:.0f} |"
+    )
+  return "\n".join(lines) + f"\n\n{_told(rows)}"
+
+
+def operands_of(row: Row) -> tuple[str, str]:
+  """What weights and activations are in."""
+  weights = row.get("learned_format", row["format"])
+  return weights, row["format"] if row["operands"] == "both" else "bf16"
+
+
+def _bits(row: Row) -> str:
+  return "" if row["bits_per_value"] is None else f"{row['bits_per_value']:g}"
+
+
+def _percent(row: Row) -> str:
+  return f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_error']:.1f}"
+
+
+def _told(rows: list[Row]) -> str:
+  """How it was measured; rows that differ in that are no table."""
+  how = (
+    "{windows} windows of {window} tokens of {corpus}; {problems} problems of {task}"
+    " ({task_options}), {shots} solved ones before each."
+  )
+  told = {how.format(**row["settings"], corpus=row["corpus"]) for row in rows}
+  if len(told) != 1:
+    raise ValueError(f"the rows were measured in {len(told)} ways: {'; '.join(sorted(told))}")
+  where = {
+    f"Device: {row['device']}. Commit {row['git_commit'][:9]}"
+    f"{', with uncommitted changes' if row['git_dirty'] else ''}."
+    for row in rows
+  }
+  return " ".join([*told, *sorted(where)])
