@@ -87,6 +87,7 @@ def test_a_coreset_that_is_no_batch_is_refused(fraction):
     next(coreset.epochs_of(pool_of(12), lambda share: np.zeros(12), fraction, 1, 1, 4, rng))
 
 
+@pytest.mark.slow
 def test_scores_of_windows_are_means_over_their_tokens():
   model = small_model()
   pool = np.random.default_rng(0).integers(0, 256, (5, 9)).astype(np.int32)

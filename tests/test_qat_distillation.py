@@ -57,6 +57,7 @@ def batch(seed=0, rows=4, length=17):
   return np.random.default_rng(seed).integers(0, 256, (rows, length)).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_a_model_in_bf16_has_nothing_to_learn_of_itself(model):
   graph, params = nnx.split(model)
   run = lambda p: mean_loss(graph, policies.TEACHER, "kl", p, None, params, batch())  # noqa: E731
@@ -102,6 +103,7 @@ def test_the_learning_rate_rises_then_falls():
   np.testing.assert_allclose([max(found), found[-1]], [1e-2, 1e-3], rtol=0.05)
 
 
+@pytest.mark.slow
 def test_own_text_is_likeliest_at_first_and_sampled_then(model):
   text = np.asarray(own_text(model, 96, 12, jax.random.key(0)))
   assert text.shape == (96, 12)

@@ -61,6 +61,7 @@ def test_a_block_in_bf16_errs_not():
   assert error == 0 and all((g == 0).all() for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_with_elements_of_16_bits_a_block_errs_next_to_nothing():
   class Int16:
     """Whole numbers to 2^15 - 1."""
@@ -184,6 +185,7 @@ def test_end_to_end_the_codes_stay_bit_for_bit_and_the_scales_learn(fmt):
   jax.tree.map(same, again.states, trained.states)
 
 
+@pytest.mark.slow
 def test_the_loss_may_be_the_divergence_of_the_teacher():
   model, windows = small_model(), tokens_of(8)
   frozen = efficient_qat.freeze(efficient_qat.rounded_student(model, REAL), REAL)

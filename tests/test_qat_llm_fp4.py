@@ -107,6 +107,7 @@ def test_a_model_runs_under_what_was_found(activations):
   assert set(np.unique(np.abs(elements))) <= grids[own["weights"]]
 
 
+@pytest.mark.slow
 def test_what_was_found_gives_the_logits_that_numpy_multiplies():
   """A model whose GEMMs read w * 1: the student in weights alone is the model of those weights."""
   model = small_model()

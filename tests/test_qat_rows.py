@@ -57,7 +57,7 @@ def test_what_is_trained_counts_its_tokens(source):
   assert of("block_ap")["tokens_trained"] == 4 * 16 * 2  # windows, tokens, epochs
   both = of("efficient_qat")
   assert both["tokens_trained"] == 4 * 2 * 16 + 4 * 16 * 2
-  assert both["learned_format"] == "MXFP4[scale_dtype=float32, nearest]"
+  assert both["weights"] == "MXFP4[scale_dtype=float32, nearest]"
   assert both["bits_per_value"] == 5 and len(both["block_errors"]) == 2
   acs = of("acs")
   # 2 epochs of half the pool each, a selection before each.
@@ -112,6 +112,8 @@ def row_of(**changes):
     "method": "rtn",
     "format": "MXFP4",
     "operands": "both",
+    "weights": "MXFP4",
+    "activations": "MXFP4",
     "bits_per_value": 4.25,
     "perplexity": 12.3456,
     "accuracy": 0.5,
@@ -129,15 +131,17 @@ def row_of(**changes):
 
 def test_the_table_has_a_line_for_each_case_the_last_of_it():
   learned = row_of(
-    method="e2e_qp", operands="weights", learned_format="MXFP4[x]", tokens_trained=1_234_567
+    method="e2e_qp", operands="weights", weights="MXFP4[x]", activations="bf16", bits_per_value=5.0
   )
-  found = qat_table([row_of(perplexity=9.0), learned, row_of()]).splitlines()
+  found = qat_table(
+    [row_of(perplexity=9.0), learned, row_of(tokens_trained=1_234_567)]
+  ).splitlines()
   assert found == [
     "| method | weights | activations | bits/weight | perplexity | accuracy, % | tokens trained |"
     " seconds |",
     "|---|---|---|---|---|---|---|---|",
-    "| `rtn` | MXFP4 | MXFP4 | 4.25 | 12.346 | 50.0 ± 2.2 | 0 | 1 |",
-    "| `e2e_qp` | MXFP4[x] | bf16 | 4.25 | 12.346 | 50.0 ± 2.2 | 1,234,567 | 1 |",
+    "| `rtn` | MXFP4 | MXFP4 | 4.25 | 12.346 | 50.0 ± 2.2 | 1,234,567 | 1 |",
+    "| `e2e_qp` | MXFP4[x] | bf16 | 5 | 12.346 | 50.0 ± 2.2 | 0 | 1 |",
     "",
     "64 windows of 512 tokens of text; 512 problems of chain_sum"
     " (min_terms=2,max_terms=2,min_digits=1,max_digits=2), 0 solved ones before each."

@@ -82,8 +82,10 @@ def _qad(source, case):
 
 
 def _mxfp4_weights(source, case):
-  policy = policies.policy_of(recipes.FP8_MXFP4_WEIGHTS)
-  return _distilled(source, policy, _train_windows(source))
+  recipe = recipes.FP8_MXFP4_WEIGHTS
+  made = _distilled(source, policies.policy_of(recipe), _train_windows(source))
+  weights = _weights(recipe.residual.rhs)
+  return made._replace(facts=made.facts | weights | {"activations": recipe.fprop.lhs.format.name})
 
 
 def _train_windows(source: Source) -> np.ndarray:
@@ -157,7 +159,7 @@ def _block_trained(source, case):
     s.seed,
   )
   of_blocks = {"tokens_trained": windows.size * s.block_epochs, "block_errors": errors}
-  return student, of_blocks | _real(fmt)
+  return student, of_blocks | _weights(fmt)
 
 
 def _format(source: Source, case: Case) -> Format:
@@ -167,8 +169,8 @@ def _format(source: Source, case: Case) -> Format:
   return policies.real_scales(fmt) if source.settings.real_scales else fmt
 
 
-def _real(fmt: Format) -> dict[str, Any]:
-  return {"learned_format": fmt.name, "bits_per_value": fmt.bits_per_value}
+def _weights(fmt: Format) -> dict[str, Any]:
+  return {"weights": fmt.name, "bits_per_value": fmt.bits_per_value}
 
 
 def _e2e_qp(source, case):
@@ -192,7 +194,7 @@ def _end_to_end(source, case, student, facts):
   )
   own = _facts(trained)
   own["tokens_trained"] += facts.get("tokens_trained", 0)
-  return Made(student, facts | own | {"loss": s.e2e_loss} | _real(fmt))
+  return Made(student, facts | own | {"loss": s.e2e_loss} | _weights(fmt))
 
 
 def _llm_fp4(source, case, **options):

@@ -29,7 +29,9 @@ def measure(source: Source, case: Case) -> Row:
     "method": case.method,
     "format": case.format,
     "operands": case.operands,
-    "bits_per_value": None if fmt is None else fmt.bits_per_value,
+    "weights": case.format,
+    "activations": case.format if case.activations else "bf16",
+    "bits_per_value": 16.0 if fmt is None else fmt.bits_per_value,
     "perplexity": math.exp(nats),
     "nats_per_token": nats,
     "accuracy": share,
@@ -53,13 +55,13 @@ def measure_all(source: Source, cases: Iterable[Case], workers: int) -> Iterator
 
 
 def missing(
-  cases: Iterable[Case], rows: Iterable[Row], settings: Settings, commit: Row
+  cases: Iterable[Case], rows: Iterable[Row], settings: Settings, environment: Row
 ) -> list[Case]:
-  """The cases of which there is no row of these settings by this very code."""
-  known = {"git_commit": commit["git_commit"], "git_dirty": commit["git_dirty"]}
-  if known["git_dirty"]:
+  """The cases of which there is no row of these settings by this very code, in their order."""
+  if environment["git_dirty"]:
     return list(cases)
-  known |= {"settings": dataclasses.asdict(settings)}
+  known = {name: environment[name] for name in ("git_commit", "git_dirty")}
+  known["settings"] = dataclasses.asdict(settings)
   done = {
     (row["method"], row["format"], row["operands"])
     for row in rows

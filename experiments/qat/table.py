@@ -14,23 +14,12 @@ def qat_table(rows: list[Row]) -> str:
   of_case = {(row["method"], row["format"], row["operands"]): row for row in rows}
   lines = [_HEAD, "|---" * 8 + "|"]
   for row in of_case.values():
-    weights, activations = operands_of(row)
     lines.append(
-      f"| `{row['method']}` | {weights} | {activations} | {_bits(row)} |"
+      f"| `{row['method']}` | {row['weights']} | {row['activations']} | {row['bits_per_value']:g} |"
       f" {fixed(row['perplexity'])} | {_percent(row)} |"
       f" {row['tokens_trained']:,} | {row['seconds']:.0f} |"
     )
   return "\n".join(lines) + f"\n\n{_told(rows)}"
-
-
-def operands_of(row: Row) -> tuple[str, str]:
-  """What weights and activations are in."""
-  weights = row.get("learned_format", row["format"])
-  return weights, row["format"] if row["operands"] == "both" else "bf16"
-
-
-def _bits(row: Row) -> str:
-  return "" if row["bits_per_value"] is None else f"{row['bits_per_value']:g}"
 
 
 def _percent(row: Row) -> str:
