@@ -66,8 +66,9 @@ class FullPass:
     logits, said = whole_pass(*nnx.split(model), policy, tokens[:, :-1])
     before = (lengths - 1)[:, None] + jnp.arange(NEW)
     logits = jnp.take_along_axis(logits, before[..., None], 1)
-    logprobs = jax.nn.log_softmax(logits)
-    logprobs = jnp.take_along_axis(logprobs, found.tokens[..., None], 2)[..., 0]
+    # In the order in which `generate` subtracts: logits that are equal then say the same.
+    logprobs = jnp.take_along_axis(logits, found.tokens[..., None], 2)[..., 0]
+    logprobs -= jax.nn.logsumexp(logits, axis=-1)
     return cls(np.array(logits), np.array(logprobs), said.get("experts"))
 
 

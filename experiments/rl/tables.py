@@ -48,7 +48,7 @@ def arms_table(rows: list[Row]) -> str:
       f" {'' if flips is None else f'{100 * flips:.0f}'} |"
     )
   lines.append(
-    f"\n{environment['seeds']} seeds, {environment['steps']} steps of {environment['prompts']}"
+    f"\n{arms[0]['seeds']} seeds, {environment['steps']} steps of {environment['prompts']}"
     f" questions with {environment['group']} answers each; {environment['held_out']} held-out"
     f" problems. {source(environment)}"
   )
