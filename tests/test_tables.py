@@ -10,6 +10,7 @@ from workdirs import make_workdir
 
 from configs import demo, moe_wide
 from experiments import kernel_tables, logs, pictures, tables
+from experiments.rl import tables as rl_tables
 from experiments.train import make_trainer, policy_of, saved_activation_bytes
 from fp4jax import recipes
 
@@ -27,6 +28,7 @@ TABLES = {
     "matmul": kernel_tables.matmul_table(rows("kernel_bench")),
     "moe_ffn": kernel_tables.moe_ffn_table(rows("moe_ffn")),
   },
+  "docs/reinforcement_learning.md": lambda: rl_tables.page_tables(ROOT / "results"),
 }
 
 

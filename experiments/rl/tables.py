@@ -1,5 +1,6 @@
 """The tables of docs/reinforcement_learning.md, from committed rows: `make tables`."""
 
+import contextlib
 from pathlib import Path
 
 from experiments import logs
@@ -17,12 +18,12 @@ def collect(workdir: Path, out: Path) -> None:
   summary = summarize_records(records)
   (environment,) = records.environments.values()
   (facts,) = summary["workdirs"].values()
-  log = logs.JsonLines(out, 0)
-  log.write({"kind": "environment"} | {k: environment[k] for k in _ENVIRONMENT} | facts)
-  for name, own in summary["recipes"].items():
-    decomposition = {"decomposition": None}  # the report has it
-    log.write({"kind": "arm", "arm": name} | own | decomposition)
-  log.close()
+  first = {"kind": "environment"} | {k: environment[k] for k in _ENVIRONMENT} | facts
+  with contextlib.closing(logs.JsonLines(out, 0)) as log:
+    log.write(first)
+    for name, own in summary["recipes"].items():
+      decomposition = {"decomposition": None}  # the report has it
+      log.write({"kind": "arm", "arm": name} | own | decomposition)
 
 
 def arms_table(rows: list[Row]) -> str:
@@ -87,21 +88,6 @@ def parts_table(rows: list[Row]) -> str:
   return "\n".join(lines)
 
 
-def rollout_table(rows: list[Row]) -> str:
-  lines = [
-    "| answers at once | numerics | tokens/s | of BF16's, quartiles | weights, MB |",
-    "|---|---|---|---|---|",
-  ]
-  for row in rows:
-    low, high = row["speed_quartiles"]
-    lines.append(
-      f"| {row['batch']} | {row['numerics']} | {row['tokens_per_s']:,.0f} |"
-      f" {row['speed_of_bf16']:.2f}, {low:.2f} to {high:.2f} | {row['weight_bytes'] / 1e6:,.0f} |"
-    )
-  lines.append(f"\n{source(rows[0])}")
-  return "\n".join(lines)
-
-
 def source(row: Row) -> str:
   dirty = ", with uncommitted changes" if row["git_dirty"] else ""
   return f"Device: {row['device']}. Commit {row['git_commit'][:9]}{dirty}."
@@ -110,7 +96,7 @@ def source(row: Row) -> str:
 def page_tables(results: Path) -> dict[str, str]:
   """By the name of their place; those alone whose rows are there."""
   rows = {path.stem: logs.read_rows(path) for path in results.glob("rl_*.jsonl")}
-  make = {"rl_demo": arms_table, "rl_demo_parts": parts_table, "rl_rollout": rollout_table}
+  make = {"rl_demo": arms_table, "rl_demo_parts": parts_table}
   return {name: table(rows[name]) for name, table in make.items() if rows.get(name)}
 
 

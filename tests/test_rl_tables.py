@@ -1,0 +1,53 @@
+"""The tables of the page of reinforcement learning, from rows made by hand."""
+
+from rl_workdirs import make_rl_workdir
+
+from experiments import logs
+from experiments.rl import tables
+
+SOURCE = {"device": "cpu", "git_commit": "0123456789abcdef", "git_dirty": False}
+
+
+def row(path, parts, replay, **values):
+  return {"path": path, "parts": parts, "replay": replay} | values | SOURCE
+
+
+def test_parts_are_a_row_with_the_router_free_and_replayed():
+  alone = ["deadzone"]
+  gap = {"kl": 0.012, "entropy_gap": -0.25, "router_flips/tokens": 0.5}
+  rows = [
+    {"path": "sampled", "answers": 7} | SOURCE,
+    row("rollout", alone, False, **gap),
+    row("forward", alone, False, gradient_error=0.3, gradient_ratio=1.5),
+    row("backward", alone, False, gradient_error=0.125, gradient_ratio=0.75),
+    row("rollout", alone, True, kl=0.008, entropy_gap=-0.125),
+    row("forward", alone, True, gradient_error=0.25, gradient_ratio=1.25),
+  ]
+  *_, line, _, told = tables.parts_table(rows).splitlines()
+  cells = "0.0120 | 50 | 0.0080 | -0.2500 | 0.300 | 1.500 | 0.250 | 0.125 | 0.750"
+  assert line == f"| deadzone | {cells} |"
+  assert told == "Over 7 answers sampled in BF16. Device: cpu. Commit 012345678."
+
+
+def test_a_dense_policy_has_no_router():
+  rows = [
+    {"path": "sampled", "answers": 7} | SOURCE,
+    row("rollout", ["deadzone"], None, kl=0.012, entropy_gap=0.25),
+    row("forward", ["deadzone"], None, gradient_error=0.3, gradient_ratio=1.0),
+    row("backward", ["deadzone"], None, gradient_error=0.1, gradient_ratio=1.0),
+  ]
+  line = tables.parts_table(rows).splitlines()[2]
+  assert line == "| deadzone | 0.0120 |  |  | +0.2500 | 0.300 | 1.000 |  | 0.100 | 1.000 |"
+
+
+def test_collected_are_a_row_for_each_arm_and_where_they_ran(tmp_path):
+  folder = make_rl_workdir(tmp_path / "run")
+  logs.write_json(folder / "environment.json", SOURCE | {"parameters": 7, "versions": {}})
+  tables.collect(folder, tmp_path / "rows.jsonl")
+  environment, *arms = logs.read_rows(tmp_path / "rows.jsonl")
+  assert environment["kind"] == "environment" and environment["device"]
+  table = tables.arms_table([environment, *arms]).splitlines()
+  assert [line.split("|")[1].strip() for line in table[2 : 2 + len(arms)]] == [
+    f"`{row['arm']}`" for row in arms
+  ]
+  assert table[-1].startswith(f"{arms[0]['seeds']} seeds, ")
