@@ -1,7 +1,9 @@
 """Questions and answers as tokens of a policy."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+from experiments.tasks import Problem
 
 
 @runtime_checkable
@@ -56,3 +58,23 @@ class Chat:
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self._tokenizer.decode(list(tokens))
+
+
+class FewShot:
+  """Questions as a base model reads them: solved ones before, a line each. A line end ends an
+  answer."""
+
+  def __init__(self, tokenizer: Any, vocab_size: int, solved: Sequence[Problem] = ()):
+    self._tokenizer, self.vocab_size = tokenizer, vocab_size
+    self._before = "".join(f"{p.question} {p.answer}\n" for p in solved)
+    (self.stop_token,) = tokenizer.encode("\n")
+    self.pad_token = self.stop_token
+
+  def prompt(self, question: str) -> list[int]:
+    return self._tokenizer.encode(self._before + question)
+
+  def answer(self, answer: str) -> list[int]:
+    return [*self._tokenizer.encode(f" {answer}"), self.stop_token]
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    return self._tokenizer.decode([t for t in tokens if t != self.stop_token])

@@ -8,10 +8,11 @@ import pytest
 from qat_cases import Characters, letters, small_model
 
 from experiments.qat import efficient_qat, policies
-from experiments.qat.evaluate import FewShot, Student, accuracy, answers, nats_per_token
+from experiments.qat.evaluate import Student, accuracy, answers, nats_per_token
 from experiments.qat.settings import Settings
 from experiments.qat.source import load_source
 from experiments.tasks import Problem
+from experiments.text import FewShot
 from fp4jax import FORMATS, MXFP4
 from fp4jax.models import generate
 

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,26 +25,6 @@ class Student(NamedTuple):
   model: LanguageModel
   policy: Policy
   states: States | None = None  # of quantizers that have one
-
-
-class FewShot:
-  """Questions as a base model reads them: solved ones before, a line each. A line end ends an
-  answer."""
-
-  def __init__(self, tokenizer: Any, vocab_size: int, solved: Sequence[Problem] = ()):
-    self._tokenizer, self.vocab_size = tokenizer, vocab_size
-    self._before = "".join(f"{p.question} {p.answer}\n" for p in solved)
-    (self.stop_token,) = tokenizer.encode("\n")
-    self.pad_token = self.stop_token
-
-  def prompt(self, question: str) -> list[int]:
-    return self._tokenizer.encode(self._before + question)
-
-  def answer(self, answer: str) -> list[int]:
-    return [*self._tokenizer.encode(f" {answer}"), self.stop_token]
-
-  def decode(self, tokens: Sequence[int]) -> str:
-    return self._tokenizer.decode([t for t in tokens if t != self.stop_token])
 
 
 def nats_per_token(student: Student, windows: np.ndarray, batch: int) -> float:

@@ -9,10 +9,9 @@ import numpy as np
 
 from experiments import data
 from experiments.config import Data
-from experiments.qat.evaluate import FewShot
 from experiments.qat.settings import Settings
 from experiments.tasks import Problem, Problems, TaskSettings, load_task
-from experiments.text import Text
+from experiments.text import FewShot, Text
 from fp4jax.models import LanguageModel
 
 

@@ -32,6 +32,7 @@ class Start:
   # layout; `model` then says only dtype, remat, vocab_chunk and unroll. None: a new `model`, whose
   # tokens are bytes.
   pretrained: str | None = None
+  chat: bool = True  # a pretrained policy's own template; False: the question alone, one line
   system: str = ""  # what a chat begins with
   seed: int = 0  # of a new model, and of the problems that it is taught
   teaching: Teaching = dataclasses.field(default_factory=Teaching)

@@ -16,7 +16,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.config import Experiment, Optimizer
 from experiments.rl.config import RLExperiment
 from experiments.tasks import Problems
-from experiments.text import Bytes, Chat, Text
+from experiments.text import Bytes, Chat, FewShot, Text
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
 from fp4jax.models import LanguageModel, ModelConfig
@@ -49,7 +49,8 @@ def source_of(config: RLExperiment) -> Source:
   path = smollm2_path()
   found, model = load_gguf(path, config.model.dtype)
   of_run = {name: getattr(config.model, name) for name in ("remat", "vocab_chunk", "unroll")}
-  text = Chat(GgufTokenizer(path), model.embedding.num_embeddings, start.system)
+  tokenizer, vocab_size = GgufTokenizer(path), model.embedding.num_embeddings
+  text = Chat(tokenizer, vocab_size, start.system) if start.chat else FewShot(tokenizer, vocab_size)
   with open(path, "rb") as file:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
   return Source(dataclasses.replace(found, **of_run), text, lambda: _params(model), digest)

@@ -1,0 +1,45 @@
+"""GRPO on a mixture of experts of a hundred million parameters, taught on the task's own text.
+
+Claim: (not measured yet) the router is what parts rollout and trainer: with the routing of the
+rollout replayed, the arms lie closer to BF16 than without.
+Command: .venv/bin/python -m experiments.rl --config=configs/rl_moe.py --workdir=runs/rl_moe
+    and with --config.rollout.replay_routing=true --workdir=runs/rl_moe_replay
+Cost: 1500 steps of teaching with 512 problems each, then 5 runs of 100 steps with 512 answers each,
+on one GPU; with several, the same command once for each shares the runs among them.
+Expected: not known yet.
+"""
+
+from experiments.comparison import Names
+from experiments.rl.config import RLExperiment
+from experiments.tasks import TaskSettings
+from fp4jax.models import ModelConfig
+
+
+def get_config() -> RLExperiment:
+  config = RLExperiment(
+    arms=Names(("bf16", "mxfp4", "mxfp4@rollout", "mxfp4+mbs+of", "nvfp4")),
+    steps=100,
+    eval_every=20,
+    probe_every=20,
+    checkpoint_every=0,
+    task=TaskSettings("spell_backward", "min_word_len=3,max_word_len=8", held_out=256),
+    model=ModelConfig(
+      num_layers=8,
+      d_model=512,
+      num_heads=8,
+      num_kv_heads=4,
+      head_dim=64,
+      num_experts=16,
+      top_k=2,
+      d_ff=512,
+    ),
+  )
+  config.start.teaching.steps = 1500
+  config.start.teaching.batch_size = 512
+  config.start.teaching.learning_rate = 1e-3
+  config.start.teaching.warmup_steps = 100
+  config.rollout.prompts = 64
+  config.rollout.max_prompt_tokens = 60
+  config.rollout.max_new_tokens = 12
+  config.optimizer.learning_rate = 1e-4
+  return config
