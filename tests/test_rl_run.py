@@ -143,7 +143,7 @@ def test_replay_needs_experts():
 
 def test_what_can_not_be_read_is_refused_before_anything_is_written(tmp_path):
   config = small_rl(**{"start.pretrained": "gpt-5"})
-  with pytest.raises(ValueError, match="'gpt-5' is not 'smollm2'"):
+  with pytest.raises(ValueError, match="'gpt-5' is not 'smollm2', nor a folder"):
     run(config, tmp_path / "run")
   config = small_rl(task=TaskSettings("rl_cases:letter"))
   with pytest.raises(ValueError, match="has no attribute 'letter'"):

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from flax import nnx
 
 from experiments.checkpoints import Checkpoints
 from experiments.config import Experiment, Optimizer
+from experiments.folder_tokenizer import FolderTokenizer
 from experiments.rl.config import RLExperiment
 from experiments.tasks import Problems
 from experiments.text import Bytes, Chat, FewShot, Text
 from experiments.train import make_trainer, policy_of
 from fp4jax import recipes
 from fp4jax.models import LanguageModel, ModelConfig
+from fp4jax.models.hugging_face import load_hugging_face
 
 SMOLLM2 = "smollm2"
 
@@ -31,7 +33,7 @@ class Source:
   model: ModelConfig
   text: Text
   params: Callable[[], Any]  # reads or makes them
-  sha256: str | None = None  # of the file that they are read from
+  sha256: str | None = None  # of the files that they are read from
 
 
 def source_of(config: RLExperiment) -> Source:
@@ -41,19 +43,33 @@ def source_of(config: RLExperiment) -> Source:
     text = Bytes()
     make = lambda: LanguageModel(config.model, text.vocab_size, nnx.Rngs(start.seed))  # noqa: E731
     return Source(config.model, text, lambda: _params(make()))
-  if start.pretrained != SMOLLM2:
-    raise ValueError(f"start.pretrained={start.pretrained!r} is not {SMOLLM2!r}")
-  from experiments.gguf_tokenizer import GgufTokenizer
-  from fp4jax.models.gguf import load_gguf, smollm2_path
+  if start.pretrained == SMOLLM2:
+    from experiments.gguf_tokenizer import GgufTokenizer
+    from fp4jax.models.gguf import load_gguf, smollm2_path
 
-  path = smollm2_path()
-  found, model = load_gguf(path, config.model.dtype)
+    path = smollm2_path()
+    found, model = load_gguf(path, config.model.dtype)
+    tokenizer, weights = GgufTokenizer(path), [path]
+  else:
+    folder = Path(start.pretrained)
+    if not folder.is_dir():
+      raise ValueError(f"start.pretrained={start.pretrained!r} is not {SMOLLM2!r}, nor a folder")
+    found, model = load_hugging_face(folder, config.model.dtype)
+    tokenizer, weights = FolderTokenizer(folder), sorted(folder.glob("*.safetensors"))
   of_run = {name: getattr(config.model, name) for name in ("remat", "vocab_chunk", "unroll")}
-  tokenizer, vocab_size = GgufTokenizer(path), model.embedding.num_embeddings
+  vocab_size = model.embedding.num_embeddings
   text = Chat(tokenizer, vocab_size, start.system) if start.chat else FewShot(tokenizer, vocab_size)
-  with open(path, "rb") as file:
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
-  return Source(dataclasses.replace(found, **of_run), text, lambda: _params(model), digest)
+  return Source(
+    dataclasses.replace(found, **of_run), text, lambda: _params(model), _digest(weights)
+  )
+
+
+def _digest(paths: Sequence[Path]) -> str:
+  digest = hashlib.sha256()
+  for path in paths:
+    with open(path, "rb") as file:
+      digest.update(hashlib.file_digest(file, "sha256").digest())
+  return digest.hexdigest()
 
 
 def _params(model: LanguageModel) -> Any:
