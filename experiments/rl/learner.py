@@ -24,6 +24,7 @@ from experiments.train import TrainState, quantized_policy
 from fp4jax import recipes
 from fp4jax.models import LanguageModel
 
+_FORWARD = ("fprop", "residual")
 _EVALUATION = zlib.crc32(b"evaluation")
 Scalars = dict[str, float]
 
@@ -55,9 +56,9 @@ class Learner:
     self._sample = make_sampler(graph, policies[0], config.rollout, text)
     temperature = config.rollout.eval_temperature
     self._sample_held_out = make_sampler(graph, policies[0], config.rollout, text, temperature)
-    self._rollout_side, self.trainer, self._reference = (
-      make_policy_trainer(config, model, policy) for policy in policies
-    )
+    # One for each policy, so that none is compiled twice.
+    trainer_of = functools.cache(functools.partial(make_policy_trainer, config, model))
+    self._rollout_side, self.trainer, self._reference = map(trainer_of, policies)
     self._replays = config.rollout.replay_routing and model.is_mixture
     self._is_mixture, self._num_layers = model.is_mixture, model.num_layers
 
@@ -122,16 +123,16 @@ class Learner:
     replay, with the share of the tokens whose experts differ."""
     sampled, key = self._sampled(state.params, answers, reference), _key(seed, step)
     rollout = answers.rollout
-    rows = []
-    for trainer, paths in (
-      (self.trainer, {"fprop": "forward", "residual": "forward"}),
-      (self._rollout_side, {"fprop": "rollout", "residual": "rollout", None: None}),
-    ):
-      taps = jax.device_get(trainer.probe(state, rollout, sampled, key))
-      for row in probes.probe_rows(taps, trainer.policy, self._num_layers):
-        path = paths.get(row["gemm"], None if None in paths else "backward")
-        if path is not None:
-          rows.append({"path": path} | row)
+    of_trainer, of_rollout = (
+      probes.probe_rows(
+        jax.device_get(side.probe(state, rollout, sampled, key)), side.policy, self._num_layers
+      )
+      for side in (self.trainer, self._rollout_side)
+    )
+    rows = [
+      {"path": "forward" if row["gemm"] in _FORWARD else "backward"} | row for row in of_trainer
+    ]
+    rows += [{"path": "rollout"} | row for row in of_rollout if row["gemm"] in _FORWARD]
     score = self.trainer.score(state.params, rollout, None, key)
     said = grpo.divergence(rollout.logprobs, score.logprobs, rollout.mask)
     said = {f"unreplayed/{name}": value for name, value in said.items()}
