@@ -51,3 +51,18 @@ def test_collected_are_a_row_for_each_arm_and_where_they_ran(tmp_path):
     f"`{row['arm']}`" for row in arms
   ]
   assert table[-1].startswith(f"{arms[0]['seeds']} seeds, ")
+
+
+def test_the_same_numerics_compiled_in_two_ways_are_two_rows():
+  row = {
+    "arm": "mxfp4",
+    "excess_precision": True,
+    "rollout_kl": 0.0321,
+    "sampler_trainer/logp_diff_mean": 0.12,
+    "token_mult_prob_error": 1.1982,
+    "router_flips/tokens": 0.216,
+  }
+  rows = [row | SOURCE, row | {"excess_precision": False, "rollout_kl": 2.6e-15} | SOURCE]
+  first, second = tables.rounding_table(rows).splitlines()[2:4]
+  assert first == "| `mxfp4` | as XLA likes | 3.2e-02 | 1.2e-01 | 1.198 | 22 |"
+  assert second.startswith("| `mxfp4` | where the code does | 2.6e-15 |")

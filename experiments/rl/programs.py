@@ -7,7 +7,15 @@ of its grid, and the same arm on both sides looks like two.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 
-compiled = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+
+def compiler(excess_precision: bool = False) -> Callable[..., Callable]:
+  """jax.jit that rounds where the code does or, with `excess_precision`, as XLA does by itself."""
+  options = {"xla_allow_excess_precision": excess_precision}
+  return functools.partial(jax.jit, compiler_options=options)
+
+
+compiled = compiler()

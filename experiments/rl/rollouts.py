@@ -41,6 +41,7 @@ def make_sampler(
   settings: RolloutSettings,
   text: Text,
   temperature: float = 1.0,
+  compiled: Callable[..., Callable] = compiled,
 ) -> Sampler:
   """`sample(params, prompts, prompt_lengths, key, noise)`, compiled. `noise` is the standard
   deviation of what the weights of the norms get; every row has its own numbers of `key`."""

@@ -88,6 +88,23 @@ def parts_table(rows: list[Row]) -> str:
   return "\n".join(lines)
 
 
+def rounding_table(rows: list[Row]) -> str:
+  """The same numerics on both sides, compiled in two ways."""
+  lines = [
+    "| arm, on both sides | compiled to round | `rollout_kl`, nats | `logp_diff_mean`, nats |"
+    " `token_mult_prob_error` | tokens with a flip, % |",
+    "|---|---|---|---|---|---|",
+  ]
+  for row in rows:
+    where = "as XLA likes" if row["excess_precision"] else "where the code does"
+    lines.append(
+      f"| `{row['arm']}` | {where} | {row['rollout_kl']:.1e} |"
+      f" {row['sampler_trainer/logp_diff_mean']:.1e} | {row['token_mult_prob_error']:.3f} |"
+      f" {_percent(row.get('router_flips/tokens'))} |"
+    )
+  return "\n".join(lines) + f"\n\n{source(rows[0])}"
+
+
 def source(row: Row) -> str:
   dirty = ", with uncommitted changes" if row["git_dirty"] else ""
   return f"Device: {row['device']}. Commit {row['git_commit'][:9]}{dirty}."
@@ -96,7 +113,7 @@ def source(row: Row) -> str:
 def page_tables(results: Path) -> dict[str, str]:
   """By the name of their place; those alone whose rows are there."""
   rows = {path.stem: logs.read_rows(path) for path in results.glob("rl_*.jsonl")}
-  make = {"rl_demo": arms_table, "rl_demo_parts": parts_table}
+  make = {"rl_demo": arms_table, "rl_demo_parts": parts_table, "rl_rounding": rounding_table}
   return {name: table(rows[name]) for name, table in make.items() if rows.get(name)}
 
 

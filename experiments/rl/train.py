@@ -40,7 +40,10 @@ class PolicyTrainer:
 
 
 def make_policy_trainer(
-  config: RLExperiment, model: LanguageModel, policy: Policy
+  config: RLExperiment,
+  model: LanguageModel,
+  policy: Policy,
+  compiled: Callable[..., Callable] = compiled,
 ) -> PolicyTrainer:
   """Functions that train the weights of `model` under `policy`; nothing is compiled before."""
   graph, _ = nnx.split(model)
