@@ -110,8 +110,8 @@ def test_a_step_is_a_function_of_seed_and_step():
 
 def test_held_out_problems_are_answered_without_noise():
   learner, params, *_ = first_step("mxfp4+aqn")
-  said, told = learner.evaluate(params, 3)
-  assert said == learner.evaluate(params, 0)[0]
+  said, told = learner.evaluate(params)
+  assert said == learner.evaluate(params)[0]
   assert len(told) == 4 and {*told[0]} == {"question", "answer", "expected", "reward"}
   assert 0 <= said["reward"] <= 1
 

@@ -17,7 +17,6 @@ scales are rounded up, as in arXiv 2605.20402, from which the corrections and th
 
 import dataclasses
 import difflib
-import re
 
 import jax.numpy as jnp
 
@@ -137,8 +136,3 @@ def _check(name: str, what: str, given: list[str], allowed) -> None:
       raise ValueError(f"arm {name!r}: no {what} {item!r}; did you mean {' or '.join(near)}?")
   if repeated := sorted({item for item in given if given.count(item) > 1}):
     raise ValueError(f"arm {name!r} names {repeated[0]!r} twice")
-
-
-def base_of(name: str) -> str:
-  """What an arm is compared by: its name without corrections, parts and path."""
-  return re.split(r"[.+@]", name)[0]

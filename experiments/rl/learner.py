@@ -105,7 +105,7 @@ class Learner:
     mean = {name: float(np.mean([s[name] for s in said])) for name in said[0]}
     return state, mean | {name: float(said[0][name]) for name in grpo.DIVERGENCE}
 
-  def evaluate(self, params: Any, step: int) -> tuple[Scalars, list[dict[str, Any]]]:
+  def evaluate(self, params: Any) -> tuple[Scalars, list[dict[str, Any]]]:
     """On the held-out problems; some of them are told with their answers."""
     problems, key = list(self._problems.held_out), jax.random.key(_EVALUATION)
     found = self._answers(self._sample_held_out, params, problems, 1, key, 0.0)

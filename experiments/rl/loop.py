@@ -40,7 +40,7 @@ def train_run(
   with RunSession(run, config, LOGS, asked_to_stop, Group()) as session:
 
     def evaluate(step: int) -> None:
-      said, told = learner.evaluate(state.params, step)
+      said, told = learner.evaluate(state.params)
       session.write("metrics", step, {"split": "held_out"} | said)
       session.scalars(step, {f"held_out/{name}": value for name, value in said.items()})
       for sample in told:
