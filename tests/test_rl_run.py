@@ -127,6 +127,8 @@ def test_another_experiment_is_refused_in_one_line(whole):
     ({"noise.stages": 1}, "noise.stages=1"),
     ({"steps": 0}, "steps=0"),
     ({"task.held_out": 0}, "task.held_out=0"),
+    ({"fallback_alpha": float("nan")}, "fallback_alpha=nan is not above 0"),
+    ({"fallback_alpha": float("inf")}, "fallback_alpha=inf is not above 0"),
   ],
 )
 def test_settings_that_no_run_can_have(change, words):

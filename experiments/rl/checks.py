@@ -1,7 +1,5 @@
 """Which settings no run of reinforcement learning can have."""
 
-import math
-
 from experiments.checks import Ranges, validate_comparison, validate_model, validate_optimizer
 from experiments.rl import grpo, noise
 from experiments.rl.config import RLExperiment
@@ -53,5 +51,3 @@ def validate(config: RLExperiment, model: ModelConfig) -> None:
     )
   if config.rollout.replay_routing and not model.num_experts:
     raise ValueError("rollout.replay_routing=true of a policy without experts")
-  if not math.isfinite(config.fallback_alpha):
-    raise ValueError(f"fallback_alpha={config.fallback_alpha} is not finite")
