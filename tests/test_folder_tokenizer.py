@@ -26,6 +26,9 @@ def folder(tmp_path):
   tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
   tokenizer.add_special_tokens(["<s>", "<|end|>"])
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 1)]
+  )  # the template of a chat has its own
   tokenizer.save(str(path / "tokenizer.json"))
   settings(path, chat_template=TEMPLATE)
   return path

@@ -16,6 +16,7 @@ SETTINGS = {
   "dapo": grpo.dapo(),
   "kl": GRPOSettings(beta=0.3),
   "no importance sampling": GRPOSettings(importance_cap=None),
+  "one side clips sooner": GRPOSettings(clip_low=0.05, clip_high=0.6),
   "tight clip and cap": GRPOSettings(clip_low=0.01, clip_high=0.02, importance_cap=1.01),
 }
 
