@@ -11,6 +11,7 @@ from experiments.rl import grpo
 from experiments.rl.grpo import GRPOSettings, Sampled
 
 B, T, VOCAB = 6, 5, 7
+ADVANTAGES = np.array([0.8, -1.2, 0.5, -1.3, 0.9, -0.6])  # ratios meet both clips
 SETTINGS = {
   "grpo": GRPOSettings(),
   "dapo": grpo.dapo(),
@@ -66,7 +67,7 @@ def test_loss_and_gradient_are_those_of_the_definition(settings):
   """float32 log-probabilities are off by some 2^-22, their ratios as much; the loss is a mean of
   terms below 4."""
   logits, tokens, mask, rollout, old, of_start = case()
-  advantages = np.random.default_rng(1).normal(size=B)
+  advantages = ADVANTAGES
   expected, gradient = reference(settings, advantages, logits, tokens, mask, rollout, old, of_start)
   sampled = Sampled(
     *(jnp.asarray(a, jnp.float32) for a in (advantages,)),
@@ -91,7 +92,7 @@ def test_loss_and_gradient_are_those_of_the_definition(settings):
 def test_the_clip_share_counts_the_tokens_without_a_gradient():
   settings = SETTINGS["tight clip and cap"]
   logits, tokens, mask, rollout, old, _ = case()
-  advantages = np.random.default_rng(1).normal(size=B)
+  advantages = ADVANTAGES
   logp = np.take_along_axis(log_softmax(logits), tokens[..., None], 2)[..., 0]
   ratio, a = np.exp(logp - old), advantages[:, None]
   cut = np.where(a > 0, ratio > 1 + settings.clip_high, ratio < 1 - settings.clip_low)
