@@ -50,7 +50,46 @@ def test_collected_are_a_row_for_each_arm_and_where_they_ran(tmp_path):
   assert [line.split("|")[1].strip() for line in table[2 : 2 + len(arms)]] == [
     f"`{row['arm']}`" for row in arms
   ]
-  assert table[-1].startswith(f"{arms[0]['seeds']} seeds, ")
+  held_out, reward = environment["held_out"], arms[0]["held_out_reward"]["mean"]
+  error = (reward * (1 - reward) / held_out) ** 0.5
+  cells = [cell.strip() for cell in table[2].split("|")]
+  assert cells[2] == str(arms[0]["seeds"])
+  assert cells[4] == f"{reward:.3f} ± {error:.3f}"
+  assert f"{held_out} held-out problems" in table[-1] and "replayed" not in table[-1]
+  replayed = tables.arms_table([environment | {"replays_routing": True}, *arms])
+  assert ", routing replayed; " in replayed
+
+
+def test_a_rollout_is_a_row_for_each_batch_and_way_to_hold_weights():
+  row = {
+    "batch": 8,
+    "numerics": "w4a16 packed",
+    "tokens_per_s": 1234.5,
+    "speed_of_bf16": 1.504,
+    "speed_quartiles": [1.4, 1.6],
+    "weight_bytes": 258e6,
+    "prompt": 64,
+    "new": 128,
+    "rounds": 5,
+  }
+  *_, line, _, told = tables.rollout_table([row | SOURCE]).splitlines()
+  assert line == "| 8 | w4a16 packed | 1,234 | 1.50 | 1.40 to 1.60 | 258 |"
+  assert told.startswith("128 tokens after prompts of 64, 5 rounds. Device: cpu.")
+
+
+def test_a_page_has_the_tables_whose_rows_are_there(tmp_path):
+  assert tables.page_tables(tmp_path) == {}
+  row = {
+    "arm": "mxfp4",
+    "excess_precision": True,
+    "rollout_kl": 0.0,
+    "sampler_trainer/logp_diff_mean": 0.0,
+    "token_mult_prob_error": 1.0,
+  }
+  log = logs.JsonLines(tmp_path / "rl_rounding.jsonl")
+  log.write(row | SOURCE)
+  log.close()
+  assert list(tables.page_tables(tmp_path)) == ["rl_rounding"]
 
 
 def test_the_same_numerics_compiled_in_two_ways_are_two_rows():

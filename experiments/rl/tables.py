@@ -4,8 +4,9 @@ import contextlib
 from pathlib import Path
 
 from experiments import logs
+from experiments.qat.table import qat_table
 from experiments.rl.microscope import PARTS, SUBSETS
-from experiments.rl.summary import read_records, summarize_records
+from experiments.rl.summary import read_records, standard_error, summarize_records
 
 Row = dict
 _ENVIRONMENT = ("versions", "device", "git_commit", "git_dirty")
@@ -28,11 +29,13 @@ def collect(workdir: Path, out: Path) -> None:
 
 def arms_table(rows: list[Row]) -> str:
   lines = [
-    "| arm | held-out reward, before and after | less BF16's | 95 % interval | against BF16 |"
-    " entropy, nats | `ppo_kl`, nats | `token_mult_prob_error` | router flips, % of tokens |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "| arm | seeds | held-out reward before | after | in training, at the end | less BF16's |"
+    " 95 % interval | against BF16 | entropy, nats | `ppo_kl`, nats | `token_mult_prob_error` |"
+    " router flips, % of tokens |",
+    "|---" * 12 + "|",
   ]
   environment, *arms = rows
+  problems = environment["held_out"]
   for row in arms:
     gap = row["gap"]
     less = interval = ""
@@ -42,16 +45,26 @@ def arms_table(rows: list[Row]) -> str:
       interval = "" if bounds is None else f"{bounds[0]:+.3f} to {bounds[1]:+.3f}"
     flips = (row["router_flips"] or {}).get("tokens")
     before, after = row["start_reward"]["mean"], row["held_out_reward"]["mean"]
-    lines.append(
-      f"| `{row['arm']}` | {before:.3f}, {after:.3f} | {less} | {interval} |"
-      f" {gap['verdict'] or ''} | {row['entropy']['mean']:.3f} |"
-      f" {row['ppo_kl']['mean']:.1e} | {row['token_mult_prob_error']['mean']:.3f} |"
-      f" {'' if flips is None else f'{100 * flips:.0f}'} |"
+    cells = (
+      f"`{row['arm']}`",
+      f"{row['seeds']}",
+      f"{before:.3f}",
+      f"{after:.3f} ± {standard_error(after, problems):.3f}",
+      f"{row['train_reward']['mean']:.3f}",
+      less,
+      interval,
+      gap["verdict"] or "",
+      f"{row['entropy']['mean']:.3f}",
+      f"{row['ppo_kl']['mean']:.1e}",
+      f"{row['token_mult_prob_error']['mean']:.3f}",
+      "" if flips is None else f"{100 * flips:.0f}",
     )
+    lines.append(f"| {' | '.join(cells)} |")
+  replayed = ", routing replayed" if environment["replays_routing"] else ""
   lines.append(
-    f"\n{arms[0]['seeds']} seeds, {environment['steps']} steps of {environment['prompts']}"
-    f" questions with {environment['group']} answers each; {environment['held_out']} held-out"
-    f" problems. {source(environment)}"
+    f"\n{environment['steps']} steps of {environment['prompts']} questions with"
+    f" {environment['group']} answers each{replayed}; {problems} held-out problems, ± one standard"
+    f" error of a mean over them. {source(environment)}"
   )
   return "\n".join(lines)
 
@@ -105,16 +118,49 @@ def rounding_table(rows: list[Row]) -> str:
   return "\n".join(lines) + f"\n\n{source(rows[0])}"
 
 
+def rollout_table(rows: list[Row]) -> str:
+  """Tokens per second of each way to hold weights, by how many answers are sampled at once."""
+  lines = [
+    "| answers at once | weights | tokens/s | speed, BF16 = 1 | quartiles | weights, MB |",
+    "|---" * 6 + "|",
+  ]
+  for row in rows:
+    low, high = row["speed_quartiles"]
+    lines.append(
+      f"| {row['batch']} | {row['numerics']} | {row['tokens_per_s']:,.0f} |"
+      f" {row['speed_of_bf16']:.2f} | {low:.2f} to {high:.2f} | {row['weight_bytes'] / 1e6:,.0f} |"
+    )
+  first = rows[0]
+  return "\n".join(lines) + (
+    f"\n\n{first['new']} tokens after prompts of {first['prompt']}, {first['rounds']} rounds."
+    f" {source(first)}"
+  )
+
+
 def source(row: Row) -> str:
   dirty = ", with uncommitted changes" if row["git_dirty"] else ""
   return f"Device: {row['device']}. Commit {row['git_commit'][:9]}{dirty}."
 
 
+_TABLES = {
+  "rl_demo": arms_table,
+  "rl_demo_parts": parts_table,
+  "rl_demo_part_arms": arms_table,
+  "rl_rounding": rounding_table,
+  "rl_smollm2": arms_table,
+  "rl_smollm2_parts": parts_table,
+  "rl_moe": arms_table,
+  "rl_moe_replay": arms_table,
+  "rl_moe_parts": parts_table,
+  "rl_rollout": rollout_table,
+  "qat": qat_table,
+}
+
+
 def page_tables(results: Path) -> dict[str, str]:
-  """By the name of their place; those alone whose rows are there."""
-  rows = {path.stem: logs.read_rows(path) for path in results.glob("rl_*.jsonl")}
-  make = {"rl_demo": arms_table, "rl_demo_parts": parts_table, "rl_rounding": rounding_table}
-  return {name: table(rows[name]) for name, table in make.items() if rows.get(name)}
+  """By the name of their place, which is that of their rows; those alone whose rows are there."""
+  rows = {name: logs.read_rows(results / f"{name}.jsonl") for name in _TABLES}
+  return {name: table(rows[name]) for name, table in _TABLES.items() if rows[name]}
 
 
 def _percent(share: float | None) -> str:
