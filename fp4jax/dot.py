@@ -11,7 +11,7 @@ calls tokens is m, the free axes of lhs. On several devices: `fp4jax.sharding`.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,9 @@ from fp4jax.canonical import canonical
 from fp4jax.formats import is_format
 from fp4jax.implementation import Implementation, choose, device_obstacle
 from fp4jax.linear import linear
+from fp4jax.mosaic import few_rows
 from fp4jax.mosaic import gemms as mosaic
-from fp4jax.packed_weights import read_packed
+from fp4jax.packed_weights import check_packed, read_packed
 from fp4jax.products import OneMatrix
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
@@ -57,7 +58,8 @@ def dot_general(
     out_sharding=None). Its result has the dtype and the sharding that `lax.dot_general` would give
     it; `precision` must be left None. rhs may be what `pack_weights` makes of weights in lhs's
     dtype, with axis -2 contracted: "xla" then reads it as the recipe reads the original, and in a
-    backward pass, for lhs alone, its values.
+    backward pass, for lhs alone, its values; "mosaic" multiplies up to 128 rows with MXFP4 codes as
+    they lie in memory.
   Raises:
     ValueError: a stochastic recipe without a key, one with state without it, or what makes
       `implementation` impossible.
@@ -107,22 +109,49 @@ class DotGeneral:
     **unsupported,
   ) -> Array:
     is_packed = isinstance(rhs, QuantizedArray)
-    rhs, recipe = read_packed("rhs", rhs, self.recipe)
-    lhs, rhs = ops.to_operands(lhs=lhs, rhs=rhs)
+    if is_packed:
+      check_packed("rhs", rhs, self.recipe)
+      (lhs,) = ops.to_operands(lhs=lhs)
+      original = jax.ShapeDtypeStruct(rhs.shape, lhs.dtype)
+    else:
+      lhs, rhs = ops.to_operands(lhs=lhs, rhs=rhs)
+      original = rhs
     if precision is not None:
-      raise ValueError(f"{precision=}: recipe {recipe.name!r} sets the precision of each GEMM")
+      raise ValueError(f"{precision=}: recipe {self.recipe.name!r} sets the precision of each GEMM")
     for name, value in unsupported.items():
       if value is not None:
         raise ValueError(f"dot_general with a recipe does not support {name}={value!r}")
-    original = jax.ShapeDtypeStruct(rhs.shape, lhs.dtype) if is_packed else rhs
     axes, result = _as_lax(lhs, original, dimension_numbers, preferred_element_type, out_sharding)
-    if is_packed and axes[0][1] != (rhs.ndim - 2,):
+    spec = result.sharding and result.sharding.spec
+    if not is_packed:
+      return self._product(self.recipe, lhs, rhs, axes, result, spec)
+    if axes[0][1] != (len(rhs.shape) - 2,):
       raise ValueError(f"{dimension_numbers=} contracts rhs {rhs.shape} along another axis than -2")
+    watched = self.tap, self.state or None
+    why_not = few_rows.obstacle(self.recipe, watched, lhs, rhs, axes, result.dtype)
+    if choose(self.implementation, why_not) == "mosaic":
+      xla = _OfPacked(DotGeneral(self.recipe, implementation="xla"), axes, result.dtype)
+      return spread(few_rows.multiply, (xla, self.recipe, axes[0][0][0]), (lhs, rhs), spec=spec)
+    values, recipe = read_packed("rhs", rhs, self.recipe)
+    xla = dataclasses.replace(self, implementation="xla")
+    return xla._product(recipe, lhs, values, axes, result, spec)
+
+  def _product(self, recipe, lhs, rhs, axes, result, spec):
     key = self.key if recipe.is_stochastic else None
     operands = lhs, rhs, ops.Keys.of(key, lhs, rhs)
     options = recipe, self.implementation, axes, result.shape, result.dtype
-    spec = result.sharding and result.sharding.spec
     return spread(_dot_general, options, operands, (self.tap, self.state or {}), spec)
+
+
+class _OfPacked(NamedTuple):
+  """A product of packed weights as XLA computes it, and differentiates it."""
+
+  dot: DotGeneral
+  dimension_numbers: tuple
+  dtype: jnp.dtype
+
+  def __call__(self, lhs, rhs):
+    return self.dot(lhs, rhs, self.dimension_numbers, preferred_element_type=self.dtype)
 
 
 def _dot_general(

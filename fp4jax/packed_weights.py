@@ -1,7 +1,9 @@
 """Weights that are quantized once and read many times, as in a rollout.
 
 w = pack_weights(w, recipe)                            # after each update
-y = dot_general(recipe)(x, w, (((1,), (0,)), ((), ())))  # to the bit that of the array
+y = dot_general(recipe)(x, w, (((1,), (0,)), ((), ())))  # that of the array
+
+"xla" gives it to the bit; "mosaic" up to the order of float32 sums, see `fp4jax.mosaic.few_rows`.
 """
 
 import dataclasses
@@ -77,18 +79,12 @@ def read_packed(name: str, w: Any, recipe: Recipe) -> tuple[Any, Recipe]:
   Other weights, and their recipe, are returned as they are.
 
   Raises:
-    ValueError: weights in another format than `pack_weights` makes, or along another axis.
+    ValueError: see `check_packed`.
   """
   if not isinstance(w, QuantizedArray):
     return w, recipe
-  if obstacle := why_not_packed(recipe):
-    raise ValueError(obstacle)
-  fmt = _packed_format(recipe)
-  if w.fmt != fmt or w.axis != -2:
-    raise ValueError(
-      f"{name} is packed in {w.fmt.name} along axis {w.axis}; recipe {recipe.name!r} needs"
-      f" {fmt.name} along axis -2, as fp4jax.pack_weights makes it"
-    )
+  check_packed(name, w, recipe)
+  fmt = w.fmt
   values = qz.dequantize(w, fmt.dequantized_dtype, implementation="xla")
   rhs, residual, dgrad = recipe.fprop.rhs, recipe.residual, recipe.dgrad
   if rhs.source == "original":
@@ -100,6 +96,22 @@ def read_packed(name: str, w: Any, recipe: Recipe) -> tuple[Any, Recipe]:
       dgrad = dataclasses.replace(dgrad, rhs=dataclasses.replace(dgrad.rhs, source="original"))
   fprop = dataclasses.replace(recipe.fprop, rhs=Unpacked(rhs))
   return values, dataclasses.replace(recipe, fprop=fprop, dgrad=dgrad, residual=residual)
+
+
+def check_packed(name: str, w: QuantizedArray, recipe: Recipe) -> None:
+  """Refuses what `pack_weights` does not make for `recipe`.
+
+  Raises:
+    ValueError: weights in another format, or along another axis.
+  """
+  if obstacle := why_not_packed(recipe):
+    raise ValueError(obstacle)
+  fmt = _packed_format(recipe)
+  if w.fmt != fmt or w.axis != -2:
+    raise ValueError(
+      f"{name} is packed in {w.fmt.name} along axis {w.axis}; recipe {recipe.name!r} needs"
+      f" {fmt.name} along axis -2, as fp4jax.pack_weights makes it"
+    )
 
 
 def _packed_format(recipe: Recipe) -> Format:

@@ -102,6 +102,19 @@ class Word:
         scf.yield_([w.value for w in words()])
     return [Word(r) for r in branch.results]
 
+  def times_bf16(self, other):
+    """In either half the product of two bf16, rounded to nearest; subnormals are kept."""
+    return self._assembly("mul.rn.bf16x2 $0, $1, $2;", other)
+
+  def saturated_bf16(self):
+    """In either half a bf16, infinity replaced by the largest number; NaN stays."""
+    low = self._assembly("min.NaN.bf16x2 $0, $1, $2;", 0x7F7F7F7F)
+    return low._assembly("max.NaN.bf16x2 $0, $1, $2;", 0xFF7FFF7F)
+
+  def plus_float(self, other):
+    """The bits of the sum of two float32."""
+    return self._assembly("add.rn.f32 $0, $1, $2;", other)
+
   def of_lane(self, distance: int):
     """The word of the lane whose number differs in the bit `distance`."""
     return Word(mgpu_utils.shfl_bfly(self.value, distance))
@@ -122,12 +135,119 @@ class Word:
     constraints = ",".join(["=r", *["r"] * len(operands)])
     return Word(llvm.inline_asm(operands[0].type, operands, code, constraints))
 
+  # Addresses in shared memory. These stay where they are among barriers.
+
+  def load_matrices_transposed(self, offset: int):
+    """Words of four 8 x 8 matrices of 16 bits, of rows of 16 bytes: lane 8 i + j has the address of
+    row j of matrix i, to which `offset` is added, and gets elements (2 (lane % 4), lane // 4) and,
+    in the upper half, (2 (lane % 4) + 1, lane // 4)."""
+    code = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4 + %d];"
+    return _memory(code % offset, [self.value], 4)
+
+  def make_barrier(self):
+    """Of one arrival; TMA and the other threads see it after the next barrier of theirs."""
+    _memory(
+      "mbarrier.init.shared.b64 [$0], 1; fence.mbarrier_init.release.cluster;", [self.value], 0
+    )
+
+  def wait_barrier(self, parity: "Word"):
+    """Until the phase of that parity is over."""
+    code = "{ .reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [$0], $1;"
+    _memory(code + " @!done bra again; }", [self.value, parity.value], 0)
+
+  def load_16_bits(self, offset: int):
+    code = "{ .reg .b16 h; ld.shared.b16 h, [$1 + %d]; cvt.u32.u16 $0, h; }"
+    return _memory(code % offset, [self.value], 1)[0]
+
+  def load_shared(self, words: int):
+    return self._load("shared", words)
+
+  def of_cta(self, rank: int):
+    """The address of the same place of another CTA of the cluster."""
+    return _memory(f"mapa.shared::cluster.u32 $0, $1, {rank};", [self.value], 1)[0]
+
+  def load_cluster(self, words: int):
+    return self._load("shared::cluster", words)
+
+  def _load(self, space, words):
+    out = ", ".join(f"${i}" for i in range(words))
+    code = f"ld.{space}.v{words}.b32 {{{out}}}, [${words}];"
+    return _memory(code, [self.value], words)
+
+  def store_shared(self, words: list["Word"]):
+    sources = ", ".join(f"${i + 1}" for i in range(len(words)))
+    code = f"st.shared.v{len(words)}.b32 [$0], {{{sources}}};"
+    _memory(code, [self.value, *(w.value for w in words)], 0)
+
 
 def _lift(word):
   if isinstance(word, Word):
     return word.value
   signed = (word + 2**31) % 2**32 - 2**31
   return arith.constant(ir.IntegerType.get_signless(32), signed)
+
+
+def _memory(code, operands, results):
+  """Assembly that reads or writes memory: its result words."""
+  word = ir.IntegerType.get_signless(32)
+  constraints = [
+    "l" if isinstance(o.type, ir.IntegerType) and o.type.width == 64 else "r" for o in operands
+  ]
+  constraints = ",".join(["=r"] * results + constraints + ["~{memory}"])
+  types = [None, word][results] if results < 2 else llvm.StructType.get_literal([word] * results)
+  out = llvm.inline_asm(types, operands, code, constraints, has_side_effects=True)
+  if results < 2:
+    return [Word(out)] * results
+  return [Word(llvm.extractvalue(word, out, [i])) for i in range(results)]
+
+
+def address_of(ref) -> Word:
+  """Of a reference to shared memory."""
+  return Word(llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu_utils.memref_ptr(ref)))
+
+
+def pointer_to(ref) -> ir.Value:
+  """64 bits, of a reference to global memory."""
+  return llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu_utils.memref_ptr(ref))
+
+
+def store_global(pointer: ir.Value, offset: Word, words: list[Word]):
+  """Two words at so many bytes, below 2^31, past the pointer."""
+  wide = arith.extui(pointer.type, offset.value)
+  _memory(
+    "st.global.v2.b32 [$0], {$1, $2};", [arith.addi(pointer, wide), *(w.value for w in words)], 0
+  )
+
+
+def to_bf16(low: Word, high: Word) -> Word:
+  """Two float32 rounded to bf16, nearest-even, `low` in the lower half."""
+  return high._assembly("cvt.rn.bf16x2.f32 $0, $1, $2;", low)
+
+
+def when(condition: Word, body):
+  """body() in the lanes where the condition holds."""
+  branch = scf.IfOp(condition.value)
+  with ir.InsertionPoint(branch.then_block):
+    body()
+    scf.yield_([])
+
+
+def barrier_of_cta():
+  _memory("bar.sync 0;", [], 0)
+
+
+def barrier_of_cluster(*, release: bool = True):
+  """What was written before it, in any CTA of the cluster, can be read after it, with `release`."""
+  order = "release" if release else "relaxed"
+  _memory(f"barrier.cluster.arrive.{order}; barrier.cluster.wait.acquire;", [], 0)
+
+
+def rank_in_cluster() -> Word:
+  return _memory("mov.u32 $0, %cluster_ctarank;", [], 1)[0]
+
+
+def thread_of_cta() -> Word:
+  return Word(mgpu_utils.thread_idx())
 
 
 def select_bits(mask: int, ones, zeros):

@@ -100,7 +100,14 @@ def fake_kernels() -> dict[str, types.SimpleNamespace]:
     ones = [jnp.ones((len(x) // 128, x.shape[1])) for x in (lhs, rhs)]
     return wgrad(lhs.T, ones[0], rhs.T, ones[1], group_sizes, out_dtype)
 
+  def few_rows(x, codes, scales):
+    assert x.shape[0] <= 128 and x.shape[1] % 64 == codes.shape[1] % 128 == 0
+    w = dequantize(fp4jax.QuantizedArray(codes, scales, None, fp4jax.MXFP4, -2), jnp.float32)
+    product = jnp.matmul(x.astype(jnp.float32), w, precision="highest")
+    return product.astype(jnp.bfloat16)
+
   return {
+    "few_rows": types.SimpleNamespace(few_rows_matmul=few_rows),
     "fp8": types.SimpleNamespace(
       quantize_fp8_rows=rows,
       quantize_fp8_columns=columns,

@@ -1,95 +1,15 @@
 """The arithmetic of `convert` and `widen`, run over arrays in place of registers, without a GPU."""
 
-import operator
-
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from lanes import Lanes
 
 from experiments.kernel_cases import mxfp4_format
 from fp4jax import dequantize, formats, quantize
 from fp4jax.quantized_array import QuantizedArray
 from pallas_kernels import convert, widen
-
-
-class Lanes:
-  """`packed.Word` of many lanes: uint32 (..., lane), or bool. As PTX defines the instructions."""
-
-  def __init__(self, array):
-    self.array = array
-
-  @staticmethod
-  def _lift(word):
-    return word.array if isinstance(word, Lanes) else np.uint32(word % 2**32)
-
-  def _with(self, operation, other):
-    return Lanes(operation(self.array, self._lift(other)))
-
-  def _signed(self, operation, other):
-    result = operation(self.array.view(np.int32), self._lift(other).view(np.int32))
-    return Lanes(result if result.dtype == bool else result.view(np.uint32))
-
-  def _reversed(self, operation, other):
-    return Lanes(operation(np.full_like(self.array, self._lift(other)), self.array))
-
-  __or__ = lambda self, other: self._with(operator.or_, other)  # noqa: E731
-  __and__ = lambda self, other: self._with(operator.and_, other)  # noqa: E731
-  __xor__ = lambda self, other: self._with(operator.xor, other)  # noqa: E731
-  __add__ = lambda self, other: self._with(operator.add, other)  # noqa: E731
-  __sub__ = lambda self, other: self._with(operator.sub, other)  # noqa: E731
-  __mul__ = lambda self, other: self._with(operator.mul, other)  # noqa: E731
-  __lshift__ = lambda self, other: self._with(operator.lshift, other)  # noqa: E731
-  __rshift__ = lambda self, other: self._with(operator.rshift, other)  # noqa: E731
-  __rsub__ = lambda self, other: self._reversed(operator.sub, other)  # noqa: E731
-  __rlshift__ = lambda self, other: self._reversed(operator.lshift, other)  # noqa: E731
-  __rrshift__ = lambda self, other: self._reversed(operator.rshift, other)  # noqa: E731
-
-  def halved(self, times):
-    return self._signed(operator.rshift, times)
-
-  def min(self, other):
-    return self._signed(np.minimum, other)
-
-  def max(self, other):
-    return self._signed(np.maximum, other)
-
-  def below(self, other):
-    return self._signed(operator.lt, other)
-
-  def above(self, other):
-    return self._signed(operator.gt, other)
-
-  def equals(self, other):
-    return self._with(operator.eq, other)
-
-  def max_halves(self, other):
-    a, b = np.broadcast_arrays(self.array, self._lift(other))
-    high = np.maximum(a >> 16, b >> 16) << 16
-    return Lanes(high | np.maximum(a & 0xFFFF, b & 0xFFFF))
-
-  def permute(self, other, selector):
-    parts = np.broadcast_arrays(self.array, self._lift(other), self._lift(selector))
-    a, b, selector = (p.astype(np.uint64) for p in parts)
-    both, result = a | (b << 32), np.zeros_like(a)
-    for i in range(4):
-      nibble = (selector >> (4 * i)) & 15
-      byte = (both >> (8 * (nibble & 7))) & 0xFF
-      byte = np.where(nibble & 8, (byte >> 7) * 0xFF, byte)
-      result |= byte << (8 * i)
-    return Lanes(result.astype(np.uint32))
-
-  def where(self, yes, no):
-    return Lanes(np.where(self.array, self._lift(yes), self._lift(no)))
-
-  def branch(self, rare, otherwise):
-    return [self.where(a, b) for a, b in zip(rare(), otherwise, strict=True)]
-
-  def of_lane(self, distance):
-    return Lanes(self.array[..., np.arange(self.array.shape[-1]) ^ distance])
-
-  def max_of_warp(self):
-    return Lanes(np.broadcast_to(self.array.max(-1, keepdims=True), self.array.shape))
 
 
 def blocks_with_largest(top):

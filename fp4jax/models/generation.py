@@ -65,8 +65,9 @@ def generate(
   Args:
     prompts: tokens, padded on the left with anything.
     prompt_lengths: how many tokens at the end of each row are the prompt.
-    policy: the recipe of each GEMM. After the prompts `implementation=None` means "xla": the
-      kernels multiply tiles of 128 rows.
+    policy: the recipe of each GEMM. After the prompts `implementation=None` means "xla", for the
+      kernels multiply tiles of 128 rows; but where weights are packed in MXFP4, up to 128 prompts
+      are multiplied by the kernel of few rows, which reads the codes as they lie in memory.
     key: row i draws its j-th token by `fold_in(fold_in(key, i), j)`.
     temperature: divides the logits; 0 takes the likeliest token.
     top_p: of the probabilities at that temperature, see `sampling.nucleus`.
@@ -125,9 +126,7 @@ def _generate(graph, policy, settings, params, prompts, prompt_lengths, key, num
   prompts = jnp.where(is_token, prompts, settings.pad_token)  # NaN of no token would spread
   logits, cache, routing = model.decode(prompts, cache, policy, key=key_of_pass(0), states=states)
   token, is_done, first = next_token(0, logits, jnp.zeros(b, bool))
-  of_step = dataclasses.replace(
-    policy, implementation=policy.implementation or "xla", few_rows=True
-  )
+  of_step = dataclasses.replace(policy, few_rows=True)
 
   def step(carry, i):
     token, is_done, cache = carry

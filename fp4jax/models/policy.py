@@ -60,11 +60,13 @@ class Policy:
   head: Recipe = recipes.BF16
   # Of `moe_ffn`, and of the matmuls whose recipes quantize.
   implementation: Implementation | None = None
-  # Of `moe_ffn`: in how many parts the tokens come, how many choices a device has room for, how
-  # rows travel between devices, and whether they are as few as in a decoding step.
+  # Of `moe_ffn`: in how many parts the tokens come, how many choices a device has room for, and how
+  # rows travel between devices.
   token_parts: int = 1
   capacity_factor: float | None = None
   exchange: Implementation | None = None
+  # Whether tokens are as few as in a decoding step. An implementation of None then means "xla" but
+  # for packed weights: the other kernels multiply tiles of 128 rows.
   few_rows: bool = False
   layers: tuple[LayerRule, ...] = ()
 
@@ -130,14 +132,14 @@ class Numerics:
     """What the GEMM `name` runs here."""
     return self.policy.recipe(name, self.layer, self.num_layers)
 
-  def dot_general(self, name: str) -> Callable[..., Array]:
+  def dot_general(self, name: str, *, is_packed: bool = False) -> Callable[..., Array]:
     """For one call. A recipe that quantizes runs on the policy's implementation, or raises.
 
     One of plain dtypes is XLA's own matmul by definition, whatever the policy says.
     """
     recipe, key, tap, state = self._gemm(name)
     quantizes = bool(operands.quantized_roles(recipe))
-    implementation = self.policy.implementation if quantizes else "xla"
+    implementation = self._implementation(is_packed) if quantizes else "xla"
     return dot_general(recipe, key=key, tap=tap, state=state, implementation=implementation)
 
   def moe_ffn(
@@ -171,7 +173,7 @@ class Numerics:
       states=states,
       token_parts=self.policy.token_parts,
       capacity_factor=self.policy.capacity_factor,
-      implementation=self.policy.implementation,
+      implementation=self._implementation(is_packed=False),  # experts have no kernel of few rows
       exchange=self.policy.exchange,
       few_rows=self.policy.few_rows,
     )
@@ -182,8 +184,13 @@ class Numerics:
   ) -> Array:
     """x @ w, with w cast to x's dtype, or packed."""
     dims = (((x.ndim - 1,), (0,)), ((), ()))
-    w = w if isinstance(w, QuantizedArray) else w.astype(x.dtype)
-    return self.dot_general(name)(x, w, dims)
+    is_packed = isinstance(w, QuantizedArray)
+    w = w if is_packed else w.astype(x.dtype)
+    return self.dot_general(name, is_packed=is_packed)(x, w, dims)
+
+  def _implementation(self, is_packed):
+    named = self.policy.implementation
+    return "xla" if named is None and self.policy.few_rows and not is_packed else named
 
   def _gemm(self, name):
     """Recipe, key, tap and state of the next call of a GEMM."""

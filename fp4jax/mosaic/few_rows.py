@@ -1,0 +1,115 @@
+"""A few rows times weights packed in MXFP4 on Hopper: the products of a decoding step."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, BFloat16, Float
+
+from fp4jax import quantization as qz
+from fp4jax.implementation import device_obstacle, dtype_obstacle
+from fp4jax.mosaic.quantize import MXFP4
+from fp4jax.quantized_array import QuantizedArray
+from fp4jax.quantizers import Operand
+from fp4jax.recipe import Recipe
+from fp4jax.sharding import mesh_obstacle
+
+MAX_ROWS = 128
+_MULTIPLES = {"k": 64, "n": 128}
+_BF16 = jnp.dtype(jnp.bfloat16)
+
+
+def obstacle(
+  recipe: Recipe,
+  watched: tuple,
+  lhs: Array | jax.ShapeDtypeStruct,
+  rhs: QuantizedArray,
+  dimension_numbers: lax.DotDimensionNumbers,
+  dtype: jnp.dtype,
+) -> str | None:
+  """Why the kernel can't compute lhs times packed rhs, contracted along axis -2; None if it can.
+
+  `watched` are taps and states, which only XLA reads.
+  """
+  why = device_obstacle() or mesh_obstacle(lhs, rhs) or _recipe_obstacle(recipe)
+  if why := why or dtype_obstacle(lhs=lhs):
+    return why
+  (contracted, _), (batch, _) = dimension_numbers
+  if batch or len(rhs.shape) != 2:
+    return "the kernels take no batch axes"
+  if dtype != jnp.bfloat16:
+    return f"the kernels return bfloat16, not {jnp.dtype(dtype).name}"
+  rows = math.prod(size for axis, size in enumerate(lhs.shape) if axis not in contracted)
+  if not 1 <= rows <= MAX_ROWS:
+    return f"the kernel of packed weights multiplies 1 to {MAX_ROWS} rows, not {rows}"
+  for (name, multiple), size in zip(_MULTIPLES.items(), rhs.shape, strict=True):
+    if size % multiple or not size:
+      return f"{name}={size} is not a multiple of {multiple}"
+  if any(w is not None for w in watched):
+    return 'taps are read by implementation="xla", and so is state'
+  if rhs.trace is not None:  # a gradient by it must raise, as it does in XLA
+    return "the kernel takes weights of fp4jax.pack_weights, not of fp4jax.quantize"
+  return None
+
+
+def _recipe_obstacle(recipe):
+  pair, kept = recipe.fprop, recipe.residual.rhs
+  name = f"not recipe {recipe.name!r}"
+  if recipe.is_stochastic:
+    return f"the kernel of packed weights draws nothing at random, {name}"
+  # Weights that are kept in a format come as its values; what else is done to them, XLA does.
+  original = pair.rhs.source == "original"
+  if (pair.rhs.format if original else kept) not in MXFP4:
+    return f"the kernel of packed weights reads them in MXFP4, {name}"
+  if not original and pair.rhs.format != _BF16:
+    return f"the kernel of packed weights multiplies their values in bf16, {name}"
+  lhs = pair.lhs
+  plain = isinstance(lhs, Operand) and lhs.transform is None and lhs.source == "original"
+  if not plain or lhs.format not in (_BF16, *MXFP4):
+    return f"the kernel of packed weights reads fprop.lhs in bf16 or MXFP4, {name}: it is {lhs}"
+  return None
+
+
+def multiply(
+  xla: Callable[[Array, QuantizedArray], Array],
+  recipe: Recipe,
+  axis: int,
+  lhs: BFloat16[Array, "*s"],
+  rhs: QuantizedArray,
+) -> BFloat16[Array, "*m n"]:
+  """lhs, its `axis` contracted, times rhs, for a call that `obstacle` let pass.
+
+  The gradient of lhs is that of `xla`, which computes the same.
+  """
+  return _multiply(xla, recipe, axis, lhs, rhs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _multiply(xla, recipe, axis, lhs, rhs):
+  from pallas_kernels import few_rows
+
+  free = tuple(size for i, size in enumerate(lhs.shape) if i != axis)
+  x = _read(recipe.fprop.lhs, jnp.moveaxis(lhs, axis, -1).reshape(-1, lhs.shape[axis]))
+  return few_rows.few_rows_matmul(x, rhs.codes, rhs.scales).reshape(*free, -1)
+
+
+def _multiply_fwd(xla, recipe, axis, lhs, rhs):
+  return _multiply(xla, recipe, axis, lhs, rhs), (lhs, rhs)
+
+
+def _multiply_bwd(xla, recipe, axis, saved, g):
+  lhs, rhs = saved
+  _, pull = jax.vjp(lambda lhs: xla(lhs, rhs), lhs)
+  return *pull(g), None  # codes have no gradient
+
+
+_multiply.defvjp(_multiply_fwd, _multiply_bwd)
+
+
+def _read(operand: Operand, x: Float[Array, "m k"]) -> Float[Array, "m k"]:
+  if not operand.is_quantized:
+    return x
+  return qz.fake_quantize(x, operand.format, rounding=operand.rounding)
