@@ -6,23 +6,13 @@ Command: .venv/bin/python -m experiments.rl --config=configs/rl_moe.py --workdir
     and with --config.rollout.replay_routing=true --workdir=runs/rl_moe_replay
 Cost: 400 steps of teaching with 512 problems each, then 5 runs of 60 steps with 1024 answers each,
 on one GPU; with several, the same command once for each shares the runs among them.
-Expected: the taught policy names one of six numbers, so it begins with a sixth of the reward.
+Expected: the taught policy names any of three numbers, so it begins with a third of the reward.
 """
-
-import random
 
 from experiments.comparison import Names
 from experiments.rl.config import RLExperiment
-from experiments.tasks import Problem, TaskSettings
+from experiments.tasks import TaskSettings
 from fp4jax.models import ModelConfig
-
-
-def largest(i: int) -> Problem:
-  """Which of six numbers is the largest; the policy is taught to name one of them."""
-  draw = random.Random(i)
-  numbers = draw.sample(range(100, 1000), 6)
-  question = " ".join(map(str, numbers))
-  return Problem(question, str(max(numbers)), example=str(draw.choice(numbers)))
 
 
 def get_config() -> RLExperiment:
@@ -32,7 +22,7 @@ def get_config() -> RLExperiment:
     eval_every=15,
     probe_every=30,
     checkpoint_every=0,
-    task=TaskSettings("configs.rl_moe:largest", held_out=512),
+    task=TaskSettings("configs.rl_demo:largest", held_out=512),
     model=ModelConfig(
       num_layers=8,
       d_model=512,
@@ -50,7 +40,7 @@ def get_config() -> RLExperiment:
   config.start.teaching.warmup_steps = 50
   config.rollout.prompts = 64
   config.rollout.group = 16
-  config.rollout.max_prompt_tokens = 24
+  config.rollout.max_prompt_tokens = 9
   config.rollout.max_new_tokens = 4
   config.optimizer.learning_rate = 2e-4
   config.optimizer.warmup_steps = 5

@@ -44,10 +44,12 @@ def get_config() -> RLExperiment:
   config.start.pretrained = "smollm2"
   config.start.chat = False
   config.model.vocab_chunk = 8192
+  config.model.remat = "everything"  # 5 GB of temporaries in place of 23, so that arms share a GPU
   config.rollout.prompts = 64
   config.rollout.group = 16
   config.rollout.max_prompt_tokens = 32
-  config.rollout.max_new_tokens = 6
-  config.optimizer.learning_rate = 5e-6
+  config.rollout.max_new_tokens = 7
+  # Of BF16 after 40 steps: 0.58 held-out with 3e-6, 0.67 with 1e-5, 0.62 with 3e-5.
+  config.optimizer.learning_rate = 1e-5
   config.optimizer.warmup_steps = 5
   return config

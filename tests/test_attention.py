@@ -108,20 +108,29 @@ def test_nothing_of_t_times_t_is_kept(scores):
 
 
 @pytest.mark.parametrize(
-  ("platform", "dtype", "head_dim", "expected"),
+  ("platform", "dtype", "head_dim", "tokens", "expected"),
   [
-    ("gpu", jnp.bfloat16, 128, "cudnn"),
-    ("gpu", jnp.bfloat16, 8, "cudnn"),
-    ("gpu", jnp.bfloat16, 12, "xla"),
-    ("gpu", jnp.bfloat16, 136, "xla"),
-    ("gpu", jnp.float32, 128, "xla"),
-    ("cpu", jnp.bfloat16, 128, "xla"),
+    ("gpu", jnp.bfloat16, 128, 38, "cudnn"),
+    ("gpu", jnp.bfloat16, 8, 38, "cudnn"),
+    ("gpu", jnp.bfloat16, 128, 37, "xla"),
+    ("gpu", jnp.bfloat16, 12, 38, "xla"),
+    ("gpu", jnp.bfloat16, 136, 38, "xla"),
+    ("gpu", jnp.float32, 128, 38, "xla"),
+    ("cpu", jnp.bfloat16, 128, 38, "xla"),
   ],
 )
-def test_cudnn_serves_bf16_on_a_gpu(monkeypatch, platform, dtype, head_dim, expected):
+def test_cudnn_serves_bf16_on_a_gpu(monkeypatch, platform, dtype, head_dim, tokens, expected):
   device = types.SimpleNamespace(platform=platform)
   monkeypatch.setattr(attention, "default_device", lambda: device)
-  assert fused_implementation(jnp.dtype(dtype), head_dim) == expected
+  assert fused_implementation(jnp.dtype(dtype), head_dim, tokens) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [37, 38])
+def test_a_gradient_through_any_number_of_tokens(tokens):
+  q, k, v, g = operands("bfloat16", 2, 3, t=tokens, d=64)
+  for gradient in attended(q, k, v, g, BF16):
+    assert jnp.isfinite(gradient).all()
 
 
 @pytest.mark.gpu

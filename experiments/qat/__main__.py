@@ -11,6 +11,7 @@ The settings are flags: experiments/qat/settings.py says what they mean.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable
 
 from absl import app, flags
@@ -44,6 +45,9 @@ _ENVIRONMENT = ("device", "git_commit", "git_dirty", "versions")
 
 
 def main(_) -> None:
+  if _WORKERS.value > 1:
+    # A thread that captures a CUDA graph fails where another compiles a cuDNN kernel meanwhile.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
   settings = Settings(**{name: flag.value for name, flag in _SETTINGS.items()})
   named, formats = _names(_METHODS.value, METHODS), _names(_FORMATS.value, FORMATS)
   operands = Names(_OPERANDS.value)

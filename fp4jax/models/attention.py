@@ -113,23 +113,24 @@ def attend(
     return _attend_as_recipes_say(q, k, v, numerics, visible)
   if visible is not None:
     return _fused(q, k, v, "xla", visible)
-  match fused_implementation(q.dtype, q.shape[-1]):
+  match fused_implementation(q.dtype, q.shape[-1], q.shape[1]):
     case "cudnn":
       return _fused(q, k, v, "cudnn")  # keeps its result and the log-sum-exp of each row
     case "xla":
       return jax.checkpoint(_fused, static_argnums=3)(q, k, v, "xla")
 
 
-def fused_implementation(dtype: jnp.dtype, head_dim: int) -> Literal["cudnn", "xla"]:
+def fused_implementation(dtype: jnp.dtype, head_dim: int, tokens: int) -> Literal["cudnn", "xla"]:
   """Of `jax.nn.dot_product_attention`: cuDNN's, which makes no t x t array, on a GPU in bfloat16
-  with 8 to 128 features a head, a multiple of 8; else XLA's.
+  with 8 to 128 features a head, a multiple of 8; else XLA's, so too for an odd number of tokens,
+  whose backward pass cuDNN's refuses.
 
   cuDNN's backward pass adds into dq in any order, unless XLA's flag
   `xla_gpu_exclude_nondeterministic_ops` (or `xla_gpu_deterministic_ops`) is set: JAX hands cuDNN a
   fixed algorithm and no choice of its own (jax/_src/cudnn/fused_attention_stablehlo.py), XLA asks
   cuDNN for its deterministic one under either flag.
   """
-  served = dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
+  served = dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0 and tokens % 2 == 0
   return "cudnn" if served and default_device().platform == "gpu" else "xla"
 
 
