@@ -18,6 +18,7 @@ from experiments import kernel_cases as cases
 from experiments import kernel_peers as peers
 from experiments import kernel_tables as tables
 from experiments.kernel_checks import CheckFailed, check_case, check_gemm, check_rows
+from experiments.kernel_few_rows import few_rows
 from experiments.kernel_timing import (
   COLUMNS,
   CONTRACTION,
@@ -183,6 +184,7 @@ PARTS = {
   "elementwise": (elementwise, tables.elementwise_table),
   "matmul": (matmuls, tables.matmul_table),
   "moe_ffn": (moe_ffns, tables.moe_ffn_table),
+  "few_rows": (few_rows, tables.few_rows_table),
 }
 
 

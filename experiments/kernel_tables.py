@@ -79,6 +79,25 @@ def moe_ffn_table(rows: list[Row]) -> str:
   return "\n".join(lines) + "\n\n32768 tokens, d = 7168, f = 2048."
 
 
+def few_rows_table(rows: list[Row]) -> str:
+  """From results/few_rows.jsonl: the configuration that the kernel takes by itself."""
+  lines = [
+    "| rows | K | N | time, us | packed weights, TB/s | XLA in bf16 = 1 | XLA, packed = 1 |"
+    " error, of its bound |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for row in (r for r in rows if r["kind"] == "few_rows" and r["name"] == "default"):
+    what = f"{row['m']} | {row['k']} | {row['n']}"
+    if "failed" in row:
+      lines.append(_failed(what, row, 8))
+      continue
+    lines.append(
+      f"| {what} | {row['time_us']:.1f} | {row['tb_per_s']:.2f} | {row['times_xla_bf16']:.2f} |"
+      f" {row['times_xla_packed']:.2f} | {row['error_to_bound']:.2f} |"
+    )
+  return "\n".join(lines) + "\n\nSpeeds are relative to XLA's matmul of the same run."
+
+
 def _failed(what: str, row: Row, columns: int) -> str:
   """A line without a time: what was measured is not what the kernel should compute."""
   return f"| {what} | check failed: {row['failed']} |" + " |" * (columns - 2 - what.count(" | "))
