@@ -267,12 +267,11 @@ def readme_tables(results: Path) -> dict[str, str]:
     "moe_1b_gradients": gradients_table(rows("moe_1b_gradients")),
     "moe_1b_step": cost_table(rows("moe_1b_step_time"), rows("moe_1b_memory")),
     "moe_wide": losses_table(rows("moe_wide")),
-    "moe_wide_step": cost_table(rows("moe_wide_step_time"), rows("moe_wide_memory")),
     "moe_wide_profile": profile_table(rows("moe_wide_profile")),
     "moe_wide_lengths": lengths_table(
       rows("moe_wide_peak"),
       {length: rows(f"moe_wide_{length}_step_time") for length in (512, 4096)},
-      {4096: rows("moe_wide_4096_memory")},
+      {length: rows(f"moe_wide_{length}_memory") for length in (512, 4096)},
     ),
     "dispatch": dispatch_table(rows("dispatch")),
     "layer_bytes": layer_bytes_table(rows("dispatch")),

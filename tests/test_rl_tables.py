@@ -82,6 +82,7 @@ def test_a_page_has_the_tables_whose_rows_are_there(tmp_path):
   row = {
     "arm": "mxfp4",
     "excess_precision": True,
+    "nudged": False,
     "rollout_kl": 0.0,
     "sampler_trainer/logp_diff_mean": 0.0,
     "token_mult_prob_error": 1.0,
@@ -96,12 +97,16 @@ def test_the_same_numerics_compiled_in_two_ways_are_two_rows():
   row = {
     "arm": "mxfp4",
     "excess_precision": True,
+    "nudged": False,
     "rollout_kl": 0.0321,
     "sampler_trainer/logp_diff_mean": 0.12,
     "token_mult_prob_error": 1.1982,
     "router_flips/tokens": 0.216,
   }
   rows = [row | SOURCE, row | {"excess_precision": False, "rollout_kl": 2.6e-15} | SOURCE]
-  first, second = tables.rounding_table(rows).splitlines()[2:4]
-  assert first == "| `mxfp4` | as XLA likes | 3.2e-02 | 1.2e-01 | 1.198 | 22 |"
-  assert second.startswith("| `mxfp4` | where the code does | 2.6e-15 |")
+  rows.append(rows[1] | {"nudged": True})
+  first, second, third = tables.rounding_table(rows).splitlines()[2:5]
+  both = "rollout and trainer, rounded"
+  assert first == f"| `mxfp4` | {both} as XLA likes | 3.2e-02 | 1.2e-01 | 1.198 | 22 |"
+  assert second.startswith(f"| `mxfp4` | {both} where the code does | 2.6e-15 |")
+  assert third.startswith("| `mxfp4` | trainer and trainer, an ulp apart in the embedding |")

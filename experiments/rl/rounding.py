@@ -1,16 +1,20 @@
-"""How far a rollout lies from its trainer where XLA rounds as it likes, and where the code does.
+"""How far a rollout lies from its trainer where XLA rounds as it likes and where the code does, and
+how far a trainer from itself where a last bit differs.
 
     python -m experiments.rl.rounding --config=configs/rl_demo.py --workdir=runs/rl_demo \\
       --arms=bf16,mxfp4 --out=results/rl_rounding.jsonl
 
 Answers of the policy that the workdir's runs began with, under the same numerics on both sides; a
-row for each arm and way to compile, with the routing free.
+row for each arm and way to compile, with the routing free. In a row with `nudged` both sides are
+the trainer, one with every value of the embedding at the next bf16 value, above or below.
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
@@ -20,19 +24,31 @@ from experiments.rl import grpo
 from experiments.rl.config import RLExperiment
 from experiments.rl.microscope import policy_of_run
 from experiments.rl.programs import compiler
-from experiments.rl.rollouts import make_sampler, padded_prompts
+from experiments.rl.rollouts import Rollout, make_sampler, padded_prompts
 from experiments.rl.run import Setting
-from experiments.rl.train import flip_shares, make_policy_trainer
+from experiments.rl.train import Scored, flip_shares, make_policy_trainer
 from experiments.step_cost import describe_source
 from experiments.train import quantized_policy
 
 
-def gap(
-  config: RLExperiment, setting: Setting, params: Any, arm: str, excess_precision: bool
-) -> dict[str, float]:
-  """Between the arm's rollout of one step's answers and its trainer's pass over them."""
+def gaps(
+  config: RLExperiment, setting: Setting, params: Any, arm: str
+) -> Iterator[dict[str, float | bool]]:
+  """Between the arm's rollout of one step's answers and its trainer's pass over them, in each way
+  to compile; then between the trainer's pass and the same with nudged params."""
+  for excess_precision in (True, False):
+    rollout, score = _both(config, setting, params, arm, compiler(excess_precision))
+    found = score(params)
+    where = {"excess_precision": excess_precision, "nudged": False}
+    yield where | _divergence(rollout, rollout.logprobs, rollout.routing, found)
+  other = score(nudged(params, jax.random.key(1)))
+  where = {"excess_precision": False, "nudged": True}
+  yield where | _divergence(rollout, found.logprobs, found.routing, other)
+
+
+def _both(config, setting, params, arm, jit) -> tuple[Rollout, Callable[[Any], Scored]]:
+  """The rollout, and the trainer's pass over it as a function of the params."""
   model, own = setting.model, config.rollout
-  jit = compiler(excess_precision)
   recipes = config.arm(arm)
   sides = [
     quantized_policy(recipe, config.quantize, config.implementation)
@@ -43,11 +59,26 @@ def gap(
   questions = [problem.question for problem in problems for _ in range(own.group)]
   prompts = padded_prompts(questions, setting.source.text, own.max_prompt_tokens)
   rollout = sample(params, *prompts, jax.random.key(0), 0.0)
-  score = make_policy_trainer(config, model, sides[1], jit).score(params, rollout)
-  said = grpo.divergence(rollout.logprobs, score.logprobs, rollout.mask)
-  if model.is_mixture:
-    said |= flip_shares(rollout.routing, score.routing, rollout.mask)
+  trainer = make_policy_trainer(config, model, sides[1], jit)
+  return rollout, lambda params: trainer.score(params, rollout)
+
+
+def _divergence(rollout: Rollout, logprobs, routing, other: Scored) -> dict[str, float]:
+  said = grpo.divergence(logprobs, other.logprobs, rollout.mask)
+  if routing is not None:
+    said |= flip_shares(routing, other.routing, rollout.mask)
   return {name: float(value) for name, value in said.items()}
+
+
+def nudged(params: Any, key: jax.Array) -> Any:
+  """`params` with every value of the embedding, in bf16, one unit in the last place up or down."""
+  found = params | {"embedding": dict(params["embedding"])}
+  table = found["embedding"]["embedding"]
+  bits = jax.lax.bitcast_convert_type(table.astype(jnp.bfloat16), jnp.uint16)
+  step = jnp.where(jax.random.bernoulli(key, shape=table.shape), 1, 0xFFFF).astype(jnp.uint16)
+  moved = jax.lax.bitcast_convert_type(bits + step, jnp.bfloat16)
+  found["embedding"]["embedding"] = jnp.where(table == 0, table, moved.astype(table.dtype))
+  return found
 
 
 def main(_) -> None:
@@ -56,9 +87,8 @@ def main(_) -> None:
   params = policy_of_run(Path(_WORKDIR.value), config, setting, None)
   source, log = describe_source(COMMIT.value), logs.Rewritten(_OUT.value)
   for arm in _ARMS.value:
-    for excess_precision in (True, False):
-      row = {"arm": arm, "excess_precision": excess_precision}
-      row |= gap(config, setting, params, arm, excess_precision)
+    for found in gaps(config, setting, params, arm):
+      row = {"arm": arm} | found
       print(
         "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
       )

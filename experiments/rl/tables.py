@@ -102,14 +102,18 @@ def parts_table(rows: list[Row]) -> str:
 
 
 def rounding_table(rows: list[Row]) -> str:
-  """The same numerics on both sides, compiled in two ways."""
+  """The same numerics on both sides, compiled in two ways; and with a last bit that differs."""
   lines = [
-    "| arm, on both sides | compiled to round | `rollout_kl`, nats | `logp_diff_mean`, nats |"
+    "| arm, on both sides | compared | `rollout_kl`, nats | `logp_diff_mean`, nats |"
     " `token_mult_prob_error` | tokens with a flip, % |",
     "|---|---|---|---|---|---|",
   ]
   for row in rows:
-    where = "as XLA likes" if row["excess_precision"] else "where the code does"
+    where = "rollout and trainer, rounded where the code does"
+    if row["nudged"]:
+      where = "trainer and trainer, an ulp apart in the embedding"
+    elif row["excess_precision"]:
+      where = "rollout and trainer, rounded as XLA likes"
     lines.append(
       f"| `{row['arm']}` | {where} | {row['rollout_kl']:.1e} |"
       f" {row['sampler_trainer/logp_diff_mean']:.1e} | {row['token_mult_prob_error']:.3f} |"
