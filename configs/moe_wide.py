@@ -1,12 +1,12 @@
 """BF16, FP8 and HOPPER_FP4 where experts are wide enough to show what a step gains, on one GPU.
 
-Claim: at width 4096 a whole training step takes HOPPER_FP4 three quarters and FP8 four fifths of
-BF16's time on one Hopper GPU, and after 29 million tokens neither ends more than 0.6 % above BF16
-(95 %, three seeds, paired).
+Claim: at width 4096 a whole training step takes HOPPER_FP4 and FP8 four fifths of BF16's time on
+one Hopper GPU, HOPPER_FP4 0.78 of its memory, and after 29 million tokens neither ends more than
+0.6 % above BF16 (95 %, three seeds, paired).
 Command: .venv/bin/python -m experiments.run --config=configs/moe_wide.py --workdir=runs/moe_wide
 Cost: 9 runs of 900 steps of 32,768 tokens, 29 million per run: a sixth of the source text of the
-packages in .venv, which constraints.txt pins. At 0.12 to 0.16 s per step it takes 20 minutes on
-one H200, and 29 GB. There are no checkpoints (11 GB each), so a stopped run begins again.
+packages in .venv, which constraints.txt pins. At 0.09 to 0.11 s per step it takes a quarter of an
+hour on one H200, and 24 GB. There are no checkpoints (11 GB each), so a stopped run begins again.
 Expected: the README's table.
 
 891 million parameters, 286 million of them active: each expert is 4096 x 8192 and 4096 x 4096, 8 a

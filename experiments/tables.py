@@ -293,7 +293,9 @@ def main(_) -> None:
     draw = pictures.demo_picture if name == "demo" else pictures.seeds_picture
     draw(logs.read_rows(results / f"{name}.jsonl"), _ROOT / "docs" / f"{name}.svg")
 
-  bench, moe_ffn = (logs.read_rows(results / f"{n}.jsonl") for n in ("kernel_bench", "moe_ffn"))
+  bench, moe_ffn, few_rows = (
+    logs.read_rows(results / f"{n}.jsonl") for n in ("kernel_bench", "moe_ffn", "few_rows")
+  )
   readme = _ROOT / "pallas_kernels" / "README.md"
   text = readme.read_text()
   for name, content in (
@@ -302,6 +304,8 @@ def main(_) -> None:
     ("source", _source(bench[0])),
     ("moe_ffn", kernel_tables.moe_ffn_table(moe_ffn)),
     ("moe_ffn_source", _source(moe_ffn[0])),
+    ("few_rows", kernel_tables.few_rows_table(few_rows)),
+    ("few_rows_source", _source(few_rows[0])),
   ):
     text = fill(text, name, content)
   readme.write_text(text)

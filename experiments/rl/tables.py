@@ -151,6 +151,7 @@ _TABLES = {
   "rl_demo_parts": parts_table,
   "rl_demo_part_arms": arms_table,
   "rl_rounding": rounding_table,
+  "rl_rounding_smollm2": rounding_table,
   "rl_smollm2": arms_table,
   "rl_smollm2_parts": parts_table,
   "rl_moe": arms_table,

@@ -28,7 +28,8 @@ def unpack(packed: UInt8[Array, "*packed"], bits: int, axis: int) -> UInt8[Array
     return packed
   axis %= packed.ndim
   if bits == 4:
-    pairs = jnp.stack([packed & 15, packed >> 4], axis + 1)
+    # Shifts rather than a stack, which XLA would write to memory before it decodes.
+    pairs = (jnp.expand_dims(packed, axis + 1) >> _nibble_shifts(packed.ndim + 1, axis + 1)) & 15
     return pairs.reshape(*packed.shape[:axis], 2 * packed.shape[axis], *packed.shape[axis + 1 :])
   groups = _split(packed, codes_per_group(bits) * bits // 8, axis)
   return _join(_regroup(groups, 8, bits), packed, axis, 8 / bits)
@@ -57,8 +58,10 @@ def _join(groups, like, axis, ratio):
 def _pack_nibbles(codes, axis):
   before, n, after = codes.shape[:axis], codes.shape[axis], codes.shape[axis + 1 :]
   pairs = codes.reshape(*before, n // 2, 2, *after)  # not -1, which an empty tensor leaves open
-  shifts = jnp.array([0, 4], jnp.uint8).reshape(
-    [2 if i == axis + 1 else 1 for i in range(pairs.ndim)]
-  )
+  shifts = _nibble_shifts(pairs.ndim, axis + 1)
   # A reduction rather than two strided slices, with which XLA's CPU loop is 7 times slower.
   return lax.reduce(pairs << shifts, jnp.uint8(0), lax.bitwise_or, (axis + 1,))
+
+
+def _nibble_shifts(ndim, axis):
+  return jnp.array([0, 4], jnp.uint8).reshape([2 if i == axis else 1 for i in range(ndim)])
