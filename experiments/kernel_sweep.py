@@ -22,12 +22,13 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from experiments import command_line, kernel_exchange, logs
+from experiments import command_line, kernel_exchange, kernel_few_rows, logs
 from experiments import kernel_cases as cases
 from experiments import kernel_checks as checks
 from experiments import kernel_timing as timing
 from experiments.environment import COMMIT, describe_environment
 from fp4jax.implementation import choose, device_obstacle
+from pallas_kernels import few_rows
 from pallas_kernels.grouped_matmul import TuningConfig
 
 _OUT = flags.DEFINE_string("out", "results/kernel_sweep.jsonl", "JSONL file to write.")
@@ -107,6 +108,14 @@ def _exchange(name: str) -> Callable[[], float]:
   return time_us
 
 
+def _few_rows(m: int) -> Callable[[], float]:
+  return lambda: kernel_few_rows.default_us(m, *kernel_few_rows.SHAPES[0])
+
+
+_FEW_ROWS = [
+  few_rows.TuningConfig(**c)
+  for c in (*grid(workers=(2, 4)), *grid(workers=(3,), stages=(3,), depth=(2,)))
+]
 _BF16 = [
   dict(block_m=m, block_n=n, block_k=64, max_concurrent_steps=steps, grid_block_n=8)
   for m, n, steps in ((128, 128, 4), (64, 256, 4), (128, 192, 4))
@@ -144,6 +153,8 @@ ENTRIES = (
     _gemms("fp8 wgrad, float32 result"),
   ),
   Entry("bf16_matmul", "matmul", _BF16, _gemms("bf16 fprop", "bf16 dgrad")),
+  Entry("few_rows", "up to 64 rows", _FEW_ROWS, _few_rows(8)),
+  Entry("few_rows", "more", _FEW_ROWS, _few_rows(128)),
   # On two GPUs or more.
   Entry("exchange", "send", grid(ctas=(4, 8), rows=(2, 4)), _exchange("send")),
   Entry("exchange", "mxfp4", grid(ctas=(4, 8), rows=(2, 4)), _exchange("mxfp4")),
