@@ -4,7 +4,7 @@
 # make test-all  lint and every test, as CI does
 # make tables rebuild the README's tables and picture from results/
 # make gpu-test   the tests marked gpu, on a Hopper GPU with the [cuda] extra installed
-# make gpu-bench  the kernels against their peers there: results/kernel_bench.jsonl, moe_ffn.jsonl
+# make gpu-bench  the kernels against their peers there: results/kernel_bench.jsonl, moe_ffn, few_rows
 # make gpu-sanitize  the kernels under NVIDIA's compute-sanitizer: stray accesses, races, barriers
 # make setup  only the environment
 PYTHON ?= python3.12
@@ -48,6 +48,7 @@ gpu-bench:
 	$(PYTHON_GPU) -m experiments.kernel_bench --only=moe_ffn --out=results/moe_ffn.jsonl
 	$(PYTHON_GPU) -m experiments.kernel_bench --only=elementwise,matmul \
 	  --out=results/kernel_bench.jsonl
+	$(PYTHON_GPU) -m experiments.kernel_bench --only=few_rows --out=results/few_rows.jsonl
 
 # Mosaic's kernels carry mosaic_gpu in their names; XLA's are not instrumented, and NCCL's calls that
 # ask for what a device lacks are no errors. One allocation per

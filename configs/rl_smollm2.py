@@ -1,8 +1,9 @@
 """GRPO on SmolLM2-135M-Instruct in every arm of arXiv 2605.20402, and in NVFP4 and HiFloat4.
 
-Claim: (the paper's, of larger models; not measured yet) MXFP4 in rollout and trainer ends below
-BF16, macro-block scaling and outlier fallback bring most of it back, quantization noise helps only
-on top of them.
+Claim: (the paper's, of larger models) MXFP4 in rollout and trainer ends below BF16, macro-block
+scaling and outlier fallback bring most of it back, quantization noise helps only on top of them. Of
+this, with one seed: MXFP4 does, outlier fallback does, noise alone does not help; the rest is not
+measured yet.
 Command: .venv/bin/python -m experiments.rl --config=configs/rl_smollm2.py --workdir=runs/rl_smollm2
 Cost: 9 runs of 100 steps with 1024 answers each, on one GPU; with several, the same command once
 for each, CUDA_VISIBLE_DEVICES=0 and so on, shares the runs among them. Needs `pip install --no-deps

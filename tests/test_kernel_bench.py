@@ -12,9 +12,12 @@ import pytest
 
 from experiments import kernel_cases as cases
 from experiments import kernel_checks as checks
+from experiments import kernel_few_rows
 from experiments import kernel_rows as bench
 from experiments import kernel_tables as tables
 from experiments import kernel_timing as timing
+from fp4jax import dequantize, formats
+from fp4jax.quantized_array import QuantizedArray
 from pallas_kernels import bf16_matmul
 from pallas_kernels import grouped_matmul as gm
 
@@ -24,7 +27,7 @@ def clock(monkeypatch):
   monkeypatch.setattr(bench, "ROWS", 256)
   monkeypatch.setattr(bench, "CONTRACTION", 256)
   monkeypatch.setattr(bench, "GEMMS", [(128, 256)])
-  for module in (bench, timing):
+  for module in (bench, timing, kernel_few_rows):
     monkeypatch.setattr(module, "time_us", lambda program, *sets, repeats=10: {"time_us": 1e3})
   monkeypatch.setattr(bench.peers, "copy_bytes_per_second", lambda: 1e12)
   for name in ("quantizers", "matmuls"):
@@ -172,3 +175,48 @@ def test_the_benchmark_ends_with_what_failed(monkeypatch, capsys):
   with pytest.raises(checks.CheckFailed, match=r"^matmul a is wrong$"):
     bench.measure(["part"], written.append)
   assert written == rows and capsys.readouterr().out == "matmul a is wrong\ncopy\na table\n"
+
+
+@pytest.fixture
+def multiply(monkeypatch):
+  """Stands in for the kernel of few rows; the weights of a program are four small matrices."""
+  monkeypatch.setattr(kernel_few_rows, "SHAPES", [(64, 128)])
+  monkeypatch.setattr(kernel_few_rows, "MORE_THAN_L2", 4 * 64 * 128 / 2)
+
+  def of(fault):
+    def product(x, codes, scales, config=None):
+      w = dequantize(QuantizedArray(codes, scales, None, formats.MXFP4, -2), jnp.bfloat16)
+      return fault(x @ w, config)
+
+    monkeypatch.setattr(kernel_few_rows, "few_rows_matmul", product)
+
+  return of
+
+
+def test_few_rows(multiply):
+  other = kernel_few_rows.VARIANTS["128 of k"]
+  multiply(lambda y, config: y.at[3, 5].multiply(1.2) if config == other else y)
+  rows = list(kernel_few_rows.few_rows())
+  assert len(rows) == 2 * (1 + len(kernel_few_rows.VARIANTS))
+  for row in rows:
+    if row["name"] == "128 of k":
+      assert_no_time(row)
+      continue
+    assert row["time_us"] == 1e3 / 4 and row["times_xla_bf16"] == row["times_xla_packed"] == 1
+    assert row["tb_per_s"] == pytest.approx(64 * 128 * (1 / 2 + 1 / 32) / 250e-6 / 1e12)
+    assert row["error_to_bound"] <= 1
+  line = tables.few_rows_table(rows).splitlines()[2]
+  assert line.startswith("| 8 | 64 | 128 | 250.0 | 0.00 | 1.00 | 1.00 |")
+  assert kernel_few_rows.default_us(8, 64, 128) == 1e3 / 4
+
+
+def test_few_rows_that_are_wrong_have_no_time(multiply):
+  multiply(lambda y, config: y.at[0, 0].set(jnp.nan))
+  (line,) = {
+    line
+    for line in tables.few_rows_table(list(kernel_few_rows.few_rows())).splitlines()
+    if "| 8 |" in line
+  }
+  assert line.startswith("| 8 | 64 | 128 | check failed: an error of inf") and line.count("|") == 9
+  with pytest.raises(checks.CheckFailed):
+    kernel_few_rows.default_us(8, 64, 128)

@@ -32,16 +32,6 @@ from fp4jax.models import LanguageModel, ModelConfig, Policy, generate, pack_mod
 from fp4jax.quantizers import Operand
 from fp4jax.recipe import Recipe
 
-_OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
-_PRETRAINED = flags.DEFINE_string("pretrained", None, "smollm2; without: a new model, see below.")
-_LAYERS = flags.DEFINE_integer("layers", 8, "Of a new model.", lower_bound=1)
-_WIDTH = flags.DEFINE_integer("width", 2048, "Of a new model, d_model.", lower_bound=128)
-_EXPERTS = flags.DEFINE_integer("experts", 0, "Of a new model; 0: dense.", lower_bound=0)
-_BATCH = flags.DEFINE_list("batch", ["8", "64"], "Answers at once.")
-_PROMPT = flags.DEFINE_integer("prompt", 64, "Tokens.", lower_bound=1)
-_NEW = flags.DEFINE_integer("new", 128, "Tokens.", lower_bound=2)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rollouts of each.", lower_bound=3)
-
 _MXFP4 = dataclasses.replace(formats.MXFP4, scale_rule="rceil")
 
 
@@ -145,4 +135,13 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
+  _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
+  _PRETRAINED = flags.DEFINE_string("pretrained", None, "smollm2; without: a new model, see below.")
+  _LAYERS = flags.DEFINE_integer("layers", 8, "Of a new model.", lower_bound=1)
+  _WIDTH = flags.DEFINE_integer("width", 2048, "Of a new model, d_model.", lower_bound=128)
+  _EXPERTS = flags.DEFINE_integer("experts", 0, "Of a new model; 0: dense.", lower_bound=0)
+  _BATCH = flags.DEFINE_list("batch", ["8", "64"], "Answers at once.")
+  _PROMPT = flags.DEFINE_integer("prompt", 64, "Tokens.", lower_bound=1)
+  _NEW = flags.DEFINE_integer("new", 128, "Tokens.", lower_bound=2)
+  _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rollouts of each.", lower_bound=3)
   app.run(command_line.one_line_errors(main), flags_parser=command_line.parse_flags)
