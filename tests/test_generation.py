@@ -14,6 +14,7 @@ from stateful import Scaled
 from fp4jax import recipes
 from fp4jax.grouped import TILE
 from fp4jax.models import LanguageModel, LayerRule, ModelConfig, Policy, generate, pack_model
+from fp4jax.models import policy as policy_module
 from fp4jax.models.kv_cache import align_left
 from fp4jax.models.matrix import Matrix
 from fp4jax.models.sampling import nucleus, sample
@@ -323,3 +324,17 @@ def test_a_packed_model_generates_what_the_model_does():
     pack_model(model, MIXED)
   with pytest.raises(ValueError, match=r"packed in MXFP4 .* recipe 'fp8' needs FP8_BLOCK_2D"):
     generated(packed, every(recipes.FP8))
+
+
+def test_experts_have_no_kernel_of_few_rows(monkeypatch):
+  asked = []
+  over_mesh = policy_module.moe_ffn_over_mesh
+
+  def recorded(*arguments, implementation, few_rows, **options):
+    asked.append((few_rows, implementation))
+    return over_mesh(*arguments, implementation=implementation, few_rows=few_rows, **options)
+
+  monkeypatch.setattr(policy_module, "moe_ffn_over_mesh", recorded)
+  config = dataclasses.replace(BASE, num_layers=1, d_ff=48)  # a program that no other test has
+  generated(model_of(config), Policy(), max_new_tokens=3)
+  assert set(asked) == {(False, None), (True, "xla")}

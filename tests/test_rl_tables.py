@@ -1,6 +1,6 @@
 """The tables of the page of reinforcement learning, from rows made by hand."""
 
-from rl_workdirs import make_rl_workdir
+from rl_workdirs import ARMS, make_rl_workdir
 
 from experiments import logs
 from experiments.rl import tables
@@ -41,7 +41,7 @@ def test_a_dense_policy_has_no_router():
 
 
 def test_collected_are_a_row_for_each_arm_and_where_they_ran(tmp_path):
-  folder = make_rl_workdir(tmp_path / "run")
+  folder = make_rl_workdir(tmp_path / "run", at_end=dict.fromkeys(ARMS, (0.9, 0.9, 0.9)))
   logs.write_json(folder / "environment.json", SOURCE | {"parameters": 7, "versions": {}})
   tables.collect(folder, tmp_path / "rows.jsonl")
   environment, *arms = logs.read_rows(tmp_path / "rows.jsonl")
