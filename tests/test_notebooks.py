@@ -22,7 +22,7 @@ def execute(notebook, cwd, tmp_path):
     if "parameters" in cell.metadata.get("tags", ()):
       cell.source += f"\nWORKDIR = Path({str(tmp_path / 'no-such-run')!r})"
   client = NotebookClient(
-    notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(cwd)}}
+    notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(cwd)}}
   )
   own = {"TMPDIR": str(tmp_path), "IPYTHONDIR": str(tmp_path / "ipython")}
   # Not client.execute(), which leaves its event loop open.
