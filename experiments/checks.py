@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from experiments.comparison import Comparison, Distributed, Names, field_types
 from experiments.config import ALL_GEMMS, Experiment, Optimizer, Quantize
+from experiments.optimizers import check_name
 from fp4jax import recipes as fp4_recipes
 from fp4jax.implementation import Implementation
 from fp4jax.models import ModelConfig
@@ -118,10 +119,12 @@ def validate_model(model: ModelConfig, quantize: Quantize, implementation: str |
     raise ValueError(f"model.dtype={model.dtype!r} is not 'bfloat16' or 'float32'")
 
 
-def validate_optimizer(optimizer: Optimizer, steps: int) -> None:
+def validate_optimizer(optimizer: Optimizer, steps: int, of: str = "steps") -> None:
+  """Of a run of so many updates, which are told as `of`."""
+  check_name(optimizer)
   if optimizer.warmup_steps >= steps:
     raise ValueError(
-      f"optimizer.warmup_steps={optimizer.warmup_steps} is not below steps={steps}; "
+      f"optimizer.warmup_steps={optimizer.warmup_steps} is not below {of}={steps}; "
       f"add --config.optimizer.warmup_steps={steps // 5}"
     )
 

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,10 @@ def _git(*arguments: str) -> str | None:
   except (FileNotFoundError, subprocess.CalledProcessError):
     return None
   return done.stdout.strip()
+
+
+def told_source(row: Mapping[str, Any]) -> str:
+  """Where the row of a table is from, in words."""
+  commit = "unknown" if row["git_commit"] is None else row["git_commit"][:9]
+  dirty = ", with uncommitted changes" if row["git_dirty"] else ""
+  return f"Device: {row['device']}. Commit {commit}{dirty}."

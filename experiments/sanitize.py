@@ -5,6 +5,7 @@ make gpu-sanitize
 With several GPUs, those that reach into each other's memory too. Checks no results: the tests do.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from experiments import kernel_cases as cases
 from experiments import kernel_exchange
-from pallas_kernels import grouped_matmul
+from pallas_kernels import few_rows, grouped_matmul
 
 _SHAPES = ((100, 512), (128, 512))  # rows that no tile divides, unless a kernel refuses them
 _SIZES = (130, 0, 1, 127)  # ends inside a wave, no rows, one row; 43 of 301 rows are nobody's
@@ -36,6 +37,10 @@ def launches() -> Iterator[tuple[str, Callable, tuple]]:
         (*operands, sizes),
       )
 
+  for name, config in {"as tuned": None, **few_rows.VARIANTS}.items():
+    kernel = functools.partial(few_rows.few_rows_matmul, config=config)
+    yield f"few_rows_matmul, {name}", kernel, _packed_operands(100 if config is None else 1)
+
 
 def _accepts(case: cases.Case, shape: tuple[int, int]) -> bool:
   try:
@@ -44,6 +49,13 @@ def _accepts(case: cases.Case, shape: tuple[int, int]) -> bool:
   except ValueError:
     return False
   return True
+
+
+def _packed_operands(m, k=512, n=256):
+  """A few rows, and MXFP4 codes and scales of a matrix."""
+  x = jax.random.normal(jax.random.key(2), (m, k), jnp.bfloat16)
+  codes = jax.random.bits(jax.random.key(3), (k // 2, n), jnp.uint8)
+  return x, codes, jnp.full((k // 32, n), 127, jnp.uint8)
 
 
 def _operand(rows, blocks_of, columns):

@@ -1,4 +1,4 @@
-"""The README's numbers, from committed rows: `make tables` rebuilds its tables and its pictures.
+"""The pages' numbers, from committed rows: `make tables` rebuilds every table and picture.
 
 python -m experiments.tables --collect=runs/demo    # a finished run becomes results/demo.jsonl,
                                                     # one of configs/moe_1b.py results/moe_1b.jsonl
@@ -12,6 +12,7 @@ from typing import get_args
 from absl import app, flags
 
 from experiments import command_line, cost_tables, kernel_tables, logs, pictures
+from experiments.environment import told_source
 from experiments.rl import tables as rl_tables
 from experiments.summary import read_records, summarize_records
 from fp4jax.models.remat import Remat
@@ -25,7 +26,7 @@ Row = dict
 
 
 def collect(workdir: Path, out: Path) -> None:
-  """Writes what the README shows of a run: its environment, losses, routing and summary."""
+  """Writes what the pages show of a run: its environment, losses, routing and summary."""
   records = read_records(workdir)
   summary = summarize_records(records)
   log = logs.JsonLines(out, 0)
@@ -64,7 +65,9 @@ def losses_table(rows: list[Row]) -> str:
       f" {gap['seeds']} | {gap['verdict']} | {row['saved_activation_bytes_per_token']:,.0f} |"
     )
   entropy = next(r for r in rows if r["kind"] == "entropy")["unigram_entropy_nats"]
-  lines.append(f"\nUnigram entropy of the validation bytes: {entropy:.3f} nats. {_source(rows[0])}")
+  lines.append(
+    f"\nUnigram entropy of the validation bytes: {entropy:.3f} nats. {told_source(rows[0])}"
+  )
   return "\n".join(lines)
 
 
@@ -82,7 +85,7 @@ def gradients_table(rows: list[Row]) -> str:
         f"| `{row['tensor'].split('/')[-1]}` | `{row['recipe']}` | {row['relative_error']:.1%} |"
         f" {row['projection']:.3f} |"
       )
-  return "\n".join(lines) + f"\n\nMean gradients of {most} batches. {_source(rows[0])}"
+  return "\n".join(lines) + f"\n\nMean gradients of {most} batches. {told_source(rows[0])}"
 
 
 def step_time_table(rows: list[Row]) -> str:
@@ -90,7 +93,7 @@ def step_time_table(rows: list[Row]) -> str:
   for row in rows:
     low, high = row["ratio_quartiles"]
     lines.append(f"| `{row['recipe']}` | {row['ratio_to_bf16']:.2f} | {low:.2f} to {high:.2f} |")
-  return "\n".join(lines) + f"\n\n{rows[0]['rounds']} rounds. {_source(rows[0])}"
+  return "\n".join(lines) + f"\n\n{rows[0]['rounds']} rounds. {told_source(rows[0])}"
 
 
 def profile_table(rows: list[Row]) -> str:
@@ -111,7 +114,7 @@ def profile_table(rows: list[Row]) -> str:
   ]
   for name, own in (named | {"sum": totals}).items():
     lines.append(f"| {name} | " + " | ".join(f"{own.get(r, 0.0):.1f}" for r in recipes) + " |")
-  return "\n".join(lines) + f"\n\n{_source(rows[0])}"
+  return "\n".join(lines) + f"\n\n{told_source(rows[0])}"
 
 
 def cost_table(times: list[Row], memory: list[Row]) -> str:
@@ -124,7 +127,7 @@ def cost_table(times: list[Row], memory: list[Row]) -> str:
       f" {peak[row['recipe']] / 1e9:.1f} |"
     )
   tokens = times[0]["tokens_per_step"]
-  return "\n".join(lines) + f"\n\n{tokens} tokens per step. {_source(times[0])}"
+  return "\n".join(lines) + f"\n\n{tokens} tokens per step. {told_source(times[0])}"
 
 
 def lengths_table(
@@ -145,7 +148,9 @@ def lengths_table(
         f"| {length} | `{row['recipe']}` | {row['tokens_per_s']:,.0f} |"
         f" {row['ratio_to_bf16']:.2f} | {share:.2f} | {bytes_of.get(row['recipe'], '')} |"
       )
-  sources = dict.fromkeys(_source(rows[0]) for rows in (*times.values(), *memory.values(), peaks))
+  sources = dict.fromkeys(
+    told_source(rows[0]) for rows in (*times.values(), *memory.values(), peaks)
+  )
   return "\n".join(lines) + f"\n\n{' '.join(sources)}"
 
 
@@ -166,7 +171,7 @@ def scaling_table(rows: list[Row]) -> str:
   told = {f"{row['tokens_per_step'] // row['devices']:,} tokens per GPU and step" for row in rows}
   factors = dict.fromkeys(row["capacity_factor"] for row in rows if row["mesh"]["expert"] > 1)
   told |= {f"capacity factor of experts sent between GPUs {factor}" for factor in factors}
-  sources = dict.fromkeys(_source(row) for row in rows)
+  sources = dict.fromkeys(told_source(row) for row in rows)
   return "\n".join(lines) + f"\n\n{'; '.join(sorted(told))}. {' '.join(sources)}"
 
 
@@ -190,7 +195,7 @@ def recompute_table(rows: list[Row]) -> str:
   told = "Tokens per GPU and second / peak memory, of 80 GB."
   if dropped:
     told += f" Dropped: {min(dropped):.1f} to {max(dropped):.1f} % of the choices."
-  return "\n".join(lines) + f"\n\n{told} {_source(rows[0])}"
+  return "\n".join(lines) + f"\n\n{told} {told_source(rows[0])}"
 
 
 def dispatch_table(rows: list[Row]) -> str:
@@ -218,7 +223,7 @@ def dispatch_table(rows: list[Row]) -> str:
   shape = "{tokens:,} tokens of width {d} on each of {devices} devices, top-{top_k}.".format(
     **rows[0]
   )
-  return "\n".join(lines) + f"\n\n{shape} {_source(rows[0])}"
+  return "\n".join(lines) + f"\n\n{shape} {told_source(rows[0])}"
 
 
 def _time_cell(row, base):
@@ -229,7 +234,8 @@ def _time_cell(row, base):
 
 def layer_bytes_table(rows: list[Row]) -> str:
   """GB of a device that a layer sends to the others, and keeps for the backward pass."""
-  lines = ["| experts | | by | bf16 | FP8 | HOPPER_FP4 |", "|---|---|---|---|---|---|"]
+  recipes = "`bf16` | `fp8_dispatch` | `hopper_fp4_dispatch`"
+  lines = [f"| experts | | by | {recipes} |", "|---|---|---|---|---|---|"]
   how = {"xla": "NCCL, in padded buffers", "mosaic": "kernels"}
   layers = [row for row in rows if row["kind"] == "layer"]
   for experts in dict.fromkeys(row["experts"] for row in layers):
@@ -243,38 +249,47 @@ def layer_bytes_table(rows: list[Row]) -> str:
   return "\n".join(lines)
 
 
-def _source(row: Row) -> str:
-  dirty = ", with uncommitted changes" if row["git_dirty"] else ""
-  return f"Device: {row['device']}. Commit {row['git_commit'][:9]}{dirty}."
-
-
 def fill(text: str, name: str, content: str) -> str:
   """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
   pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
   filled, count = re.subn(pattern, lambda m: m[1] + content + "\n" + m[2], text, flags=re.DOTALL)
   if count != 1:
-    raise ValueError(f"the README has {count} places marked {name!r}, not one")
+    raise ValueError(f"the page has {count} places marked {name!r}, not one")
   return filled
 
 
-def readme_tables(results: Path) -> dict[str, str]:
-  """The README's tables by the name of their place."""
+def pages(results: Path) -> dict[str, dict[str, str]]:
+  """Each page's tables by the name of their place."""
   rows = lambda name: logs.read_rows(results / f"{name}.jsonl")  # noqa: E731
+  bench, moe_ffn, few_rows = map(rows, ("kernel_bench", "moe_ffn", "few_rows"))
   return {
-    "demo": losses_table(rows("demo")),
-    "step_time": step_time_table(rows("step_time")),
-    "moe_1b": losses_table(rows("moe_1b")),
-    "moe_1b_gradients": gradients_table(rows("moe_1b_gradients")),
-    "moe_1b_step": cost_table(rows("moe_1b_step_time"), rows("moe_1b_memory")),
-    "moe_wide": losses_table(rows("moe_wide")),
-    "moe_wide_profile": profile_table(rows("moe_wide_profile")),
-    "moe_wide_lengths": lengths_table(
-      rows("moe_wide_peak"),
-      {length: rows(f"moe_wide_{length}_step_time") for length in (512, 4096)},
-      {length: rows(f"moe_wide_{length}_memory") for length in (512, 4096)},
-    ),
-    "dispatch": dispatch_table(rows("dispatch")),
-    "layer_bytes": layer_bytes_table(rows("dispatch")),
+    "README.md": {"demo": losses_table(rows("demo"))},
+    "docs/results.md": {
+      "step_time": step_time_table(rows("step_time")),
+      "moe_1b": losses_table(rows("moe_1b")),
+      "moe_1b_gradients": gradients_table(rows("moe_1b_gradients")),
+      "moe_1b_step": cost_table(rows("moe_1b_step_time"), rows("moe_1b_memory")),
+      "moe_wide": losses_table(rows("moe_wide")),
+      "moe_wide_profile": profile_table(rows("moe_wide_profile")),
+      "moe_wide_lengths": lengths_table(
+        rows("moe_wide_peak"),
+        {length: rows(f"moe_wide_{length}_step_time") for length in (512, 4096)},
+        {length: rows(f"moe_wide_{length}_memory") for length in (512, 4096)},
+      ),
+      "dispatch": dispatch_table(rows("dispatch")),
+      "layer_bytes": layer_bytes_table(rows("dispatch")),
+    },
+    "docs/scaling.md": cost_tables.scaling_tables(results),
+    "docs/reinforcement_learning.md": rl_tables.page_tables(results),
+    "pallas_kernels/README.md": {
+      "elementwise": kernel_tables.elementwise_table(bench),
+      "matmul": kernel_tables.matmul_table(bench),
+      "source": told_source(bench[0]),
+      "moe_ffn": kernel_tables.moe_ffn_table(moe_ffn),
+      "moe_ffn_source": told_source(moe_ffn[0]),
+      "few_rows": kernel_tables.few_rows_table(few_rows),
+      "few_rows_source": told_source(few_rows[0]),
+    },
   }
 
 
@@ -284,41 +299,15 @@ def main(_) -> None:
     workdir = Path(_COLLECT.value)
     of_rl = "arms" in (logs.read_json(workdir / "config.json") or {})
     (rl_tables.collect if of_rl else collect)(workdir, results / f"{workdir.name}.jsonl")
-  readme = _ROOT / "README.md"
-  text = readme.read_text()
-  for name, content in readme_tables(results).items():
-    text = fill(text, name, content)
-  readme.write_text(text)
+  for name, places in pages(results).items():
+    page = _ROOT / name
+    text = page.read_text()
+    for place, content in places.items():
+      text = fill(text, place, content)
+    page.write_text(text)
   for name in ("demo", "moe_1b", "moe_wide"):
     draw = pictures.demo_picture if name == "demo" else pictures.seeds_picture
     draw(logs.read_rows(results / f"{name}.jsonl"), _ROOT / "docs" / f"{name}.svg")
-
-  bench, moe_ffn, few_rows = (
-    logs.read_rows(results / f"{n}.jsonl") for n in ("kernel_bench", "moe_ffn", "few_rows")
-  )
-  readme = _ROOT / "pallas_kernels" / "README.md"
-  text = readme.read_text()
-  for name, content in (
-    ("elementwise", kernel_tables.elementwise_table(bench)),
-    ("matmul", kernel_tables.matmul_table(bench)),
-    ("source", _source(bench[0])),
-    ("moe_ffn", kernel_tables.moe_ffn_table(moe_ffn)),
-    ("moe_ffn_source", _source(moe_ffn[0])),
-    ("few_rows", kernel_tables.few_rows_table(few_rows)),
-    ("few_rows_source", _source(few_rows[0])),
-  ):
-    text = fill(text, name, content)
-  readme.write_text(text)
-
-  for name, tables in (
-    ("scaling", cost_tables.scaling_tables(results)),
-    ("reinforcement_learning", rl_tables.page_tables(results)),
-  ):
-    page = _ROOT / "docs" / f"{name}.md"
-    text = page.read_text()
-    for place, content in tables.items():
-      text = fill(text, place, content)
-    page.write_text(text)
 
 
 if __name__ == "__main__":

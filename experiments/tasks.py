@@ -6,12 +6,12 @@ A task is a function of a number, so that the same number gives the same problem
     from experiments.tasks import Problem
 
     def doubling(i: int) -> Problem:
-      n = random.Random(i).randrange(100)
+      n = random.Random(i).randrange(1000)
       return Problem(f"What is {n} and {n}?", str(2 * n))
 
 in a file that Python can import, named with it: `--config.task.name=my_tasks:doubling`. A name
 without a colon is a generator of reasoning-gym, such as `chain_sum`, whose settings are
-`--config.task.options=max_terms=2,max_digits=1`.
+`--config.task.options=min_terms=2,max_terms=2,max_digits=2`.
 """
 
 import ast
@@ -20,12 +20,13 @@ import difflib
 import functools
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 _TRIES = 1000  # of a training problem that must not be a held-out one
+_TAUGHT = 1  # of the numbers that draw problems: what is taught is not what seed 0 meets later
 
 
 class Problem(NamedTuple):
@@ -54,7 +55,11 @@ class TaskSettings:
 
 
 def load_task(settings: TaskSettings) -> Task:
-  """Raises ValueError for a name, or an option, that there is not."""
+  """Raises ValueError for a name, or an option, that there is not, or a pattern that is none."""
+  try:
+    re.compile(settings.pattern or "")
+  except re.error as error:
+    raise ValueError(f"task.pattern={settings.pattern!r}: {error}") from error
   if ":" in settings.name:
     if settings.options:
       raise ValueError(f"task.options={settings.options!r} are for tasks of reasoning-gym alone")
@@ -67,7 +72,8 @@ def answer_in(text: str, pattern: str | None) -> str:
   if pattern is None:
     return text.strip()
   *_, last = [None, *re.finditer(pattern, text)]
-  return "" if last is None else last[min(1, last.re.groups)].strip()
+  found = None if last is None else last[min(1, last.re.groups)]
+  return "" if found is None else found.strip()  # a group may take no part in a match
 
 
 class Problems:
@@ -95,7 +101,14 @@ class Problems:
 
   def train(self, seed: int, step: int, count: int, draw: int = 0) -> list[Problem]:
     """Of a training step, or of its draw of that number: they depend on nothing else."""
-    rng = np.random.default_rng([seed, step, draw])
+    return self._drawn([seed, step, draw], count)
+
+  def taught(self, seed: int, step: int, count: int) -> list[Problem]:
+    """Of a step of the supervised phase before."""
+    return self._drawn([seed, step, 0, _TAUGHT], count)
+
+  def _drawn(self, stream: Sequence[int], count: int) -> list[Problem]:
+    rng = np.random.default_rng(stream)
     return [self._one(rng) for _ in range(count)]
 
   def _one(self, rng: np.random.Generator) -> Problem:

@@ -66,7 +66,9 @@ class WorkDir:
       raise ValueError(f"the workdir {path} is a file, not a folder")
     self.steps = config.steps
     self._definitions = config.definitions()
-    self._check()
+    found = self._check()
+    known = (found and found[1]) or {}
+    self.new_arms = [arm for arm in config.arm_names() if arm not in known]  # that none began yet
     self.runs = [
       Run(arm, seed, self.path / "runs" / f"{quote(arm, safe=_SAFE)}-{seed}")
       for seed in range(config.seeds)

@@ -206,8 +206,18 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
   file.unlink()
   with pytest.raises(FileNotFoundError, match=r"index\.json lists 'model-00002-of"):
     load_hugging_face(folder)
-  (folder / "model.safetensors.index.json").unlink()
+  index = folder / "model.safetensors.index.json"
+  index.write_text('{"metadata": {}}')
+  with pytest.raises(ValueError, match=r"index\.json has no weight_map"):
+    load_hugging_face(folder)
+  index.write_text('{"weight_map": ')
+  with pytest.raises(ValueError, match=r"index\.json is damaged"):
+    load_hugging_face(folder)
+  index.unlink()
   with pytest.raises(FileNotFoundError, match=r"no model\.safetensors and no model"):
+    load_hugging_face(folder)
+  (folder / "config.json").write_text("[]")
+  with pytest.raises(ValueError, match=r"config\.json is damaged: \[\] is not an object"):
     load_hugging_face(folder)
   (folder / "config.json").unlink()
   with pytest.raises(FileNotFoundError, match=r"config\.json"):

@@ -82,15 +82,25 @@ def test_updates_raise_the_probability_of_what_was_worth_more():
   rose = np.where(mask, gain, 0).sum(1)
   assert np.corrcoef(rose, advantages)[0, 1] > 0.5
   assert 0 < said["reward"] < 1 and said["groups/mixed"] == 1
-  assert of_update["is_ratio/max"] > 1
+  # The first of the two updates has a ratio of 1 throughout: a mean over both would be nearer to 1.
+  state, sampled = learner.trainer.init(params), learner._sampled(params, answers, params)
+  for update in range(2):
+    state, alone = learner.trainer.update(state, answers.rollout, sampled, jax.random.key(update))
+    assert update == 1 or alone["is_ratio/max"] == alone["is_ratio/min"] == 1
+  assert of_update["is_ratio/max"] == alone["is_ratio/max"] > 1
+  assert of_update["is_ratio/min"] == alone["is_ratio/min"] < 1
 
 
 @pytest.mark.slow
 def test_minibatches_and_the_reference_enter_the_updates():
   changes = {"grpo": GRPOSettings(minibatches=3, iterations=2, beta=0.1)}
   learner, params, state, answers, _ = first_step("bf16", **changes)
+  score = learner.trainer.score(params, answers.rollout).logprobs
+  of_all = grpo.divergence(answers.rollout.logprobs, score, answers.rollout.mask)
   after, said = learner.update(state, answers, params, 0, 0)
   assert int(after.step) == 6
+  for name, value in of_all.items():  # not of the first update's third alone
+    np.testing.assert_allclose(said[name], value, rtol=1e-6)
   assert said["kl"] > 0  # of the updates after the first
   assert np.isfinite([*said.values()]).all()
 
@@ -103,6 +113,7 @@ def test_groups_that_teach_nothing_are_replaced():
   groups = answers.rewards.reshape(4, 2)
   mixed = groups.min(1) != groups.max(1)
   assert said["groups/mixed"] < 1
+  assert said["sampled"] in (16, 24)  # answers of two or three draws
   assert mixed.sum() >= min(4, round(said["groups/mixed"] * 12))
   assert answers.rollout.tokens.shape[0] == answers.rollout.routing.shape[1] == 8
   for i in range(0, 8, 2):  # a group has one question

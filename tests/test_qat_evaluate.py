@@ -18,6 +18,7 @@ from fp4jax.models import generate
 
 TEXT = FewShot(Characters(), 256, [letters(3), letters(4)])
 BF16 = Student(small_model(), policies.TEACHER)
+FIRST_NUMBER = Settings().task_pattern
 
 
 def windows(n=5, t=9):
@@ -39,12 +40,6 @@ def test_a_student_is_judged_under_its_policy_and_states():
   assert nats[0] != nats[1]
   double = first._replace(states=jax.tree.map(lambda x: 2 * x, first.states))
   assert nats_per_token(double, windows(), 5) not in nats
-
-
-def _doubled(gemms):
-  return {
-    g: {r: {k: 2 * v for k, v in s.items()} for r, s in of.items()} for g, of in gemms.items()
-  }
 
 
 @pytest.mark.slow
@@ -87,7 +82,7 @@ def test_accuracy_counts_full_rewards_and_has_its_standard_error(monkeypatch):
   said = {"0": " 0", "1": "1", "2": "3", "3": "3", "4": "4."}
   asked = lambda student, questions, *_: [said[q] for q in questions]  # noqa: E731
   monkeypatch.setattr("experiments.qat.evaluate.answers", asked)
-  share, error = accuracy(BF16, problems, TEXT, 3)
+  share, error = accuracy(BF16, problems, TEXT, 3, FIRST_NUMBER)
   assert share == 3 / 5
   np.testing.assert_allclose(error, (0.6 * 0.4 / 5) ** 0.5)
 
@@ -97,7 +92,7 @@ def test_accuracy_counts_full_rewards_and_has_its_standard_error(monkeypatch):
 )
 def test_the_answer_is_the_number_that_comes_first(monkeypatch, said, solved):
   monkeypatch.setattr("experiments.qat.evaluate.answers", lambda *_: [said])
-  assert accuracy(BF16, [Problem("?", "12")], TEXT, 4) == (float(solved), 0)
+  assert accuracy(BF16, [Problem("?", "12")], TEXT, 4, FIRST_NUMBER) == (float(solved), 0)
 
 
 @pytest.mark.slow
@@ -110,7 +105,7 @@ def test_smollm2_reads_and_solves_some_problems_and_fewer_in_fp4(corpus_file):
   for fmt in (None, MXFP4):
     policy = policies.TEACHER if fmt is None else policies.policy_of(policies.nearest(fmt, True))
     student = Student(source.model, policy)
-    share.append(accuracy(student, source.problems, source.text, 6)[0])
+    share.append(accuracy(student, source.problems, source.text, 6, FIRST_NUMBER)[0])
     nats.append(nats_per_token(student, source.held_out, 2))
   assert 0.2 < share[0] < 0.9 and share[1] < share[0] - 0.1
   assert nats[0] < nats[1] - 0.1

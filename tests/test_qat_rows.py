@@ -16,6 +16,7 @@ from experiments.qat import methods, rows
 from experiments.qat.methods import Case
 from experiments.qat.settings import METHODS, Settings, check_names
 from experiments.qat.table import qat_table
+from fp4jax.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent
 TIMES = {"seconds", "evaluation_seconds"}
@@ -82,10 +83,59 @@ def test_cases_are_those_that_a_method_has():
   }
 
 
-def test_workers_give_the_same_rows_in_the_same_order(source):
+def test_workers_give_the_same_rows(source):
   cases = list(methods.cases(["bf16", "rtn"], ["MXFP4"], ["weights", "both"]))
   one, three = (list(rows.measure_all(source, cases, workers)) for workers in (1, 3))
-  assert [untimed(row) for row in one] == [untimed(row) for row in three]
+  place = lambda row: (row["method"], row["format"], row["operands"])  # noqa: E731
+  told = lambda found: [untimed(row) for row in sorted(found, key=place)]  # noqa: E731
+  assert len(one) == 3 and told(one) == told(three)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_rows_that_are_done_come_before_the_error_of_another(source, workers, monkeypatch):
+  def measure(source, case):
+    if case.method == "qad":
+      raise ValueError("no memory")
+    return {"method": case.method}
+
+  monkeypatch.setattr(rows, "measure", measure)
+  cases = [Case(method, "MXFP4", "both") for method in ("bf16", "qad", "rtn")]
+  found = rows.measure_all(source, cases, workers)
+  assert next(found)["method"] in ("bf16", "rtn")
+  with pytest.raises(ValueError, match="no memory"):
+    list(found)
+
+
+def test_a_task_whose_answers_the_pattern_does_not_find_is_refused(corpus_file):
+  with pytest.raises(ValueError, match=r"does not find '\w+', an answer of task=spell_backward"):
+    small_source(corpus_file, task="spell_backward")
+  small_source(corpus_file, task="spell_backward", task_pattern="")
+
+
+def test_formats_that_a_method_can_not_have():
+  found = list(methods.cases(METHODS, [*FORMATS], ["weights", "both"]))
+  refused = {case.format for case in found if methods.lacked_format(case)}
+  assert refused == {
+    *("FP8_BLOCK_2D", "FP8_BLOCK_POW2_2D", "FP8_TENSOR", "HIF4"),
+    *("MXFP4_MBS_S", "MXFP4_MBS_D", "NVFP4_4O6", "RADIX4_EVEN", "RADIX4_ODD"),
+  }
+  learn = {case.method for case in found if methods.lacked_format(case)}
+  assert learn == {"block_ap", "e2e_qp", "efficient_qat"}
+  assert all(methods.why_not(case, Settings()) for case in found if methods.lacked_format(case))
+
+
+@pytest.mark.parametrize(
+  ("method", "changes", "words"),
+  [
+    ("acs", {"steps": 9}, "steps=9 are fewer than acs_epochs=10"),
+    ("llm_qat", {"length": 5}, "length=5 is not above the 5 likeliest tokens"),
+  ],
+)
+def test_settings_are_refused_for_the_method_that_they_hinder(method, changes, words):
+  case = Case(method, "MXFP4", "both")
+  assert words in methods.why_not(case, Settings(**changes))
+  assert methods.why_not(case, Settings()) is None
+  assert methods.why_not(case._replace(method="qad"), Settings(**changes)) is None
 
 
 def test_training_windows_and_held_out_ones_are_apart(source):
@@ -103,6 +153,8 @@ def test_rows_that_are_there_are_not_measured_again():
   assert rows.missing(cases, [row], settings, here) == cases[:1]
   assert rows.missing(cases, [row], Settings(steps=7), here) == cases
   assert rows.missing(cases, [row], settings, here | {"git_commit": "b"}) == cases
+  nowhere = {"git_commit": None, "git_dirty": None}
+  assert rows.missing(cases, [row | nowhere], settings, nowhere) == cases
   dirty = here | {"git_dirty": True}
   assert rows.missing(cases, [row | dirty], settings, dirty) == cases
 
@@ -129,12 +181,12 @@ def row_of(**changes):
   return row | changes
 
 
-def test_the_table_has_a_line_for_each_case_the_last_of_it():
+def test_the_table_has_a_line_for_each_case_the_last_of_it_in_the_order_of_the_methods():
   learned = row_of(
     method="e2e_qp", operands="weights", weights="MXFP4[x]", activations="bf16", bits_per_value=5.0
   )
   found = qat_table(
-    [row_of(perplexity=9.0), learned, row_of(tokens_trained=1_234_567)]
+    [learned, row_of(perplexity=9.0), row_of(tokens_trained=1_234_567)]
   ).splitlines()
   assert found == [
     "| method | weights | activations | bits/weight | perplexity | accuracy, % | tokens trained |"

@@ -124,7 +124,21 @@ def test_another_experiment_is_refused_in_one_line(whole):
     ({"grpo.minibatches": 5}, "12 answers do not divide into grpo.minibatches=5"),
     ({"grpo.overlong_buffer": 6}, "overlong_buffer=6 is more than rollout.max_new_tokens=5"),
     ({"start.teaching.steps": 5}, "warmup_steps=20 is not below start.teaching.steps=5"),
-    ({"noise.stages": 1}, "noise.stages=1"),
+    ({"noise.stages": 1}, "noise.stages=1 is not at least 2"),
+    ({"noise.start": 0.0}, "noise.start=0.0 is not above 0"),
+    ({"noise.end": -1e-3}, "noise.end=-0.001 is not above 0"),
+    ({"noise.start": float("nan")}, "noise.start=nan"),
+    ({"grpo.mean": "tokens"}, "grpo.mean='tokens' is not one of sequence, token"),
+    ({"grpo.clip_low": 1.2}, "grpo.clip_low=1.2 is not above 0 and below 1"),
+    ({"grpo.beta": -1.0}, "grpo.beta=-1.0 is not at least 0"),
+    ({"grpo.beta": float("nan")}, "grpo.beta=nan"),
+    ({"grpo.importance_cap": 0.0}, "grpo.importance_cap=0.0 is not None or above 0"),
+    ({"grpo.importance_cap": float("inf")}, "grpo.importance_cap=inf"),
+    ({"grpo.minibatches": 0}, "grpo.minibatches=0 is not at least 1"),
+    ({"grpo.overlong_buffer": -1}, "grpo.overlong_buffer=-1 is not at least 0"),
+    ({"start.seed": -1}, "start.seed=-1 is not at least 0"),
+    ({"optimizer.name": "adam"}, "optimizer.name='adam' is not one of adamw"),
+    ({"optimizer.warmup_steps": 8, "grpo.iterations": 2}, "grpo.minibatches=8; add"),
     ({"steps": 0}, "steps=0"),
     ({"task.held_out": 0}, "task.held_out=0"),
     ({"fallback_alpha": float("nan")}, "fallback_alpha=nan is not above 0"),
@@ -151,6 +165,31 @@ def test_what_can_not_be_read_is_refused_before_anything_is_written(tmp_path):
   with pytest.raises(ValueError, match="has no attribute 'letter'"):
     run(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"rollout.packed": True, "arms": Names(("bf16", "mxfp4+of"))}, "pack"),
+    ({"quantize.scores": True, "arms": Names(("nvfp4",))}, "scores"),
+    ({"task.pattern": "("}, r"task.pattern='\('"),
+    (
+      {"rollout.max_prompt_tokens": 3},
+      "rollout.max_prompt_tokens=3: the prompt of '.* has [45678]",
+    ),
+    (
+      {"start.teaching.steps": 3, "start.teaching.learning_rate": 1e30},
+      "teaching diverged at step",
+    ),
+  ],
+)
+def test_what_only_a_step_would_refuse_is_refused_before_any_arm_trains(change, words, tmp_path):
+  config = small_rl(**{"start.teaching.warmup_steps": 0} | change)
+  with pytest.raises((ValueError, TypeError), match=words):
+    run(config, tmp_path / "run")
+  assert not (tmp_path / "run/runs").exists() or not any((tmp_path / "run/runs").glob("*/metrics*"))
+  if "start.teaching.steps" not in change:
+    assert not (tmp_path / "run").exists()
 
 
 CONFIGS = sorted((ROOT / "configs").glob("rl_*.py"))

@@ -1,6 +1,7 @@
-"""The tables in the READMEs are what the committed rows say."""
+"""The tables in the pages are what the committed rows say."""
 
 import collections
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -10,7 +11,6 @@ from workdirs import make_workdir
 
 from configs import demo, moe_wide
 from experiments import kernel_tables, logs, pictures, tables
-from experiments.rl import tables as rl_tables
 from experiments.train import make_trainer, policy_of, saved_activation_bytes
 from fp4jax import recipes
 
@@ -21,32 +21,30 @@ def rows(name):
   return logs.read_rows(ROOT / "results" / f"{name}.jsonl")
 
 
-TABLES = {
-  "README.md": lambda: tables.readme_tables(ROOT / "results"),
-  "pallas_kernels/README.md": lambda: {
-    "elementwise": kernel_tables.elementwise_table(rows("kernel_bench")),
-    "matmul": kernel_tables.matmul_table(rows("kernel_bench")),
-    "moe_ffn": kernel_tables.moe_ffn_table(rows("moe_ffn")),
-  },
-  "docs/reinforcement_learning.md": lambda: rl_tables.page_tables(ROOT / "results"),
-}
+PAGES = tables.pages(ROOT / "results")
 
 
-@pytest.mark.parametrize("readme", TABLES)
-def test_readmes_hold_the_tables_of_the_rows(readme):
-  text = (ROOT / readme).read_text()
-  for name, content in TABLES[readme]().items():
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_hold_the_tables_of_the_rows(page):
+  text = (ROOT / page).read_text()
+  for name, content in PAGES[page].items():
     assert tables.fill(text, name, content) == text
     assert tables.fill(text, name, "something else") != text
 
 
-def test_the_readme_says_how_balanced_the_wide_model_ends():
+@pytest.mark.parametrize("page", PAGES)
+def test_no_place_of_a_page_is_left_by_hand(page):
+  places = re.findall(r"<!-- (\w+) -->", (ROOT / page).read_text())
+  assert sorted(places) == sorted(PAGES[page])
+
+
+def test_the_page_says_how_balanced_the_wide_model_ends():
   ends = [row for row in rows("moe_wide") if row["kind"] == "routing" and row["step"] == 900]
   top_k = moe_wide.get_config().model.top_k
   busiest = [100 * top_k * max(map(max, row["load"])) for row in ends]
   assert len(ends) == 9
   words = f"is the choice of {min(busiest):.0f} to {max(busiest):.0f} % of the tokens (evenly 25 %)"
-  assert words in " ".join((ROOT / "README.md").read_text().split())
+  assert words in " ".join((ROOT / "docs/results.md").read_text().split())
 
 
 def test_collected_are_losses_routing_and_summary(tmp_path):

@@ -48,6 +48,17 @@ def test_training_problems_are_a_function_of_seed_and_step():
   assert draw(0, 3) != draw(1, 3)
 
 
+def test_what_is_taught_is_not_what_a_seed_trains_on():
+  problems = Problems(lambda i: Problem(str(i), ""), held_out=1)
+  at = [(seed, step) for seed in range(4) for step in range(20)]
+  taught = {p.question for seed, step in at for p in problems.taught(seed, step, 8)}
+  trained = {
+    p.question for seed, step in at for draw in (0, 1) for p in problems.train(seed, step, 8, draw)
+  }
+  assert len(taught) == 4 * 20 * 8 and len(trained) == 2 * len(taught)
+  assert not taught & trained
+
+
 @pytest.mark.parametrize(
   "text, pattern, answer",
   [
@@ -55,6 +66,7 @@ def test_training_problems_are_a_function_of_seed_and_step():
     ("3 or 14", r"\d+", "14"),
     ("<answer> 5 </answer>", r"<answer>(.*?)</answer>", "5"),
     ("none", r"\d+", ""),
+    ("a", r"(b)?a", ""),
   ],
 )
 def test_the_answer_is_the_last_match(text, pattern, answer):

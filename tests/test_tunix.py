@@ -177,6 +177,7 @@ def test_what_would_be_misread_is_refused():
   for change, said in (
     ({"temperature": 0.9}, "temperature=0.9 is neither 1 nor 0"),
     ({"top_k": 5}, "top_k=5"),
+    ({"top_p": 0.9}, "top_p=0.9"),
     ({"seed": 1}, "the same numbers"),
     ({"data_type": jnp.bfloat16}, "data_type="),
     ({"max_prompt_length": 6}, r"prompt 1 has 8 tokens, c.max_prompt_length=6"),

@@ -15,11 +15,16 @@ from experiments.optimizers.stable_spam import stable_spam
 OPTIMIZERS = {"adamw": adamw, "stable_spam": stable_spam}
 
 
+def check_name(config: Optimizer) -> None:
+  """Raises ValueError for a name that there is not."""
+  if config.name not in OPTIMIZERS:
+    raise ValueError(f"optimizer.name={config.name!r} is not one of {', '.join(OPTIMIZERS)}")
+
+
 def make_optimizer(
   config: Optimizer, steps: int, decayed: PyTree[bool]
 ) -> optax.GradientTransformation:
-  if config.name not in OPTIMIZERS:
-    raise ValueError(f"optimizer.name={config.name!r} is not one of {', '.join(OPTIMIZERS)}")
+  check_name(config)
   return OPTIMIZERS[config.name](config, learning_rate(config, steps), steps, decayed)
 
 

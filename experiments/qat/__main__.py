@@ -26,7 +26,9 @@ from fp4jax.formats import FORMATS
 
 _OUT = flags.DEFINE_string("out", None, "JSONL file to add rows to.", required=True)
 _METHODS = flags.DEFINE_list("methods", ["bf16", "rtn"], f"Of {', '.join(METHODS)}; or all.")
-_FORMATS = flags.DEFINE_list("formats", ["MXFP4", "NVFP4"], "Of fp4jax.FORMATS; or all.")
+_FORMATS = flags.DEFINE_list(
+  "formats", ["MXFP4", "NVFP4"], "Of fp4jax.FORMATS; or all that a method can have."
+)
 _OPERANDS = flags.DEFINE_list(
   "operands", ["weights", "both"], "weights: activations stay in bf16; both: these too."
 )
@@ -57,7 +59,12 @@ def main(_) -> None:
     for name, value in describe_environment(COMMIT.value).items()
     if name in _ENVIRONMENT
   }
-  wanted = methods.cases(named, formats, operands)
+  wanted = list(methods.cases(named, formats, operands))
+  if _FORMATS.value == ["all"]:
+    wanted = [case for case in wanted if methods.lacked_format(case) is None]
+  for case in wanted:
+    if why := methods.why_not(case, settings):
+      raise ValueError(f"--methods: {why}")
   left = rows.missing(wanted, logs.read_rows(_OUT.value), settings, environment)
   log = logs.JsonLines(_OUT.value)
   if left:

@@ -23,6 +23,8 @@ from fp4jax.models.kv_cache import align_left
 from fp4jax.models.language_model import States
 
 Loss = Literal["kl", "cross_entropy"]
+_GREEDY = (3, 4, 5)  # likeliest tokens that a row of LLM-QAT's text begins with
+MOST_GREEDY = max(_GREEDY)
 
 
 class Trained(NamedTuple):
@@ -121,7 +123,7 @@ def mean_loss(
 
 
 def own_text(
-  model: LanguageModel, count: int, length: int, key: jax.Array, greedy: tuple[int, ...] = (3, 4, 5)
+  model: LanguageModel, count: int, length: int, key: jax.Array, greedy: tuple[int, ...] = _GREEDY
 ) -> Int32[Array, "count length"]:
   """LLM-QAT's data: what the model says in bf16 after a token drawn evenly from its vocabulary.
 

@@ -16,8 +16,6 @@ from experiments.text import Text
 from fp4jax.models import LanguageModel, Policy, generate
 from fp4jax.models.language_model import States
 
-FIRST_NUMBER = r"\A\s*(-?\d+)"
-
 
 class Student(NamedTuple):
   """A model with the numerics that it runs under."""
@@ -77,7 +75,7 @@ def accuracy(
   problems: Sequence[Problem],
   text: Text,
   max_new_tokens: int,
-  pattern: str | None = FIRST_NUMBER,
+  pattern: str | None,
 ) -> tuple[float, float]:
   """The share of problems with full reward, and its standard error, sqrt(p (1 - p) / n)."""
   given = answers(student, [p.question for p in problems], text, max_new_tokens)

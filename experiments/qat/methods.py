@@ -1,5 +1,6 @@
 """Each method as a student made of the pretrained model, with what that took."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -8,12 +9,19 @@ import numpy as np
 from flax import nnx
 
 from experiments.qat import coreset, efficient_qat, llm_fp4, policies
-from experiments.qat.distillation import Distillation, Trained, make_optimizer, own_text
+from experiments.qat.distillation import (
+  MOST_GREEDY,
+  Distillation,
+  Trained,
+  make_optimizer,
+  own_text,
+)
 from experiments.qat.evaluate import Student
+from experiments.qat.settings import Settings
 from experiments.qat.source import Source
 from fp4jax import formats, recipes
 from fp4jax.formats import Format
-from fp4jax.models import Policy
+from fp4jax.models import LanguageModel, Policy
 
 _ROWS = 256  # of text that a model writes at once
 
@@ -49,6 +57,26 @@ def cases(methods: Sequence[str], names: Sequence[str], operands: Sequence[str])
         yield from (Case(method, name, "weights") for name in names)
       case _:
         yield from (Case(method, name, side) for name in names for side in operands)
+
+
+def why_not(case: Case, settings: Settings) -> str | None:
+  """Why there can be no such row; None where there can."""
+  s = settings
+  if case.method == "acs" and s.steps < s.acs_epochs:
+    return f"steps={s.steps} are fewer than acs_epochs={s.acs_epochs}"
+  if case.method == "llm_qat" and s.length <= MOST_GREEDY:
+    return f"length={s.length} is not above the {MOST_GREEDY} likeliest tokens of LLM-QAT's text"
+  return lacked_format(case)
+
+
+def lacked_format(case: Case) -> str | None:
+  """What its format lacks of what its method asks for."""
+  if case.method not in ("block_ap", "e2e_qp", "efficient_qat"):
+    return None
+  fmt = formats.FORMATS[case.format]
+  if isinstance(fmt, formats.BlockFormat) and len(fmt.block_shape or (1, 1)) == 1:
+    return None
+  return f"{case.method} learns scales of 1-D blocks, not of {case.format}"
 
 
 def make(source: Source, case: Case) -> Made:
@@ -118,8 +146,6 @@ def _acs(source, case):
   """As many steps as the others, or fewer by less than one for each epoch."""
   s, policy = source.settings, _nearest(case)
   steps = s.steps // s.acs_epochs
-  if not steps:
-    raise ValueError(f"steps={s.steps} are fewer than acs_epochs={s.acs_epochs}")
   pool = source.train_windows(round(steps * s.batch / s.acs_fraction), s.length)
   training = _distillation(source, policy)
   score = lambda share: coreset.window_scores(  # noqa: E731
@@ -163,9 +189,9 @@ def _block_trained(source, case):
 
 
 def _format(source: Source, case: Case) -> Format:
+  if why := lacked_format(case):
+    raise ValueError(why)
   fmt = formats.FORMATS[case.format]
-  if not isinstance(fmt, formats.BlockFormat) or len(fmt.block_shape or (1, 1)) != 1:
-    raise ValueError(f"{case.method} learns scales of 1-D blocks, not of {case.format}")
   return policies.real_scales(fmt) if source.settings.real_scales else fmt
 
 
@@ -208,7 +234,14 @@ def _llm_fp4(source, case, **options):
     for side in ("weights", "activations")[: 1 + case.activations]
   }
   facts = {"tokens_calibrated": windows.size, "mean_relative_error": float(np.mean(errors))}
-  return Made(student, facts | {"found_formats": found, "bits_per_value": 4.0})
+  bits = 4 + 32 * _columns_of_values(source.model)  # a float32 scale for each column of a matrix
+  return Made(student, facts | {"found_formats": found, "bits_per_value": bits})
+
+
+def _columns_of_values(model: LanguageModel) -> float:
+  """Columns of the blocks' matrices for each of their values."""
+  shapes = [w.shape for w in model.blocks.matrices.values()]  # (layer, k, n)
+  return sum(math.prod(s[:-2]) * s[-1] for s in shapes) / sum(map(math.prod, shapes))
 
 
 def _fp4_minmax(source, case):

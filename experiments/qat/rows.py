@@ -22,7 +22,8 @@ def measure(source: Source, case: Case) -> Row:
   student, facts = make(source, case)
   made = time.perf_counter()
   nats = nats_per_token(student, source.held_out, s.window_batch)
-  share, error = accuracy(student, source.problems, source.text, s.max_new_tokens)
+  pattern = s.task_pattern or None
+  share, error = accuracy(student, source.problems, source.text, s.max_new_tokens, pattern)
   fmt = FORMATS.get(case.format)
   return {
     "kind": "qat",
@@ -46,19 +47,27 @@ def measure(source: Source, case: Case) -> Row:
 
 
 def measure_all(source: Source, cases: Iterable[Case], workers: int) -> Iterator[Row]:
-  """In order, `workers` at a time: while one compiles, another computes."""
-  if workers == 1:
-    yield from (measure(source, case) for case in cases)
-    return
+  """As they are done, `workers` at a time: while one compiles, another computes. Where a case
+  fails, those that are done nonetheless come before its error."""
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    yield from pool.map(lambda case: measure(source, case), cases)
+    running = [pool.submit(measure, source, case) for case in cases]
+    failed = None
+    for one in concurrent.futures.as_completed(running):
+      if one.exception() is None:
+        yield one.result()
+      elif failed is None:
+        failed = one.exception()
+        for other in running:
+          other.cancel()  # what has not begun
+  if failed is not None:
+    raise failed
 
 
 def missing(
   cases: Iterable[Case], rows: Iterable[Row], settings: Settings, environment: Row
 ) -> list[Case]:
   """The cases of which there is no row of these settings by this very code, in their order."""
-  if environment["git_dirty"]:
+  if environment["git_commit"] is None or environment["git_dirty"]:
     return list(cases)
   known = {name: environment[name] for name in ("git_commit", "git_dirty")}
   known["settings"] = dataclasses.asdict(settings)

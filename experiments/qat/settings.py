@@ -38,6 +38,7 @@ class Settings:
   task: str = "chain_sum"  # of reasoning-gym, or module:function
   task_options: str = "min_terms=2,max_terms=2,min_digits=1,max_digits=2"
   shots: int = 0  # solved problems before each
+  task_pattern: str = r"\A\s*(-?\d+)"  # the answer in what is said, as `task.pattern`; "": all
   max_new_tokens: int = 6
   # Training.
   steps: int = 200

@@ -10,7 +10,7 @@ import numpy as np
 from experiments import data
 from experiments.config import Data
 from experiments.qat.settings import Settings
-from experiments.tasks import Problem, Problems, TaskSettings, load_task
+from experiments.tasks import Problem, Problems, TaskSettings, answer_in, load_task
 from experiments.text import FewShot, Text
 from fp4jax.models import LanguageModel
 
@@ -50,8 +50,14 @@ def load_source(settings: Settings) -> Source:
 def make_source(model: LanguageModel, tokenizer: Any, settings: Settings) -> Source:
   """`tokenizer` has encode, decode and save."""
   s = settings
-  task = load_task(TaskSettings(s.task, s.task_options))
+  task = load_task(TaskSettings(s.task, s.task_options, s.task_pattern or None))
   problems = Problems(task, s.problems)
+  for problem in problems.held_out:
+    if problem.reward(answer_in(problem.answer, s.task_pattern or None)) != 1:
+      raise ValueError(
+        f"task_pattern={s.task_pattern!r} does not find {problem.answer!r}, an answer of"
+        f" task={s.task}"
+      )
   solved = problems.train(s.seed, 0, s.shots)
   text = FewShot(tokenizer, model.embedding.num_embeddings, solved)
   with tempfile.TemporaryDirectory() as folder:

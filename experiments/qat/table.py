@@ -1,7 +1,10 @@
 """The rows of `python -m experiments.qat` as a table in Markdown."""
 
+from experiments.environment import told_source
 from experiments.numbers import fixed
 from experiments.qat.rows import Row
+from experiments.qat.settings import METHODS
+from fp4jax.formats import FORMATS
 
 _HEAD = (
   "| method | weights | activations | bits/weight | perplexity | accuracy, % | tokens trained |"
@@ -10,8 +13,10 @@ _HEAD = (
 
 
 def qat_table(rows: list[Row]) -> str:
-  """In the order of the rows, the last of each case."""
+  """By method and format as `METHODS` and `FORMATS` have them, the last row of each case."""
   of_case = {(row["method"], row["format"], row["operands"]): row for row in rows}
+  known = [*METHODS], [*FORMATS]
+  of_case = dict(sorted(of_case.items(), key=lambda item: _place(item[0], known)))
   lines = [_HEAD, "|---" * 8 + "|"]
   for row in of_case.values():
     lines.append(
@@ -20,6 +25,13 @@ def qat_table(rows: list[Row]) -> str:
       f" {row['tokens_trained']:,} | {row['seconds']:.0f} |"
     )
   return "\n".join(lines) + f"\n\n{_told(rows)}"
+
+
+def _place(case, known):
+  method, fmt, operands = case
+  methods, formats = known
+  # LLM-FP4's and a recipe's are no entries of FORMATS.
+  return methods.index(method), formats.index(fmt) if fmt in formats else -1, operands != "weights"
 
 
 def _percent(row: Row) -> str:
@@ -35,9 +47,5 @@ def _told(rows: list[Row]) -> str:
   told = {how.format(**row["settings"], corpus=row["corpus"]) for row in rows}
   if len(told) != 1:
     raise ValueError(f"the rows were measured in {len(told)} ways: {'; '.join(sorted(told))}")
-  where = {
-    f"Device: {row['device']}. Commit {row['git_commit'][:9]}"
-    f"{', with uncommitted changes' if row['git_dirty'] else ''}."
-    for row in rows
-  }
+  where = {told_source(row) for row in rows}
   return " ".join([*told, *sorted(where)])

@@ -57,6 +57,8 @@ def arm_of(name: str, alpha: float = 0.5) -> Arm:
   if name.startswith("recipe="):
     recipe = recipes.by_name(name.removeprefix("recipe="))
     return Arm(name, recipe, recipe)
+  if name != name.lower():
+    raise ValueError(f"arm {name!r} has capitals; did you mean {name.lower()!r}?")
   numerics, _, path = name.partition("@")
   base, *corrections = numerics.split("+")
   base, *parts = base.split(".")
@@ -66,7 +68,9 @@ def arm_of(name: str, alpha: float = 0.5) -> Arm:
   _check(name, "path", [path] if "@" in name else [], PATHS)
   if base == "bf16":
     if parts or path or corrections != ["aqn"]:
-      raise ValueError(f"arm {name!r}: bf16 has no error to choose from or to correct")
+      raise ValueError(
+        f"arm {name!r}: bf16 has no error to choose from or to correct; its one variant is bf16+aqn"
+      )
     return Arm(name, recipes.BF16, recipes.BF16, has_noise=True)
   if parts and "of" in corrections:
     raise ValueError(f"arm {name!r}: the parts of an error that a fallback mends are not defined")
@@ -92,7 +96,7 @@ def _formats(name: str, base: str, macro: bool) -> tuple[Format, Format]:
   if not macro:
     return fmt, fmt
   if getattr(fmt, "scale_dtype", None) != formats.E8M0:
-    raise ValueError(f"arm {name!r}: mbs refines scales that are powers of two, not {base}'s")
+    raise ValueError(f"arm {name!r}: mbs refines scales of plain E8M0, which {base} does not have")
   lhs, rhs = (
     MacroBlockFormat(name=f"{fmt.name}_MBS_{factor[0].upper()}", base=fmt, factor=factor)
     for factor in ("static", "dynamic")

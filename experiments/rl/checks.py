@@ -1,7 +1,9 @@
 """Which settings no run of reinforcement learning can have."""
 
+from typing import get_args
+
 from experiments.checks import Ranges, validate_comparison, validate_model, validate_optimizer
-from experiments.rl import grpo, noise
+from experiments.rl import grpo
 from experiments.rl.config import RLExperiment
 from fp4jax.models import ModelConfig
 
@@ -10,15 +12,22 @@ _RANGES: Ranges = (
     "at least 1",
     lambda x: x >= 1,
     "rollout.prompts rollout.max_prompt_tokens rollout.max_new_tokens start.teaching.batch_size"
-    " task.held_out",
+    " task.held_out grpo.iterations grpo.minibatches grpo.max_rollouts",
   ),
-  ("at least 2", lambda x: x >= 2, "rollout.group"),
+  ("at least 2", lambda x: x >= 2, "rollout.group noise.stages"),  # the first stage has no noise
   (
     "at least 0",
     lambda x: x >= 0,
-    "samples_kept start.teaching.steps start.teaching.warmup_steps rollout.eval_temperature",
+    "samples_kept start.seed start.teaching.steps start.teaching.warmup_steps"
+    " rollout.eval_temperature grpo.beta grpo.overlong_buffer",
   ),
-  ("above 0", lambda x: x > 0, "start.teaching.learning_rate fallback_alpha"),
+  (
+    "above 0",
+    lambda x: x > 0,
+    "start.teaching.learning_rate fallback_alpha grpo.clip_high noise.start noise.end",
+  ),
+  ("None or above 0", lambda x: x > 0, "grpo.importance_cap"),
+  ("above 0 and below 1", lambda x: 0 < x < 1, "grpo.clip_low"),
 )
 
 
@@ -27,11 +36,13 @@ def validate(config: RLExperiment, model: ModelConfig) -> None:
   validate_comparison(config, _RANGES)
   for name in config.arms:
     config.arm(name)
-  grpo.check(config.grpo)
-  noise.check(config.noise)
+  if config.grpo.mean not in get_args(grpo.Means):
+    raise ValueError(
+      f"grpo.mean={config.grpo.mean!r} is not one of {', '.join(get_args(grpo.Means))}"
+    )
   validate_model(model, config.quantize, config.implementation)
   updates = config.steps * config.grpo.iterations * config.grpo.minibatches
-  validate_optimizer(config.optimizer, updates)
+  validate_optimizer(config.optimizer, updates, "steps * grpo.iterations * grpo.minibatches")
   answers, parts = config.rollout.prompts * config.rollout.group, config.grpo.minibatches
   if answers % parts:
     raise ValueError(

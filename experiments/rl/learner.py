@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +62,24 @@ class Learner:
     self._replays = config.rollout.replay_routing and model.is_mixture
     self._is_mixture, self._num_layers = model.is_mixture, model.num_layers
 
+  def check(self, params: Any) -> None:
+    """Raises what a step would, without computing one; of `params` shapes suffice."""
+    own, settings = self._config.rollout, self._config.grpo
+    count, key = own.prompts * own.group, _key(0, 0)
+    prompts = jax.ShapeDtypeStruct((count, own.max_prompt_tokens), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((count,), jnp.int32)
+    rollout = self._sample.eval_shape(params, prompts, lengths, key, 0.0)
+    state = self.trainer.init.eval_shape(params)
+    likelihood = rollout.logprobs
+    sampled = grpo.Sampled(
+      jax.ShapeDtypeStruct((count,), jnp.float32),
+      rollout.mask,
+      likelihood,
+      likelihood if settings.iterations * settings.minibatches > 1 else None,
+      likelihood if settings.beta else None,
+    )
+    self.trainer.update.eval_shape(state, rollout, sampled, key)
+
   def collect(self, params: Any, seed: int, step: int) -> tuple[Answers, Scalars]:
     """Answers to the step's questions, of which more are drawn where all answers to one are worth
     the same and `grpo.max_rollouts` allows; and what is said of all that were sampled."""
@@ -78,6 +96,7 @@ class Learner:
         break
     every = functools.reduce(_joined, found)
     said = self._said(every) | {"groups/mixed": float(np.mean(informative))}
+    said["sampled"] = float(len(every.rewards))  # answers, of all draws
     if len(found) == 1:
       return every, said
     order = np.argsort(~np.concatenate(informative), kind="stable")[: own.prompts]
@@ -87,8 +106,8 @@ class Learner:
   def update(
     self, state: TrainState, answers: Answers, reference: Any, seed: int, step: int
   ) -> tuple[TrainState, Scalars]:
-    """The state after all updates of a step, and what they said: means over the updates, but of the
-    distance between rollout and trainer what the first said, before anything had changed."""
+    """The state after all updates of a step, and what they said: means over the updates, extremes
+    of extremes, and the distance between rollout and trainer before anything had changed."""
     settings, b = self._config.grpo, len(answers.rewards)
     sampled = self._sampled(state.params, answers, reference)
     key, said = _key(seed, step), []
@@ -102,8 +121,12 @@ class Learner:
         state, of_update = self.trainer.update(state, *part, key)
         said.append(of_update)
     said = jax.device_get(said)
-    mean = {name: float(np.mean([s[name] for s in said])) for name in said[0]}
-    return state, mean | {name: float(said[0][name]) for name in grpo.DIVERGENCE}
+    first = said[0]
+    if settings.minibatches > 1:  # the first update saw some of the answers alone
+      rollout = answers.rollout
+      first = jax.device_get(grpo.divergence(rollout.logprobs, sampled.old, rollout.mask))
+    of_step = {name: float(_over_updates(name)([s[name] for s in said])) for name in said[0]}
+    return state, of_step | {name: float(first[name]) for name in grpo.DIVERGENCE}
 
   def evaluate(self, params: Any) -> tuple[Scalars, list[dict[str, Any]]]:
     """On the held-out problems; some of them are told with their answers."""
@@ -192,6 +215,13 @@ class Learner:
       old,
       of_reference,
     )
+
+
+def _over_updates(name: str) -> Callable[[Sequence[float]], np.floating]:
+  """What tells of all updates of a step what each says by that name."""
+  if name.endswith("max"):
+    return np.max
+  return np.min if name.endswith("min") else np.mean
 
 
 def _key(seed: int, step: int) -> jax.Array:

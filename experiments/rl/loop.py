@@ -88,7 +88,7 @@ def train_run(
           "step_time_ms": 1e3 * (rollout_s + update_s),
           "rollout_ms": 1e3 * rollout_s,
           "update_ms": 1e3 * update_s,
-          "rollout_tokens_per_s": said["length"] * len(answers.rewards) / rollout_s,
+          "rollout_tokens_per_s": said["length"] * said["sampled"] / rollout_s,
         }
         session.write("timing", done, timing)
         session.scalars(done, {f"timing/{name}": value for name, value in timing.items()})

@@ -70,11 +70,12 @@ def part_rows(
   yield {"path": "sampled", "base": base, "answers": len(answers.rewards)} | said
   ways = replays if model.is_mixture else (False,)
 
-  @functools.cache
   def gradients(arm: str, replay: bool) -> Any:
     rollout = dataclasses.replace(config.rollout, replay_routing=replay)
     learner = setting.learner(dataclasses.replace(config, rollout=rollout), arm)
     return learner.gradients(params, answers, seed)
+
+  reference = functools.cache(functools.partial(gradients, "bf16"))  # of either way to route
 
   for parts, replay in itertools.product(subsets, ways):
     name = ".".join([base, *parts])
@@ -83,7 +84,7 @@ def part_rows(
     gap = distance(model, recipe, config.quantize, params, answers.rollout, replay)
     yield {"path": "rollout"} | shared | gap
     for path in ("forward", "backward")[: 1 if replay else 2]:
-      error = gradient_error(gradients(f"{name}@{path}", replay), gradients("bf16", replay))
+      error = gradient_error(gradients(f"{name}@{path}", replay), reference(replay))
       yield {"path": path} | shared | error
 
 
@@ -140,6 +141,8 @@ def _distance(graph, policy: Policy, reference: Policy, replay: bool, params, ro
 def policy_of_run(folder: Path, config: RLExperiment, setting: Setting, run: str | None) -> Any:
   """Raises ValueError where the workdir has no such policy yet."""
   if run is None:
+    if config.start.teaching.steps and not (folder / POLICY).is_dir():
+      raise ValueError(f"{folder} has no policy yet: its runs have not begun")
     return start_params(folder / POLICY, config, setting.source, setting.problems, _too_early)
   with contextlib.closing(Checkpoints(folder / "runs" / run / "checkpoints", keep=1)) as kept:
     learner, params = setting.learner(config, "bf16"), setting.source.params
@@ -150,7 +153,7 @@ def policy_of_run(folder: Path, config: RLExperiment, setting: Setting, run: str
 
 
 def _too_early(step: int, loss: float) -> None:
-  raise ValueError("the workdir has no policy yet: its runs have not begun")
+  raise ValueError("the workdir's policy has not been taught to the end")
 
 
 def main(_) -> None:

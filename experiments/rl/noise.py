@@ -21,14 +21,6 @@ def noise_at(settings: NoiseSettings, step: int, steps: int) -> float:
   return settings.start * (settings.end / settings.start) ** share
 
 
-def check(settings: NoiseSettings) -> None:
-  if settings.stages < 2:
-    raise ValueError(f"noise.stages={settings.stages} is not at least 2: the first has no noise")
-  for name in ("start", "end"):
-    if getattr(settings, name) <= 0:
-      raise ValueError(f"noise.{name}={getattr(settings, name)} is not above 0")
-
-
 def with_noise(params: PyTree, key: jax.Array, sigma: jax.Array | float) -> PyTree:
   """`params` with noise of that standard deviation on the weights of every norm."""
   paths, tree = jax.tree_util.tree_flatten_with_path(params)

@@ -9,9 +9,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32
 
-from experiments.rl.config import RolloutSettings
+from experiments.rl.config import RLExperiment, RolloutSettings
 from experiments.rl.noise import with_noise
 from experiments.rl.programs import compiled
+from experiments.tasks import Problems
 from experiments.text import Text
 from fp4jax.models import LanguageModel, Policy, can_pack, generate, pack_model
 from fp4jax.models.kv_cache import align_left
@@ -103,18 +104,32 @@ def padded_prompts(
   """Prompts padded on the left to `width` tokens, and their lengths.
 
   Raises:
-    ValueError: a prompt that is longer.
+    ValueError: a prompt that is longer, or one of no tokens.
   """
   prompts = [text.prompt(question) for question in questions]
-  for question, prompt in zip(questions, prompts, strict=True):
-    if len(prompt) > width:
-      raise ValueError(
-        f"rollout.max_prompt_tokens={width}: the prompt of {question[:60]!r} has {len(prompt)}"
-      )
+  question, longest = max(zip(questions, prompts, strict=True), key=lambda pair: len(pair[1]))
+  if len(longest) > width:
+    raise ValueError(
+      f"rollout.max_prompt_tokens={width}: the prompt of {question[:60]!r} has {len(longest)}"
+    )
+  if not all(prompts):
+    raise ValueError("a question has a prompt of no tokens")
   rows = np.full((len(prompts), width), text.pad_token, np.int32)
   for row, prompt in zip(rows, prompts, strict=True):
     row[width - len(prompt) :] = prompt
   return rows, np.array([len(prompt) for prompt in prompts], np.int32)
+
+
+_LOOKED_AT = 2000  # training problems, before a run
+
+
+def check_prompts(problems: Problems, text: Text, config: RLExperiment) -> None:
+  """Raises ValueError for a prompt too long for `config`: of all that are held out, and of the
+  first that are trained on."""
+  steps = min(config.steps, -(-_LOOKED_AT // config.rollout.prompts))
+  found = [p for step in range(steps) for p in problems.train(0, step, config.rollout.prompts)]
+  questions = [problem.question for problem in (*problems.held_out, *found)]
+  padded_prompts(questions, text, config.rollout.max_prompt_tokens)
 
 
 def answers_of(rollout: Rollout, text: Text) -> list[str]:

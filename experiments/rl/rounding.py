@@ -83,6 +83,8 @@ def nudged(params: Any, key: jax.Array) -> Any:
 
 def main(_) -> None:
   config = _CONFIG.value
+  for arm in _ARMS.value:
+    config.arm(arm)  # before the first is measured
   setting = Setting.of(config)
   params = policy_of_run(Path(_WORKDIR.value), config, setting, None)
   source, log = describe_source(COMMIT.value), logs.Rewritten(_OUT.value)

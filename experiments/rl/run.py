@@ -19,6 +19,7 @@ from experiments.rl.config import RLExperiment
 from experiments.rl.learner import Learner
 from experiments.rl.loop import train_run
 from experiments.rl.report import write_report
+from experiments.rl.rollouts import check_prompts
 from experiments.rl.start import Source, source_of, start_params
 from experiments.rl.summary import write_summary
 from experiments.session import Interrupted
@@ -45,6 +46,7 @@ class Setting:
     source = source_of(config)
     validate(config, source.model)
     problems = Problems(load_task(config.task), config.task.held_out)
+    check_prompts(problems, source.text, config)
     make = lambda: LanguageModel(source.model, source.text.vocab_size, nnx.Rngs(0))  # noqa: E731
     return cls(source, problems, nnx.eval_shape(make))
 
@@ -80,6 +82,10 @@ def run(
   def start() -> Any:
     with _alone(folder.path / f".{POLICY}.lock", stop):
       return _start(folder.path / POLICY, config, setting, stop)
+
+  shapes = jax.eval_shape(setting.source.params)
+  for arm in folder.new_arms:  # before anything is written, or taught
+    learners(arm).check(shapes)
 
   def train(this: Run, progress: logs.Progress) -> None:
     train_run(this, config, learners(this.recipe), start(), progress, lambda: stop.number)

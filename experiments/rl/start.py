@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,10 @@ def source_of(config: RLExperiment) -> Source:
     if not folder.is_dir():
       raise ValueError(f"start.pretrained={start.pretrained!r} is not {SMOLLM2!r}, nor a folder")
     found, model = load_hugging_face(folder, config.model.dtype)
-    tokenizer, weights = FolderTokenizer(folder), sorted(folder.glob("*.safetensors"))
+    tokenizer = FolderTokenizer(folder)
+    weights = sorted(
+      path for kind in ("*.safetensors", "*.json", "*.jinja") for path in folder.glob(kind)
+    )
   of_run = {name: getattr(config.model, name) for name in ("remat", "vocab_chunk", "unroll")}
   vocab_size = model.embedding.num_embeddings
   text = Chat(tokenizer, vocab_size, start.system) if start.chat else FewShot(tokenizer, vocab_size)
@@ -109,10 +113,16 @@ def _taught(config, source, problems, tell) -> Any:
   state = dataclasses.replace(trainer.init(jnp.int32(0)), params=source.params())
   seed = jnp.int32(config.start.seed)
   for step in range(teaching.steps):
-    found = problems.train(config.start.seed, step, teaching.batch_size)
+    found = problems.taught(config.start.seed, step, teaching.batch_size)
     rows = taught_rows(found, source.text, config.rollout)
     state, scalars = trainer.step(state, rows, seed)
-    tell(step + 1, float(scalars["loss"]))
+    loss, norm = float(scalars["loss"]), float(scalars["grad_norm"])
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+      raise ValueError(
+        f"teaching diverged at step {step}, loss {loss}, gradient {norm}; lower"
+        f" start.teaching.learning_rate={teaching.learning_rate}"
+      )
+    tell(step + 1, loss)
   return state.params
 
 

@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 from experiments import logs
+from experiments.environment import told_source
 from experiments.qat.table import qat_table
 from experiments.rl.microscope import PARTS, SUBSETS
 from experiments.rl.summary import read_records, standard_error, summarize_records
@@ -44,19 +45,22 @@ def arms_table(rows: list[Row]) -> str:
       bounds = gap["interval"]
       interval = "" if bounds is None else f"{bounds[0]:+.3f} to {bounds[1]:+.3f}"
     flips = (row["router_flips"] or {}).get("tokens")
-    before, after = row["start_reward"]["mean"], row["held_out_reward"]["mean"]
+    measures = "start_reward held_out_reward train_reward entropy ppo_kl token_mult_prob_error"
+    means = {name: row[name]["mean"] for name in measures.split()}
+    after = means["held_out_reward"]  # None, as others, of an arm that diverged in every seed
+    error = None if after is None else standard_error(after, problems)
     cells = (
       f"`{row['arm']}`",
       f"{row['seeds']}",
-      f"{before:.3f}",
-      f"{after:.3f} ± {standard_error(after, problems):.3f}",
-      f"{row['train_reward']['mean']:.3f}",
+      _number(means["start_reward"], ".3f"),
+      "" if error is None else f"{after:.3f} ± {error:.3f}",
+      _number(means["train_reward"], ".3f"),
       less,
       interval,
       gap["verdict"] or "",
-      f"{row['entropy']['mean']:.3f}",
-      f"{row['ppo_kl']['mean']:.1e}",
-      f"{row['token_mult_prob_error']['mean']:.3f}",
+      _number(means["entropy"], ".3f"),
+      _number(means["ppo_kl"], ".1e"),
+      _number(means["token_mult_prob_error"], ".3f"),
       "" if flips is None else f"{100 * flips:.0f}",
     )
     lines.append(f"| {' | '.join(cells)} |")
@@ -64,7 +68,7 @@ def arms_table(rows: list[Row]) -> str:
   lines.append(
     f"\n{environment['steps']} steps of {environment['prompts']} questions with"
     f" {environment['group']} answers each{replayed}; {problems} held-out problems, ± one standard"
-    f" error of a mean over them. {source(environment)}"
+    f" error of a mean over them. {told_source(environment)}"
   )
   return "\n".join(lines)
 
@@ -97,7 +101,7 @@ def parts_table(rows: list[Row]) -> str:
     )
     lines.append(f"| {name} | {' | '.join(cells)} |")
   sampled = rows[0]
-  lines.append(f"\nOver {sampled['answers']} answers sampled in BF16. {source(sampled)}")
+  lines.append(f"\nOver {sampled['answers']} answers sampled in BF16. {told_source(sampled)}")
   return "\n".join(lines)
 
 
@@ -119,7 +123,7 @@ def rounding_table(rows: list[Row]) -> str:
       f" {row['sampler_trainer/logp_diff_mean']:.1e} | {row['token_mult_prob_error']:.3f} |"
       f" {_percent(row.get('router_flips/tokens'))} |"
     )
-  return "\n".join(lines) + f"\n\n{source(rows[0])}"
+  return "\n".join(lines) + f"\n\n{told_source(rows[0])}"
 
 
 def rollout_table(rows: list[Row]) -> str:
@@ -137,13 +141,12 @@ def rollout_table(rows: list[Row]) -> str:
   first = rows[0]
   return "\n".join(lines) + (
     f"\n\n{first['new']} tokens after prompts of {first['prompt']}, {first['rounds']} rounds."
-    f" {source(first)}"
+    f" {told_source(first)}"
   )
 
 
-def source(row: Row) -> str:
-  dirty = ", with uncommitted changes" if row["git_dirty"] else ""
-  return f"Device: {row['device']}. Commit {row['git_commit'][:9]}{dirty}."
+def _number(x: float | None, form: str) -> str:
+  return "" if x is None else format(x, form)
 
 
 _TABLES = {

@@ -24,7 +24,7 @@ class Scored(NamedTuple):
   """What a pass of the trainer says of a rollout's tokens."""
 
   logprobs: Float32[Array, "b t"]
-  routing: Int32[Array, "layer b t k"] | None  # the router's own choice
+  routing: Int32[Array, "layer b t k"] | None  # the router's own choice, or what it was given
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,7 +167,7 @@ class QuantizedRollout(base_rollout.BaseRollout):
     found = _sample(
       self._graph,
       self._policy,
-      (c.max_tokens_to_generate, c.temperature, 1.0 if c.top_p is None else c.top_p, stops),
+      (c.max_tokens_to_generate, c.temperature, stops),
       self._weights,
       padded,
       np.array([len(row) for row in rows], np.int32),
@@ -227,8 +227,10 @@ def _check(config: base_rollout.RolloutConfig) -> None:
       f"{c.temperature=} is neither 1 nor 0, the likeliest tokens: log-probabilities are those of"
       " the policy itself"
     )
+  if c.top_p not in (None, 1.0) and c.temperature:
+    raise ValueError(f"{c.top_p=} would sample from less than the policy, whose are the logprobs")
   if c.top_k not in (None, -1):
-    raise ValueError(f"{c.top_k=} is not supported; top_p is")
+    raise ValueError(f"{c.top_k=} would sample from less than the policy, whose are the logprobs")
   if c.seed is not None:
     raise ValueError("a seed in RolloutConfig would give every rollout the same numbers")
   if c.data_type is not None:
@@ -245,7 +247,7 @@ def _quantized(graph, policy, is_packed, clean, key, sigmas, updates):
 
 @functools.partial(compiled, static_argnums=(0, 1, 2))
 def _sample(graph, policy, settings, weights, prompts, lengths, key, call):
-  max_new_tokens, temperature, top_p, stops = settings
+  max_new_tokens, temperature, stops = settings
   answer_key, numerics_key = jax.random.split(jax.random.fold_in(key, call))
   return generate(
     nnx.merge(graph, weights),
@@ -255,7 +257,6 @@ def _sample(graph, policy, settings, weights, prompts, lengths, key, call):
     key=answer_key,
     max_new_tokens=max_new_tokens,
     temperature=temperature,
-    top_p=top_p,
     stop_tokens=stops,
     pad_token=stops[0],
     numerics_key=numerics_key,

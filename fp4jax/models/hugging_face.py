@@ -93,7 +93,7 @@ def load_hugging_face(
     FileNotFoundError: no config.json, or no weights.
   """
   folder = Path(path)
-  raw = json.loads((folder / "config.json").read_text())
+  raw = _object(folder / "config.json")
   name = (raw.get("architectures") or [None])[0]
   if name not in ARCHITECTURES:
     raise ValueError(f"{folder}: architecture {name!r} is not one of {', '.join(ARCHITECTURES)}")
@@ -162,6 +162,17 @@ def _rope_theta(where: str, raw: dict[str, Any]) -> float:
   return float(theta)
 
 
+def _object(path: Path) -> dict[str, Any]:
+  """What a JSON file holds."""
+  try:
+    value = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} is damaged: {value!r:.60} is not an object")
+  return value
+
+
 class _Safetensors:
   """The arrays of model.safetensors, or of the files that model.safetensors.index.json lists."""
 
@@ -172,7 +183,10 @@ class _Safetensors:
     if not whole.exists():
       if not index.exists():
         raise FileNotFoundError(f"{folder} has no {whole.name} and no {index.name}")
-      names = set(json.loads(index.read_text())["weight_map"].values())
+      found = _object(index).get("weight_map")
+      if not isinstance(found, dict):
+        raise ValueError(f"{index} has no weight_map")
+      names = set(found.values())
     self._stack = contextlib.ExitStack()
     self._files, self.shapes = {}, {}
     for name in sorted(names):
