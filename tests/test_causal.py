@@ -92,6 +92,7 @@ def test_no_module_leaks(module, recipe):
     assert_no_leak(f, x, x.at[:, -1].set(value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [recipes.MXFP4, recipes.HOPPER_FP4], ids=lambda r: r.name)
 def test_no_language_model_leaks(recipe):
   model = LanguageModel(CONFIG, 50, nnx.Rngs(0))

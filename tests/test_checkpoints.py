@@ -374,6 +374,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment(tmp_path):
   rng = np.random.default_rng(0)
   wanted = {
@@ -434,6 +435,7 @@ print(json.dumps(sorted(os.listdir(folder))))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "kind, reason",
   [

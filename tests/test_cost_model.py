@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ from experiments.speed_of_light import gemm_flops
 from experiments.train import make_trainer, parameter_counts, policy_of, saved_activation_bytes
 from fp4jax import recipes
 from fp4jax.models import ModelConfig
+from fp4jax.models.remat import Remat
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -238,9 +240,12 @@ def test_an_all_reduce_of_the_gradients():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "remat", ["none", "attention+norm", "attention+norm+experts", "everything"]
+  "name, remat",
+  [
+    *itertools.product(["bf16", "fp8", "fp8_dispatch"], ["none", "everything"]),
+    *itertools.product(["hopper_fp4"], get_args(Remat)),
+  ],
 )
-@pytest.mark.parametrize("name", ["bf16", "fp8", "fp8_dispatch", "hopper_fp4"])
 def test_what_is_kept_is_what_the_program_keeps(name, remat):
   """Of the tokens that a longer batch has more, in a layer that a deeper model has more. The norms
   keep a few float32 a token that the model does not count."""

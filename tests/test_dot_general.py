@@ -247,6 +247,7 @@ def test_a_change_to_one_operand_changes_its_gemm_alone(role):
     assert any((np.asarray(p) != q).any() for p, q in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @strict
 @pytest.mark.parametrize("gemm", ["fprop", "dgrad", "wgrad"])
 def test_a_transform_of_one_gemm(gemm):
@@ -274,6 +275,7 @@ def test_a_transform_of_one_gemm(gemm):
 # The residual.
 
 
+@pytest.mark.slow
 @strict
 def test_residual_is_quantized_twice():
   x, w, dy = random(64, 96), random(96, 128, seed=1), random(64, 128, seed=2)
@@ -546,6 +548,7 @@ def tapped(recipe, x, w, dy, tap):
   return jax.value_and_grad(loss, (0, 1) if tap is None else (0, 1, 2))(x, w, tap)
 
 
+@pytest.mark.slow
 @strict
 @pytest.mark.parametrize(
   "recipe", [recipes.MXFP4_RHT_SR, recipes.HOPPER_FP4, recipes.BF16], ids=lambda r: r.name
@@ -584,6 +587,7 @@ def test_tap_summarizes_the_very_tensors(recipe):
   np.testing.assert_array_equal(dw, plain_dw)
 
 
+@pytest.mark.slow
 @strict
 def test_tap_of_padded_tensors():
   x, w, dy = (jnp.asarray(random(*s, seed=i)) for i, s in enumerate([(7, 50), (50, 33), (7, 33)]))

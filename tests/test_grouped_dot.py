@@ -72,6 +72,7 @@ def reference(recipe, x, w, dy, sizes, key=KEY):
   return [(exact, bound) for exact, bound in out]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ALL, ids=lambda r: r.name)
 def test_every_gemm_of_every_expert(recipe):
   for sizes in SIZES.values():
@@ -143,6 +144,7 @@ def loud(x, sizes, expert):
   return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "recipe",
   [recipes.MXFP4, recipes.MXFP4_RHT_SR, recipes.FP8, recipes.HOPPER_FP4],

@@ -110,6 +110,7 @@ def wgrad_operands(t, k, n, sizes):
   return *side(keys[0], k), *side(keys[2], n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("implementation", "variant", "case", "dtype"),
   runs(MATMULS, (sum(EXPERTS_256) + 9, EXPERTS_256)),
@@ -134,6 +135,7 @@ def test_matmul_equals_reference(implementation, variant, case, dtype):
     assert np.all(np.isnan(out[used:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("implementation", "variant", "case", "dtype"), runs(WGRADS, (256, EXPERTS_256))
 )
@@ -181,6 +183,7 @@ def test_the_check_of_the_benchmark(gemm, dtype):
   assert sampled_error(gemm, out.at[..., 64:128, 130].set(jnp.nan), arguments) == np.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["matmul", "wgrad"])
 @pytest.mark.parametrize("forgotten", ["wgmma_wait", "commit_smem"])
 def test_emulation_finds_planted_races(kernel, forgotten):

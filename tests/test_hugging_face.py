@@ -170,6 +170,7 @@ def test_a_setting_that_is_missing_is_named(tmp_path, key):
     load_hugging_face(write(tmp_path, config, new_arrays(QWEN3_MOE)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen3 moe"])
 def test_each_array_that_is_missing_or_of_another_shape_is_named(tmp_path, name):
   config, arrays = CONFIGS[name], new_arrays(CONFIGS[name])

@@ -124,6 +124,7 @@ def assert_near(actual, expected):
     assert np.linalg.norm(a - e) <= 0.002 * np.linalg.norm(e), name
 
 
+@pytest.mark.slow
 @either
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("recipe", [recipes.BF16, recipes.FP8, HOPPER], ids=lambda r: r.name)
@@ -160,6 +161,7 @@ def test_no_kernel_sees_sizes_beyond_the_rows(hopper, monkeypatch):
   assert len(seen) == 3 and not np.any(seen)
 
 
+@pytest.mark.slow
 @either
 @pytest.mark.parametrize("m", [8, 100, 256])
 @pytest.mark.parametrize("recipe", [recipes.FP8, HOPPER], ids=lambda r: r.name)

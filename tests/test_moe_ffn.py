@@ -178,8 +178,14 @@ def composed(recipe, x, w13, w2, experts, weights, dout, taps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("recipe", ALL, ids=lambda r: r.name)
+@pytest.mark.parametrize(
+  "recipe, dtype",
+  [
+    *((recipe, jnp.float32) for recipe in ALL),
+    *((recipe, jnp.bfloat16) for recipe in (recipes.BF16, recipes.FP8, recipes.HOPPER_FP4)),
+  ],
+  ids=lambda x: getattr(x, "name", None) or x.__name__,
+)
 @jax.disable_jit()  # XLA fuses and rounds otherwise where it sees more of the layer
 def test_numbers_are_those_of_the_composed_layers(recipe, dtype):
   arguments = inputs(dtype=dtype)

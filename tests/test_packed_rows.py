@@ -124,6 +124,7 @@ def test_what_the_kernel_can_not_do_raises_or_is_left_to_xla(hopper, monkeypatch
   assert not hopper
 
 
+@pytest.mark.slow
 @either
 @pytest.mark.parametrize("recipe", [W4A16, recipes.FP8], ids=lambda r: r.name)
 def test_a_rollout_takes_the_kernel_where_it_serves(recipe, device):

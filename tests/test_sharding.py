@@ -38,9 +38,16 @@ ROWS += [("grouped_dot", name) for name in ("bf16", "mxfp4_rht_sr", "hopper_fp4"
 ROWS += [("moe_ffn", name) for name in ("mxfp4_rht_sr", "hopper_fp4")]
 
 
+# A recipe that rounds to nearest differs little from mode to mode.
+CASES = [
+  (function, name, mode)
+  for function, name in ROWS
+  for mode in (table.MODES if name in ("mxfp4_rht_sr", "hopper_fp4") else table.MODES[:1])
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", table.MODES)
-@pytest.mark.parametrize("function, name", ROWS)
+@pytest.mark.parametrize("function, name, mode", CASES)
 def test_numbers_are_those_of_one_device(function, name, mode):
   recipe = recipes.RECIPES[name]
   y, dx, *others = table.differences(function, recipe, mode)
@@ -90,6 +97,7 @@ def test_sharded_axes_stay_sharded(kind, of_x, of_w, of_dy):
   assert got[1].sharding.spec[: len(of_x)] == of_x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_x, of_w", [(("data",), (None, "model")), ((None, "data"), ())])
 def test_explicit_axes_take_the_sharding_that_lax_gives(of_x, of_w):
   x, w, mesh = normal(64, 128), normal(128, 64, seed=1), table.make_mesh(AxisType.Explicit)
@@ -166,6 +174,7 @@ def test_gradients_within_shard_map_are_summed_once():
     assert np.array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_what_is_divided_draws_apart_and_what_is_whole_alike():
   """The two shards hold the same values; products with the identity show what was drawn."""
   twice, eye = jnp.tile(normal(64, 64), (2, 1)), jnp.eye(64)
@@ -219,6 +228,7 @@ def loss_of_tap(x, w, tap):
   return fp4jax.dot_general(recipes.MXFP4, tap=tap)(x, w, MATMUL).sum()
 
 
+@pytest.mark.slow
 def test_tap_is_not_added_under_vmap():
   x, w, tap = normal(2, 64, 64), normal(64, 64, seed=1), operands.new_tap()
   alone = [jax.jit(jax.grad(loss_of_tap, 2))(one, w, tap) for one in x]
@@ -234,6 +244,7 @@ def test_tap_is_not_added_under_vmap():
       mapped(axes)(*arguments, tap)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_tap_is_not_added_over_shards(kind):
   x, w, tap = normal(128, 64), normal(64, 64, seed=1), operands.new_tap()
