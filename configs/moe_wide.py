@@ -7,7 +7,7 @@ Command: .venv/bin/python -m experiments.run --config=configs/moe_wide.py --work
 Cost: 9 runs of 900 steps of 32,768 tokens, 29 million per run: a sixth of the source text of the
 packages in .venv, which constraints.txt pins. At 0.09 to 0.11 s per step it takes a quarter of an
 hour on one H200, and 24 GB. There are no checkpoints (11 GB each), so a stopped run begins again.
-Expected: the README's table.
+Expected: the tables of docs/results.md.
 
 891 million parameters, 286 million of them active: each expert is 4096 x 8192 and 4096 x 4096, 8 a
 layer, 2 per token. Attention stays in bf16, so that the recipes differ in the experts alone.

@@ -1,4 +1,4 @@
-"""Numbers as people read them, for the report and the README."""
+"""Numbers as people read them, for the reports and the pages."""
 
 MISSING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"

@@ -3,7 +3,7 @@
     python -m experiments.step_profile --config=configs/moe_wide.py --out=profile.jsonl
 
 JAX's profiler times every kernel of a few steps of each recipe; the compiled program tells to which
-part of the model a kernel belongs. `make tables` puts the rows into the README.
+part of the model a kernel belongs. `make tables` puts the rows into docs/results.md.
 """
 
 import os

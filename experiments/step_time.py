@@ -4,7 +4,7 @@
 
 Recipes take turns, a step each, so that a busy machine slows them alike; one state goes from hand
 to hand. `--devices=2` measures on the first two. `--split=mxfp4` also times `mxfp4:fprop`, MXFP4 in
-that GEMM and BF16 in the other two, and its like. `make tables` puts the rows into the README.
+that GEMM and BF16 in the other two, and its like. `make tables` puts the rows into docs/results.md.
 """
 
 import dataclasses

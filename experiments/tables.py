@@ -254,13 +254,18 @@ def fill(text: str, name: str, content: str) -> str:
   pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
   filled, count = re.subn(pattern, lambda m: m[1] + content + "\n" + m[2], text, flags=re.DOTALL)
   if count != 1:
-    raise ValueError(f"the page has {count} places marked {name!r}, not one")
+    raise ValueError(f"the page has {count} places `<!-- {name} -->`, not one")
   return filled
 
 
 def pages(results: Path) -> dict[str, dict[str, str]]:
-  """Each page's tables by the name of their place."""
+  """Each page's tables by the name of their place; rows that are not measured yet have none."""
   rows = lambda name: logs.read_rows(results / f"{name}.jsonl")  # noqa: E731
+  over_gpus = {
+    name: table(rows(name))
+    for name, table in (("scaling", scaling_table), ("recompute", recompute_table))
+    if (results / f"{name}.jsonl").exists()
+  }
   bench, moe_ffn, few_rows = map(rows, ("kernel_bench", "moe_ffn", "few_rows"))
   return {
     "README.md": {"demo": losses_table(rows("demo"))},
@@ -278,7 +283,8 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
       ),
       "dispatch": dispatch_table(rows("dispatch")),
       "layer_bytes": layer_bytes_table(rows("dispatch")),
-    },
+    }
+    | over_gpus,
     "docs/scaling.md": cost_tables.scaling_tables(results),
     "docs/reinforcement_learning.md": rl_tables.page_tables(results),
     "pallas_kernels/README.md": {

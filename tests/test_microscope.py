@@ -8,7 +8,13 @@ from flax import nnx
 from rl_cases import small_rl
 
 from experiments.rl.arms import arm_of
-from experiments.rl.microscope import SUBSETS, distance, gradient_error, part_rows
+from experiments.rl.microscope import (
+  SUBSETS,
+  distance,
+  gradient_error,
+  part_rows,
+  policy_of_run,
+)
 from experiments.rl.programs import compiled
 from experiments.rl.run import Setting
 from experiments.train import quantized_policy
@@ -91,3 +97,10 @@ def test_the_error_of_a_gradient():
     {"gradient_error": 4 / 5, "cosine": 3 / 5, "gradient_ratio": 3 / 5}
   )
   assert gradient_error(g, g)["gradient_error"] == 0
+
+
+def test_a_workdir_without_a_policy_is_refused_before_any_is_taught(tmp_path):
+  config = small_rl(**{"start.teaching.steps": 3, "start.teaching.warmup_steps": 1})
+  with pytest.raises(ValueError, match="typo has no policy yet: its runs have not begun"):
+    policy_of_run(tmp_path / "typo", config, Setting.of(config), None)
+  assert not (tmp_path / "typo").exists()

@@ -60,6 +60,20 @@ def test_collected_are_a_row_for_each_arm_and_where_they_ran(tmp_path):
   assert ", routing replayed; " in replayed
 
 
+def test_an_arm_that_diverged_has_no_numbers_and_rows_may_have_no_commit(tmp_path):
+  folder = make_rl_workdir(tmp_path / "run", at_end=dict.fromkeys(ARMS, (0.9, 0.9, 0.9)))
+  nowhere = {"device": "cpu", "git_commit": None, "git_dirty": None}
+  logs.write_json(folder / "environment.json", nowhere | {"parameters": 7, "versions": {}})
+  tables.collect(folder, tmp_path / "rows.jsonl")
+  environment, arm, *_ = logs.read_rows(tmp_path / "rows.jsonl")
+  measures = [name for name, value in arm.items() if isinstance(value, dict) and "mean" in value]
+  assert {"held_out_reward", "entropy", "ppo_kl"} <= {*measures}
+  diverged = arm | {name: arm[name] | {"mean": None} for name in measures} | {"router_flips": None}
+  table = tables.arms_table([environment, diverged]).splitlines()
+  assert {cell.strip() for cell in table[2].split("|")[3:7]} == {""}
+  assert table[-1].endswith("Device: cpu. Commit unknown.")
+
+
 def test_a_rollout_is_a_row_for_each_batch_and_way_to_hold_weights():
   row = {
     "batch": 8,
