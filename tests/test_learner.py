@@ -8,6 +8,7 @@ import pytest
 from rl_cases import SMALL, GRPOSettings, learner_of, small_rl
 
 from experiments.rl import grpo
+from experiments.rl.run import Setting
 from experiments.rl.train import flip_shares
 
 
@@ -120,6 +121,18 @@ def test_groups_that_teach_nothing_are_replaced():
     assert answers.problems[i] is answers.problems[i + 1]
   texts = [bytes(t for t in row if t).decode(errors="replace") for row in answers.rollout.answers]
   assert texts == answers.texts
+
+
+def test_arms_share_the_programs_of_the_sides_that_they_have_in_common():
+  config = small_rl()
+  setting = Setting.of(config)
+  of = {name: vars(setting.learner(config, name)) for name in ("bf16", "mxfp4", "mxfp4@rollout")}
+  both = of["mxfp4@rollout"]
+  assert both["trainer"] is of["bf16"]["trainer"] is both["_reference"]
+  assert both["_sample"] is of["mxfp4"]["_sample"] is not of["bf16"]["_sample"]
+  assert both["_rollout_side"] is of["mxfp4"]["trainer"] is not of["bf16"]["trainer"]
+  other = setting.learner(small_rl(steps=5), "bf16")  # a schedule of its own
+  assert other.trainer is not of["bf16"]["trainer"]
 
 
 def test_a_step_is_a_function_of_seed_and_step():

@@ -38,27 +38,41 @@ class Answers(NamedTuple):
   rewards: np.ndarray  # float32, before any penalty
 
 
+class Programs:
+  """The compiled functions of an experiment; arms that have a side in common share its programs."""
+
+  def __init__(self, config: RLExperiment, model: LanguageModel, text: Text):
+    graph, _ = nnx.split(model)
+    self.sampler = functools.cache(
+      lambda policy, temperature: make_sampler(graph, policy, config.rollout, text, temperature)
+    )
+    self.trainer = functools.cache(functools.partial(make_policy_trainer, config, model))
+
+
 class Learner:
-  """The compiled functions of one arm, and what of a step is done on the host.
+  """One arm: what of a step is done on the host, around the compiled functions.
 
   Everything depends on (params, seed, step) alone.
   """
 
   def __init__(
-    self, config: RLExperiment, arm: Arm, model: LanguageModel, text: Text, problems: Problems
+    self,
+    config: RLExperiment,
+    arm: Arm,
+    model: LanguageModel,
+    text: Text,
+    problems: Problems,
+    programs: Programs | None = None,
   ):
     self._config, self._arm, self._text, self._problems = config, arm, text, problems
-    graph, _ = nnx.split(model)
+    programs = programs or Programs(config, model, text)
     policies = [
       quantized_policy(recipe, config.quantize, config.implementation)
       for recipe in (arm.rollout, arm.trainer, recipes.BF16)
     ]
-    self._sample = make_sampler(graph, policies[0], config.rollout, text)
-    temperature = config.rollout.eval_temperature
-    self._sample_held_out = make_sampler(graph, policies[0], config.rollout, text, temperature)
-    # One for each policy, so that none is compiled twice.
-    trainer_of = functools.cache(functools.partial(make_policy_trainer, config, model))
-    self._rollout_side, self.trainer, self._reference = map(trainer_of, policies)
+    self._sample = programs.sampler(policies[0], 1.0)
+    self._sample_held_out = programs.sampler(policies[0], config.rollout.eval_temperature)
+    self._rollout_side, self.trainer, self._reference = map(programs.trainer, policies)
     self._replays = config.rollout.replay_routing and model.is_mixture
     self._is_mixture, self._num_layers = model.is_mixture, model.num_layers
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from experiments.environment import describe_environment
 from experiments.processes import Group
 from experiments.rl.checks import validate
 from experiments.rl.config import RLExperiment
-from experiments.rl.learner import Learner
+from experiments.rl.learner import Learner, Programs
 from experiments.rl.loop import train_run
 from experiments.rl.report import write_report
 from experiments.rl.rollouts import check_prompts
@@ -39,6 +40,7 @@ class Setting:
   source: Source
   problems: Problems
   model: LanguageModel  # shapes alone
+  programs: dict[str, Programs] = dataclasses.field(default_factory=dict)  # by config, as JSON
 
   @classmethod
   def of(cls, config: RLExperiment) -> "Setting":
@@ -51,7 +53,11 @@ class Setting:
     return cls(source, problems, nnx.eval_shape(make))
 
   def learner(self, config: RLExperiment, arm: str) -> Learner:
-    return Learner(config, config.arm(arm), self.model, self.source.text, self.problems)
+    key = json.dumps(config.to_dict(), sort_keys=True)
+    if key not in self.programs:
+      self.programs[key] = Programs(config, self.model, self.source.text)
+    text, programs = self.source.text, self.programs[key]
+    return Learner(config, config.arm(arm), self.model, text, self.problems, programs)
 
 
 def run(
