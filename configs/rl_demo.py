@@ -5,7 +5,7 @@ reinforcement in every arm; at this size three seeds tell none from BF16. The sa
 sides leave no gap between rollout and trainer; MXFP4 in the rollout alone does, and sends half of
 the tokens to other experts.
 Command: make rl-demo
-Cost: 12 runs of 40 steps with 256 answers each, after 600 steps of teaching; 6 to 8 minutes on 2
+Cost: 12 runs of 30 steps with 256 answers each, after 600 steps of teaching; 6 to 8 minutes on 2
 CPU cores, half of it compiling.
 Expected: held-out reward of BF16 rises from 0.29 to 0.91; docs/reinforcement_learning.md has the
 table of one run.
@@ -31,10 +31,10 @@ def get_config() -> RLExperiment:
   config = RLExperiment(
     arms=Names(("bf16", "mxfp4", "mxfp4@rollout", "mxfp4+of")),
     seeds=3,
-    steps=40,
+    steps=30,
     eval_every=10,
-    probe_every=20,
-    checkpoint_every=20,
+    probe_every=15,
+    checkpoint_every=15,
     task=TaskSettings("configs.rl_demo:largest", held_out=128),
     model=ModelConfig(
       num_layers=4,
