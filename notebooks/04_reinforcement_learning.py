@@ -153,8 +153,8 @@ figure.update_yaxes(title="log p of the bf16 trainer (nats)")
 # ## 2. Equal numerics leave no gap
 #
 # The same arm on both sides says the same of every token, up to float32's last bits, since rollout
-# and trainer are compiled to round where the code rounds. (A processor may add up one row in another
-# order than many; then a bf16 rounding turns in a few tokens.) `ppo_kl` is the mean of
+# and trainer are compiled to round where the code rounds. (A processor may add up one row in
+# another order than many; then a bf16 rounding turns in a few tokens.) `ppo_kl` is the mean of
 # `log(p_rollout / p_trainer)`; `token_mult_prob_error`, the mean factor between the two
 # probabilities, is healthy below 1.03 to 1.05. NVFP4 has a gap of its own: the scale of a whole
 # tensor depends on which tokens share a pass. A router that sees other numbers sends tokens to

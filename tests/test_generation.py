@@ -283,6 +283,7 @@ def test_bad_input_is_refused_with_names_and_numbers():
   refused("max_new_tokens=0 is not at least 1", max_new_tokens=0)
   refused("temperature=-1.0 is not 0 or", temperature=-1.0)
   refused("temperature=nan is not 0 or", temperature=float("nan"))
+  refused("temperature=1e-39 is not 0 or at least 1e-06", temperature=1e-39)
   refused("top_p=0.0 is not above 0", top_p=0.0)
   refused("top_p=1.5 is not above 0", top_p=1.5)
   refused("stop_tokens has 50, .* vocabulary's 50", stop_tokens=(3, 50))

@@ -80,9 +80,14 @@ class Learner:
     """Raises what a step would, without computing one; of `params` shapes suffice."""
     own, settings = self._config.rollout, self._config.grpo
     count, key = own.prompts * own.group, _key(0, 0)
-    prompts = jax.ShapeDtypeStruct((count, own.max_prompt_tokens), jnp.int32)
-    lengths = jax.ShapeDtypeStruct((count,), jnp.int32)
-    rollout = self._sample.eval_shape(params, prompts, lengths, key, 0.0)
+
+    def prompts(rows):
+      shapes = (rows, own.max_prompt_tokens), (rows,)
+      return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+
+    held_out = prompts(len(self._problems.held_out))
+    self._sample_held_out.eval_shape(params, *held_out, key, 0.0)
+    rollout = self._sample.eval_shape(params, *prompts(count), key, 0.0)
     state = self.trainer.init.eval_shape(params)
     likelihood = rollout.logprobs
     sampled = grpo.Sampled(

@@ -32,6 +32,9 @@ class Generated(NamedTuple):
   routing: Int32[Array, "layer b s k"] | None
 
 
+_COLDEST = 1e-6  # logits of float32 that are divided by it stay finite
+
+
 class _Settings(NamedTuple):
   max_new_tokens: int
   temperature: float
@@ -69,7 +72,7 @@ def generate(
       kernels multiply tiles of 128 rows; but where weights are packed in MXFP4, up to 128 prompts
       are multiplied by the kernel of few rows, which reads the codes as they lie in memory.
     key: row i draws its j-th token by `fold_in(fold_in(key, i), j)`.
-    temperature: divides the logits; 0 takes the likeliest token.
+    temperature: divides the logits, 1e-6 or more; 0 takes the likeliest token.
     top_p: of the probabilities at that temperature, see `sampling.nucleus`.
     stop_tokens: each ends its row, whose last token it is.
     pad_token: what follows the end.
@@ -174,8 +177,8 @@ def _check_settings(settings, model):
   s, vocab = settings, model.embedding.num_embeddings
   if s.max_new_tokens < 1:
     raise ValueError(f"max_new_tokens={s.max_new_tokens} is not at least 1")
-  if not 0 <= s.temperature < math.inf:
-    raise ValueError(f"temperature={s.temperature} is not 0 or a number above it")
+  if s.temperature != 0 and not _COLDEST <= s.temperature < math.inf:
+    raise ValueError(f"temperature={s.temperature} is not 0 or at least {_COLDEST}")
   if not 0 < s.top_p <= 1:
     raise ValueError(f"top_p={s.top_p} is not above 0 and at most 1")
   for name, tokens in (("stop_tokens", s.stop_tokens), ("pad_token", (s.pad_token,))):
