@@ -1,9 +1,9 @@
 """GRPO on a small mixture of experts, in BF16, in MXFP4 on both sides and in the rollout alone.
 
 Claim: the policy, taught what an answer looks like but not which one is right, learns it by
-reinforcement in every arm; at this size all end within 0.03 of BF16. The same numerics on both sides
-leave no gap between rollout and trainer; MXFP4 in the rollout alone does, and sends 40 % of the
-tokens to other experts.
+reinforcement in every arm; at this size all end within 0.03 of BF16. The same numerics on both
+sides leave no gap between rollout and trainer; MXFP4 in the rollout alone does, and sends 40 % of
+the tokens to other experts.
 Command: make rl-demo
 Cost: 12 runs of 30 steps with 256 answers each, after 600 steps of teaching; 6 to 8 minutes on 2
 CPU cores, half of it compiling.
