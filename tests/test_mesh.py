@@ -137,7 +137,6 @@ def compiled_step(recipe, mesh, **of_mesh):
 @pytest.mark.parametrize(
   "recipe, mesh, capacity_factor",
   [
-    ("bf16", (1, 4, 1), None),
     ("bf16", (4, 1, 1), None),
     ("bf16", (1, 1, 4), 1.15),
     ("hopper_fp4", (4, 1, 1), None),

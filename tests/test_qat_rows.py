@@ -36,7 +36,7 @@ OTHERS = [pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m not in Q
 
 
 @pytest.mark.parametrize("method", [*QUICK, *OTHERS])
-def test_a_method_gives_rows_and_the_same_again(source, method, tmp_path):
+def test_a_method_gives_a_row_and_the_same_again(source, method, tmp_path):
   case = next(methods.cases([method], ["MXFP4"], ["weights"]))
   row = rows.measure(source, case)
   assert tuple(case) == (row["method"], row["format"], row["operands"])
@@ -48,7 +48,8 @@ def test_a_method_gives_rows_and_the_same_again(source, method, tmp_path):
   log.write(row)
   log.close()
   assert untimed(logs.read_rows(tmp_path / "rows.jsonl")[0]) == json.loads(json.dumps(untimed(row)))
-  assert untimed(rows.measure(source, case)) == untimed(row)
+  if method in ("rtn", "llm_qat", "block_ap", "llm_fp4"):  # what draws, trains and searches
+    assert untimed(rows.measure(source, case)) == untimed(row)
 
 
 @pytest.mark.slow
