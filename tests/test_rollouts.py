@@ -104,5 +104,15 @@ def test_weights_are_packed_where_the_arm_only_rounds_them():
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_its_length():
-  with pytest.raises(ValueError, match="max_prompt_tokens=4: the prompt of '12 ab' has 6"):
+  with pytest.raises(ValueError, match="max_prompt_tokens=4: the prompt of '3 fedcb' has 8"):
     padded_prompts(QUESTIONS, TEXT, 4)
+
+
+def test_a_prompt_of_no_tokens_is_refused():
+  class Bare(Bytes):
+    def prompt(self, question):
+      return [*question.encode()]
+
+  assert padded_prompts(["a"], Bare(), 4)[1].tolist() == [1]
+  with pytest.raises(ValueError, match="a question has a prompt of no tokens"):
+    padded_prompts(["a", ""], Bare(), 4)
