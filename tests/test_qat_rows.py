@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,14 +98,33 @@ def test_rows_that_are_done_come_before_the_error_of_another(source, workers, mo
   def measure(source, case):
     if case.method == "qad":
       raise ValueError("no memory")
+    time.sleep(0.05)
     return {"method": case.method}
 
   monkeypatch.setattr(rows, "measure", measure)
-  cases = [Case(method, "MXFP4", "both") for method in ("bf16", "qad", "rtn")]
+  names = ["bf16", "qad", *["rtn"] * 9]  # more than begin at once
+  cases = [Case(name, "MXFP4", "both") for name in names]
   found = rows.measure_all(source, cases, workers)
   assert next(found)["method"] in ("bf16", "rtn")
   with pytest.raises(ValueError, match="no memory"):
     list(found)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_who_takes_no_more_rows_does_not_wait_for_them(source, workers, monkeypatch):
+  """As Ctrl-C does: cases that have not begun never do."""
+  begun = []
+
+  def measure(source, case):
+    begun.append(case)
+    time.sleep(0.1)
+    return {}
+
+  monkeypatch.setattr(rows, "measure", measure)
+  found = rows.measure_all(source, [Case("rtn", "MXFP4", str(i)) for i in range(20)], workers)
+  next(found)
+  found.close()
+  assert len(begun) <= (1 if workers == 1 else 12)  # of two, those that began meanwhile
 
 
 def test_a_task_whose_answers_the_pattern_does_not_find_is_refused(corpus_file):

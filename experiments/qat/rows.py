@@ -49,18 +49,31 @@ def measure(source: Source, case: Case) -> Row:
 def measure_all(source: Source, cases: Iterable[Case], workers: int) -> Iterator[Row]:
   """As they are done, `workers` at a time: while one compiles, another computes. Where a case
   fails, those that are done nonetheless come before its error."""
+  if workers == 1:
+    yield from (measure(source, case) for case in cases)
+    return
+  failed = None
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     running = [pool.submit(measure, source, case) for case in cases]
-    failed = None
-    for one in concurrent.futures.as_completed(running):
-      if one.exception() is None:
-        yield one.result()
-      elif failed is None:
-        failed = one.exception()
-        for other in running:
-          other.cancel()  # what has not begun
+    try:
+      for one in concurrent.futures.as_completed(running):
+        if one.cancelled():
+          continue
+        if one.exception() is None:
+          yield one.result()
+          continue
+        failed = failed or one.exception()
+        _cancel(running)
+    finally:
+      _cancel(running)
   if failed is not None:
     raise failed
+
+
+def _cancel(running: Iterable[concurrent.futures.Future]) -> None:
+  """What has not begun. Not by the pool's own shutdown, after which as_completed waits for ever."""
+  for one in running:
+    one.cancel()
 
 
 def missing(
