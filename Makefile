@@ -1,7 +1,7 @@
 # make demo   the main job at its smallest: a report of how BF16, FP8 and FP4 diverge
 # make rl-demo  the same for reinforcement learning, with a quantized policy
 # make test   lint and the tests that are not marked slow
-# make test-all  lint and every test, as CI does
+# make test-all  lint and every test; with MINUTES=40, slow ones that begin until then, as CI does
 # make tables rebuild the README's tables and picture from results/
 # make gpu-test   the tests marked gpu, on a Hopper GPU with the [cuda] extra installed
 # make gpu-bench  the kernels against their peers there: results/kernel_bench.jsonl, moe_ffn, few_rows
@@ -37,7 +37,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(if $(MINUTES),--slow-minutes=$(MINUTES))
 
 # PYTHON_GPU is a Python that sees the GPU; gpu-bench times the kernels beside its torch.
 PYTHON_GPU ?= $(BIN)/python

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 
 import pandas as pd
-import scipy.stats
+from scipy.special import stdtrit
 
 from experiments import logs
 from experiments.records import Arm, Records, Row
@@ -55,7 +55,7 @@ def interval(values: list[float]) -> tuple[float, float] | None:
   if len(values) < MIN_SEEDS:
     return None
   series = pd.Series(values)
-  half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(series) - 1) * series.sem()
+  half = stdtrit(len(series) - 1, (1 + CONFIDENCE) / 2) * series.sem()
   return series.mean() - half, series.mean() + half
 
 

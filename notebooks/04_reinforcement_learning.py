@@ -51,7 +51,7 @@ from IPython.display import Markdown
 
 from configs import rl_demo
 from experiments.rl import grpo
-from experiments.rl.arms import arm_of
+from experiments.rl.arms import arm_of_any_parts
 from experiments.rl.microscope import SUBSETS, distance, part_rows
 from experiments.rl.run import POLICY, Setting
 from experiments.rl.start import start_params
@@ -103,7 +103,7 @@ def table(header, rows):
 
 # %%
 config = rl_demo.get_config()
-config.start.teaching.steps = 300  # of the demo's 600
+config.start.teaching.steps = 200  # of the demo's 600
 setting = Setting.of(config)
 folder = WORKDIR / POLICY if WORKDIR.is_dir() else Path(tempfile.mkdtemp()) / POLICY
 params = start_params(folder, config, setting.source, setting.problems, lambda step, loss: None)
@@ -186,9 +186,10 @@ table(
 # ## 3. Each part alone, on each path alone
 #
 # A quantizer that adds only one part of its error to an operand, on one path, with all others in
-# bf16. `kl` is the exact KL divergence of the next token's distribution from bf16's, `entropy_gap`
-# its entropy less bf16's, over the tokens of one bf16 rollout. The error of GRPO's gradient is
-# relative to the gradient in bf16.
+# bf16; its state says which part, so that all parts share one program a path. `kl` is the exact KL
+# divergence of the next token's distribution from bf16's, `entropy_gap` its entropy less bf16's,
+# over the tokens of one bf16 rollout. The error of GRPO's gradient is relative to the gradient in
+# bf16.
 #
 # With the experts of the bf16 rollout *replayed*, what is left of the divergence is the numerics of
 # the GEMMs alone; the rest is the router's flips.
@@ -213,11 +214,12 @@ in_bf16, _ = learner_of("bf16").collect(params, seed=0, step=0)
 replayed = {
   part: distance(
     setting.model,
-    arm_of(f"{BASE}.{part}").rollout,
+    arm_of_any_parts(BASE, "rollout").rollout,
     config.quantize,
     params,
     in_bf16.rollout,
     replay=True,
+    parts=(part,),
   )
   for part in PARTS
 }

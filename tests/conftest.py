@@ -38,6 +38,7 @@ CHECKED = ["experiments", "fp4jax"]
 annotations.check(CHECKED)  # before anything imports them
 
 from fake_kernels import fake_kernels  # noqa: E402
+from slow_minutes import pytest_addoption, pytest_configure  # noqa: E402, F401
 from small_runs import command, corpus_file, straight  # noqa: E402, F401
 
 import pallas_kernels  # noqa: E402

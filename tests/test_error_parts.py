@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quantizer_oracles as oracle
-from quantizer_checks import as_read, check_everywhere, random, recipe_of
+from quantizer_checks import as_read, check_everywhere, next_state, random, recipe_of
 
 from fp4jax import MXFP4, Operand
 from fp4jax.quantizers import Context, ErrorParts
 
 PARTS = ("scale_bias", "deadzone", "grid_noise")
 SUBSETS = [c for n in range(4) for c in itertools.combinations(PARTS, n)]
+ONLY_DEADZONE = ErrorParts(Operand(MXFP4), ("deadzone",))
 
 
 @pytest.mark.parametrize("parts", SUBSETS, ids="+".join)
@@ -46,9 +47,28 @@ def test_all_are_the_format_to_the_last_bit():
   np.testing.assert_array_equal(actual, expected.astype(jnp.float32))
 
 
+def state_of(parts, share=1.0):
+  return {part: jnp.float32(share if part in parts else 0) for part in PARTS}
+
+
+@pytest.mark.parametrize("parts", SUBSETS, ids="+".join)
+def test_a_state_chooses_as_a_name_does(parts):
+  x, any_parts = random(32, 64), ErrorParts(Operand(MXFP4), None)
+  assert any_parts.init((32, 64)) == state_of(PARTS)
+  expected = as_read(ErrorParts(Operand(MXFP4), parts), x)
+  np.testing.assert_array_equal(as_read(any_parts, x, state=state_of(parts)), expected)
+  assert next_state(any_parts, x, state_of(parts)) == state_of(parts)
+
+
+def test_a_state_may_ask_for_a_share():
+  x, half = random(32, 64), state_of(["deadzone"], 0.5)
+  actual = as_read(ErrorParts(Operand(MXFP4), None), x, state=half)
+  np.testing.assert_array_equal(actual, x + 0.5 * (as_read(ONLY_DEADZONE, x) - x))
+
+
 def test_unknown_parts_are_refused():
   for parts in (("scale",), "scale_bias", ["scale_bias"]):
-    with pytest.raises(ValueError, match=r"parts=.* is not a tuple of \('scale_bias', 'deadzone'"):
+    with pytest.raises(ValueError, match=r"parts=.* neither a tuple of \('scale_bias', 'deadzone'"):
       ErrorParts(Operand(MXFP4), parts)
 
 

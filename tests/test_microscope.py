@@ -7,13 +7,14 @@ import pytest
 from flax import nnx
 from rl_cases import small_rl
 
-from experiments.rl.arms import arm_of
+from experiments.rl.arms import PARTS, arm_of, arm_of_any_parts
 from experiments.rl.microscope import (
   SUBSETS,
   distance,
   gradient_error,
   part_rows,
   policy_of_run,
+  states_of,
 )
 from experiments.rl.programs import compiled
 from experiments.rl.run import Setting
@@ -23,6 +24,9 @@ from fp4jax import recipes
 KL = {"kl", "entropy", "entropy_gap", "token_mult_prob_error"}
 FLIPS = {"router_flips/tokens", "router_flips/choices"}
 GRADIENT = {"gradient_error", "cosine", "gradient_ratio"}
+
+
+ANY = {path: arm_of_any_parts("mxfp4", path) for path in ("rollout", "forward", "backward")}
 
 
 def case():
@@ -79,16 +83,25 @@ def test_a_distance_is_that_of_the_two_distributions():
 
 
 @pytest.mark.slow
-def test_all_parts_are_the_arm():
+@pytest.mark.parametrize("arm, parts", [("mxfp4", PARTS), ("mxfp4.deadzone", ("deadzone",))])
+def test_chosen_parts_are_those_of_the_arm(arm, parts):
+  """Of the gradient and of the distance, up to how two programs fuse the last bits."""
   config, setting, params = case()
   answers, _ = setting.learner(config, "bf16").collect(params, 0, 0)
-  parts = ".scale_bias.deadzone.grid_noise"
-  for path in ("forward", "backward"):
-    whole, together = (
-      setting.learner(config, f"mxfp4{name}@{path}").gradients(params, answers, 0)
-      for name in ("", parts)
-    )
-    jax.tree.map(np.testing.assert_array_equal, whole, together)
+  path = "forward" if arm == "mxfp4" else "backward"
+  named, any_parts = (setting.learner(config, a) for a in (f"{arm}@{path}", ANY[path]))
+  states = states_of(setting.model, any_parts.trainer.policy, parts)
+  expected = named.gradients(params, answers, 0)
+  chosen = any_parts.gradients(params, answers, 0, quantizers=states)
+  jax.tree.map(np.testing.assert_array_equal, chosen, expected)
+
+
+def test_a_distance_of_chosen_parts_is_that_of_the_arm():
+  config, setting, params = case()
+  answers, _ = setting.learner(config, "bf16").collect(params, 0, 0)
+  own = config.quantize, params, answers.rollout, False
+  expected = distance(setting.model, arm_of("mxfp4.deadzone").rollout, *own)
+  assert distance(setting.model, ANY["rollout"].rollout, *own, ("deadzone",)) == expected
 
 
 def test_the_error_of_a_gradient():

@@ -89,6 +89,26 @@ def arm_of(name: str, alpha: float = 0.5) -> Arm:
   return Arm(name, rollout, trainer, "aqn" in corrections)
 
 
+def arm_of_any_parts(base: str, path: str) -> Arm:
+  """The arm `base.part@path` of no certain part: the states of its quantizers say which."""
+  arm = arm_of(f"{base}.{PARTS[0]}@{path}")
+
+  def any_parts(recipe: Recipe) -> Recipe:
+    parts = {
+      role: dataclasses.replace(quantizer, parts=None)
+      for role, quantizer in recipe.operands()
+      if isinstance(quantizer, ErrorParts)
+    }
+    return dataclasses.replace(recipe.replace(parts), name=f"{base}.parts@{path}")
+
+  return dataclasses.replace(
+    arm,
+    name=f"{base}.parts@{path}",
+    rollout=any_parts(arm.rollout),
+    trainer=any_parts(arm.trainer),
+  )
+
+
 def _formats(name: str, base: str, macro: bool) -> tuple[Format, Format]:
   """Of activations and weights. Macro blocks are those of the paper's hybrid (arXiv 2603.08713):
   a searched factor for weights, the maximum's own for activations."""

@@ -23,6 +23,7 @@ from experiments.text import Text
 from experiments.train import TrainState, quantized_policy
 from fp4jax import recipes
 from fp4jax.models import LanguageModel
+from fp4jax.models.language_model import States
 
 _FORWARD = ("fprop", "residual")
 _EVALUATION = zlib.crc32(b"evaluation")
@@ -182,9 +183,14 @@ class Learner:
       said |= flip_shares(rollout.routing, score.routing, rollout.mask)
     return rows, {name: float(value) for name, value in jax.device_get(said).items()}
 
-  def gradients(self, params: Any, answers: Answers, seed: int, step: int = 0) -> Any:
-    """Of the loss of the first update, shaped like `params`."""
+  def gradients(
+    self, params: Any, answers: Answers, seed: int, step: int = 0, quantizers: States | None = None
+  ) -> Any:
+    """Of the loss of the first update, shaped like `params`; `quantizers` are the trainer's states,
+    where they are not the first."""
     state = self.trainer.init(params)
+    if quantizers is not None:
+      state = dataclasses.replace(state, quantizers=quantizers)
     sampled = self._sampled(params, answers, params)
     return self.trainer.gradients(state, answers.rollout, sampled, _key(seed, step))
 

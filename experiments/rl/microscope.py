@@ -36,7 +36,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.config import Quantize
 from experiments.environment import COMMIT
 from experiments.rl import grpo
-from experiments.rl.arms import PARTS, arm_of
+from experiments.rl.arms import PARTS, PATHS, Arm, arm_of_any_parts
 from experiments.rl.config import RLExperiment
 from experiments.rl.programs import compiled
 from experiments.rl.rollouts import Rollout
@@ -47,6 +47,7 @@ from experiments.step_cost import describe_source
 from experiments.train import quantized_policy
 from fp4jax import recipes
 from fp4jax.models import LanguageModel, Policy
+from fp4jax.models.language_model import States
 
 # Each alone, all but one, all.
 SUBSETS = tuple(
@@ -70,22 +71,30 @@ def part_rows(
   yield {"path": "sampled", "base": base, "answers": len(answers.rewards)} | said
   ways = replays if model.is_mixture else (False,)
 
-  def gradients(arm: str, replay: bool) -> Any:
+  arms = {path: arm_of_any_parts(base, path) for path in PATHS}
+
+  def gradients(arm: str | Arm, replay: bool, parts: tuple[str, ...] = ()) -> Any:
     rollout = dataclasses.replace(config.rollout, replay_routing=replay)
     learner = setting.learner(dataclasses.replace(config, rollout=rollout), arm)
-    return learner.gradients(params, answers, seed)
+    quantizers = states_of(model, learner.trainer.policy, parts)
+    return learner.gradients(params, answers, seed, quantizers=quantizers)
 
   reference = functools.cache(functools.partial(gradients, "bf16"))  # of either way to route
 
   for parts, replay in itertools.product(subsets, ways):
-    name = ".".join([base, *parts])
     shared = {"base": base, "parts": list(parts), "replay": replay if model.is_mixture else None}
-    recipe = arm_of(f"{name}@rollout").rollout
-    gap = distance(model, recipe, config.quantize, params, answers.rollout, replay)
+    recipe = arms["rollout"].rollout
+    gap = distance(model, recipe, config.quantize, params, answers.rollout, replay, parts)
     yield {"path": "rollout"} | shared | gap
     for path in ("forward", "backward")[: 1 if replay else 2]:
-      error = gradient_error(gradients(f"{name}@{path}", replay), reference(replay))
+      error = gradient_error(gradients(arms[path], replay, parts), reference(replay))
       yield {"path": path} | shared | error
+
+
+def states_of(model: LanguageModel, policy: Policy, parts: tuple[str, ...]) -> States:
+  """Of the quantizers of `arm_of_any_parts`, that add `parts` of their error."""
+  share = lambda path, one: jnp.full_like(one, path[-1].key in parts)  # noqa: E731
+  return jax.tree.map_with_path(share, model.new_states(policy))
 
 
 def gradient_error(found: Any, reference: Any) -> dict[str, float]:
@@ -104,26 +113,32 @@ def distance(
   params: Any,
   rollout: Rollout,
   replay: bool,
+  parts: tuple[str, ...] | None = None,
 ) -> dict[str, float]:
-  """Of the next tokens' distributions under `recipe` from those in bf16, over sampled tokens."""
+  """Of the next tokens' distributions under `recipe` from those in bf16, over sampled tokens.
+
+  `parts` are of the error, and for a recipe of `arm_of_any_parts` alone."""
   graph, _ = nnx.split(model)
   policies = [quantized_policy(r, quantize, None) for r in (recipe, recipes.BF16)]
-  found = _distance(graph, *policies, replay, params, rollout)
+  states = None if parts is None else states_of(model, policies[0], parts)
+  found = _distance(graph, *policies, replay, params, rollout, states)
   return {name: float(value) for name, value in jax.device_get(found).items()}
 
 
 @functools.partial(compiled, static_argnums=(0, 1, 2, 3))
-def _distance(graph, policy: Policy, reference: Policy, replay: bool, params, rollout: Rollout):
+def _distance(
+  graph, policy: Policy, reference: Policy, replay: bool, params, rollout: Rollout, states=None
+):
   model = nnx.merge(graph, params)
   tokens, mask = rollout.tokens, rollout.mask
   routing = rollout.routing if replay and model.is_mixture else None
 
-  def of_all(policy, routing):
-    says = model.is_mixture
-    logits, said = model(tokens[:, :-1], policy, routing=routing, return_routing=says)
+  def of_all(policy, routing, states=None):
+    how = {"states": states, "routing": routing, "return_routing": model.is_mixture}
+    logits, said = model(tokens[:, :-1], policy, **how)
     return jax.nn.log_softmax(logits), said.get("experts")
 
-  own, experts = of_all(policy, routing)
+  own, experts = of_all(policy, routing, states)
   base, _ = of_all(reference, routing)
   entropy = lambda logp: -jnp.sum(jnp.exp(logp) * logp, axis=-1)  # noqa: E731
   taken = lambda logp: jnp.take_along_axis(logp, tokens[:, 1:, None], axis=2)[..., 0]  # noqa: E731

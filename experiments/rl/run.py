@@ -15,6 +15,7 @@ from flax import nnx
 from experiments import logs, runner
 from experiments.environment import describe_environment
 from experiments.processes import Group
+from experiments.rl.arms import Arm
 from experiments.rl.checks import validate
 from experiments.rl.config import RLExperiment
 from experiments.rl.learner import Learner, Programs
@@ -52,12 +53,13 @@ class Setting:
     make = lambda: LanguageModel(source.model, source.text.vocab_size, nnx.Rngs(0))  # noqa: E731
     return cls(source, problems, nnx.eval_shape(make))
 
-  def learner(self, config: RLExperiment, arm: str) -> Learner:
+  def learner(self, config: RLExperiment, arm: str | Arm) -> Learner:
     key = json.dumps(config.to_dict(), sort_keys=True)
     if key not in self.programs:
       self.programs[key] = Programs(config, self.model, self.source.text)
     text, programs = self.source.text, self.programs[key]
-    return Learner(config, config.arm(arm), self.model, text, self.problems, programs)
+    arm = arm if isinstance(arm, Arm) else config.arm(arm)
+    return Learner(config, arm, self.model, text, self.problems, programs)
 
 
 def run(
