@@ -38,17 +38,21 @@ def case():
 @pytest.mark.slow
 def test_a_row_for_each_part_path_and_way_to_route():
   config, setting, params = case()
-  sampled, *rows = part_rows(config, setting, params, subsets=SUBSETS[:1])
+  sampled, *rows = part_rows(config, setting, params, subsets=SUBSETS[:2])
   assert sampled["path"] == "sampled" and sampled["answers"] == 12
   told = [(r["path"], r["replay"], set(r) - {"path", "base", "parts", "replay"}) for r in rows]
-  assert told == [
+  of_one_part = [
     ("rollout", False, KL | FLIPS),
     ("forward", False, GRADIENT),
     ("backward", False, GRADIENT),
     ("rollout", True, KL),
     ("forward", True, GRADIENT),
   ]
-  assert all(0 < r["gradient_error"] < 2 for r in rows if "gradient_error" in r)
+  assert told == 2 * of_one_part
+  for scale_bias, deadzone in zip(rows[:5], rows[5:], strict=True):
+    assert (scale_bias["parts"], deadzone["parts"]) == (["scale_bias"], ["deadzone"])
+    column = "kl" if scale_bias["path"] == "rollout" else "gradient_error"
+    assert 0 < deadzone[column] < scale_bias[column] < 2
   assert [len(s) for s in SUBSETS] == [1, 1, 1, 2, 2, 2, 3]
 
 
