@@ -2,7 +2,7 @@
 # make rl-demo  the same for reinforcement learning, with a quantized policy
 # make test   lint and the tests that are not marked slow
 # make test-all  lint and every test; with MINUTES=40, slow ones that begin until then, as CI does
-# make tables rebuild the README's tables and picture from results/
+# make tables rebuild the tables and pictures of all pages from results/
 # make gpu-test   the tests marked gpu, on a Hopper GPU with the [cuda] extra installed
 # make gpu-bench  the kernels against their peers there: results/kernel_bench.jsonl, moe_ffn, few_rows
 # make gpu-sanitize  the kernels under NVIDIA's compute-sanitizer: stray accesses, races, barriers

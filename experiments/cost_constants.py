@@ -1,7 +1,8 @@
 """The constants of `experiments.cost_terms`, from the committed rows of results/.
 
-What one GPU measures gives all but four: the wire (`dispatch_bench`), how unevenly experts are
-chosen (routing of moe_wide's runs), the all-reduce and the network. The all-reduce is what BF16
+What one GPU measures gives all but four: the wire and the plan of the exchange (`dispatch_bench`),
+the all-reduce and the network. How unevenly experts are chosen is from the routing of moe_wide's
+runs. The all-reduce is what BF16
 takes longer in data parallel, once results/scaling.jsonl says it; until then as fast as the wire.
 """
 

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, device, commit, command line, corpus."""
+"""What a run ran on: versions, device, commit, command line."""
 
 import importlib.metadata
 import os

@@ -1,6 +1,7 @@
 """How far the gradients of every recipe are from BF16's, at one state of a run.
 
-    python -m experiments.gradient_error --config=configs/moe_1b.py --after=300 \
+    python -m experiments.gradient_error --config=configs/moe_1b.py \\
+        --config.recipes=bf16,hopper_fp4,fp8,fp8_pow2 --under=fp8 --after=150 \\
         --out=results/moe_1b_gradients.jsonl
 
 Trains under one recipe, then takes the gradients of the same batches under each from those weights.

@@ -1,4 +1,4 @@
-"""The README's pictures, from committed rows."""
+"""The pictures of the README and of docs/results.md, from committed rows."""
 
 from pathlib import Path
 

@@ -5,7 +5,8 @@
 
 All steps are compiled at once, into JAX's cache; then each is measured in a process of its own, for
 a device counts the peak of a process and never resets it. A step for which memory does not suffice
-is a row too. `make tables` puts the rows into docs/results.md.
+is a row too. `make tables` puts the rows into docs/results.md, which then needs the lines
+`<!-- recompute -->` and `<!-- /recompute -->`.
 """
 
 import concurrent.futures

@@ -1,6 +1,7 @@
 """Where the time of a training step goes, by part of the model and kind of kernel.
 
-    python -m experiments.step_profile --config=configs/moe_wide.py --out=profile.jsonl
+    python -m experiments.step_profile --config=configs/moe_wide.py \\
+        --out=results/moe_wide_profile.jsonl
 
 JAX's profiler times every kernel of a few steps of each recipe; the compiled program tells to which
 part of the model a kernel belongs. `make tables` puts the rows into docs/results.md.

@@ -3,6 +3,8 @@
 config.json  recipes.json  environment.json  summary.json  report.html
 runs/<recipe>-<seed>/  metrics.jsonl  probes.jsonl  timing.jsonl  checkpoints/  tensorboard/
                        finished.json
+
+Reinforcement learning adds policy/, and samples.jsonl of each run.
 """
 
 import contextlib

@@ -52,7 +52,7 @@ from IPython.display import Markdown
 from configs import rl_demo
 from experiments.rl import grpo
 from experiments.rl.arms import arm_of_any_parts
-from experiments.rl.microscope import SUBSETS, distance, part_rows
+from experiments.rl.microscope import SUBSETS, distance, part_rows, policy_of_run
 from experiments.rl.run import POLICY, Setting
 from experiments.rl.start import start_params
 
@@ -105,8 +105,11 @@ def table(header, rows):
 config = rl_demo.get_config()
 config.start.teaching.steps = 200  # of the demo's 600
 setting = Setting.of(config)
-folder = WORKDIR / POLICY if WORKDIR.is_dir() else Path(tempfile.mkdtemp()) / POLICY
-params = start_params(folder, config, setting.source, setting.problems, lambda step, loss: None)
+try:
+  params = policy_of_run(WORKDIR, config, setting, run=None)
+except ValueError:  # none is there yet
+  new = Path(tempfile.mkdtemp()) / POLICY
+  params = start_params(new, config, setting.source, setting.problems, lambda step, loss: None)
 
 learner_of = functools.cache(functools.partial(setting.learner, config))
 arm = f"{BASE}@rollout"

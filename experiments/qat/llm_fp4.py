@@ -1,9 +1,9 @@
 """LLM-FP4 (arXiv 2310.16836) of a language model: each GEMM's formats and exponent biases.
 
-On what the GEMM reads in bf16, of calibration text, its product is to be kept: rounds of a search
-for the weights, a bias for each column and one format for all, with the activations as they were
-found last, and of one for the activations, a bias for the tensor beside pre-shifted ones of its
-columns, with the weights so found.
+The search keeps the product of each GEMM, on what it reads in bf16 of calibration text. A round has
+two halves. The first finds the weights' format, one for all, and a bias for each column, with the
+activations as last found. The second finds the activations' format and one bias, beside pre-shifted
+ones for their columns, with those weights.
 """
 
 import functools

@@ -22,8 +22,8 @@ def policy_of(recipe: Recipe) -> Policy:
 
 
 def nearest(fmt: Format, activations: bool) -> Recipe:
-  """Weights in `fmt`, with `activations` those too; straight through, in bf16, in the backward
-  pass, which reads what fprop read."""
+  """Weights in `fmt`, with `activations` those too. The backward pass is straight through and reads
+  what fprop read, in the dtype that holds the format's values; gradients are bf16."""
   changes = _weights(Operand(fmt), jnp.dtype(fmt.dequantized_dtype))
   if activations:
     changes |= _activations(Operand(fmt), jnp.dtype(fmt.dequantized_dtype))

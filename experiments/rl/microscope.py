@@ -1,7 +1,7 @@
 """Each part of the quantization error alone, on each path alone: what it does to a policy.
 
     python -m experiments.rl.microscope --config=configs/rl_demo.py --workdir=runs/rl_demo \\
-      --out=results/rl_parts.jsonl
+      --out=results/rl_demo_parts.jsonl
 
 The policy is the one that the workdir's runs began with or, with `--run=bf16-0`, as that run left
 it. Its answers are sampled in bf16; over them, and over nothing else, a row for each part and path
@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from experiments.environment import COMMIT
 from experiments.rl import grpo
 from experiments.rl.arms import PARTS, PATHS, Arm, arm_of_any_parts
 from experiments.rl.config import RLExperiment
+from experiments.rl.learner import Learner
 from experiments.rl.programs import compiled
 from experiments.rl.rollouts import Rollout
 from experiments.rl.run import POLICY, Setting
@@ -70,25 +72,29 @@ def part_rows(
   answers, said = setting.learner(config, "bf16").collect(params, seed, 0)
   yield {"path": "sampled", "base": base, "answers": len(answers.rewards)} | said
   ways = replays if model.is_mixture else (False,)
+  any_parts = {path: arm_of_any_parts(base, path) for path in PATHS}
 
-  arms = {path: arm_of_any_parts(base, path) for path in PATHS}
-
-  def gradients(arm: str | Arm, replay: bool, parts: tuple[str, ...] = ()) -> Any:
+  def learner(arm: str | Arm, replay: bool) -> Learner:
     rollout = dataclasses.replace(config.rollout, replay_routing=replay)
-    learner = setting.learner(dataclasses.replace(config, rollout=rollout), arm)
-    quantizers = states_of(model, learner.trainer.policy, parts)
-    return learner.gradients(params, answers, seed, quantizers=quantizers)
+    return setting.learner(dataclasses.replace(config, rollout=rollout), arm)
 
-  reference = functools.cache(functools.partial(gradients, "bf16"))  # of either way to route
+  with ThreadPoolExecutor() as pool:  # programs compile side by side
 
-  for parts, replay in itertools.product(subsets, ways):
-    shared = {"base": base, "parts": list(parts), "replay": replay if model.is_mixture else None}
-    recipe = arms["rollout"].rollout
-    gap = distance(model, recipe, config.quantize, params, answers.rollout, replay, parts)
-    yield {"path": "rollout"} | shared | gap
-    for path in ("forward", "backward")[: 1 if replay else 2]:
-      error = gradient_error(gradients(arms[path], replay, parts), reference(replay))
-      yield {"path": path} | shared | error
+    def gradients(own: Learner, parts: tuple[str, ...] = ()) -> Future:
+      states = states_of(model, own.trainer.policy, parts)
+      return pool.submit(own.gradients, params, answers, seed, quantizers=states)
+
+    references = {replay: gradients(learner("bf16", replay)) for replay in ways}
+    for parts, replay in itertools.product(subsets, ways):
+      shared = {"base": base, "parts": list(parts), "replay": replay if model.is_mixture else None}
+      passed = config.quantize, params, answers.rollout, replay, parts
+      gap = pool.submit(distance, model, any_parts["rollout"].rollout, *passed)
+      paths = ("forward", "backward")[: 1 if replay else 2]
+      found = [gradients(learner(any_parts[path], replay), parts) for path in paths]
+      yield {"path": "rollout"} | shared | gap.result()
+      for path, own in zip(paths, found, strict=True):
+        error = gradient_error(own.result(), references[replay].result())
+        yield {"path": path} | shared | error
 
 
 def states_of(model: LanguageModel, policy: Policy, parts: tuple[str, ...]) -> States:

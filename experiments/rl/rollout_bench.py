@@ -1,6 +1,6 @@
 """Tokens per second of a rollout in BF16, FP8 and packed MXFP4 weights, all in one run.
 
-    python -m experiments.rl.rollout_bench --out=results/rollout.jsonl [--pretrained=smollm2]
+    python -m experiments.rl.rollout_bench --batch=8 --out=results/rl_rollout.jsonl
 
 Numerics take turns, a whole rollout each, so that a busy machine slows them alike. `w4a16` has
 weights alone in MXFP4, `w4a4` activations too; `packed` weights are codes and scales in memory,

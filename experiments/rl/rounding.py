@@ -2,7 +2,7 @@
 how far a trainer from itself where a last bit differs.
 
     python -m experiments.rl.rounding --config=configs/rl_demo.py --workdir=runs/rl_demo \\
-      --arms=bf16,mxfp4 --out=results/rl_rounding.jsonl
+      --arms=bf16,mxfp4 --out=rounding.jsonl
 
 Answers of the policy that the workdir's runs began with, under the same numerics on both sides; a
 row for each arm and way to compile, with the routing free. In a row with `nudged` both sides are
