@@ -189,7 +189,7 @@ table(
 # ## 3. Each part alone, on each path alone
 #
 # A quantizer that adds only one part of its error to an operand, on one path, with all others in
-# bf16; its state says which part, so that all parts share one program a path. `kl` is the exact KL
+# bf16; its state says which part, so that all rows come from one program. `kl` is the exact KL
 # divergence of the next token's distribution from bf16's, `entropy_gap` its entropy less bf16's,
 # over the tokens of one bf16 rollout. The error of GRPO's gradient is relative to the gradient in
 # bf16.
@@ -217,7 +217,7 @@ in_bf16, _ = learner_of("bf16").collect(params, seed=0, step=0)
 replayed = {
   part: distance(
     setting.model,
-    arm_of_any_parts(BASE, "rollout").rollout,
+    arm_of_any_parts(BASE).rollout,
     config.quantize,
     params,
     in_bf16.rollout,

@@ -89,24 +89,15 @@ def arm_of(name: str, alpha: float = 0.5) -> Arm:
   return Arm(name, rollout, trainer, "aqn" in corrections)
 
 
-def arm_of_any_parts(base: str, path: str) -> Arm:
-  """The arm `base.part@path` of no certain part: the states of its quantizers say which."""
-  arm = arm_of(f"{base}.{PARTS[0]}@{path}")
-
-  def any_parts(recipe: Recipe) -> Recipe:
-    parts = {
-      role: dataclasses.replace(quantizer, parts=None)
-      for role, quantizer in recipe.operands()
-      if isinstance(quantizer, ErrorParts)
-    }
-    return dataclasses.replace(recipe.replace(parts), name=f"{base}.parts@{path}")
-
-  return dataclasses.replace(
-    arm,
-    name=f"{base}.parts@{path}",
-    rollout=any_parts(arm.rollout),
-    trainer=any_parts(arm.trainer),
-  )
+def arm_of_any_parts(base: str) -> Arm:
+  """An arm of no certain part or path: the states of its quantizers say how much of each part every
+  operand of every GEMM gets. Without any of it an operand is read as it is."""
+  name = f"{base}.parts"
+  _check(name, "base", [base], _BASES)
+  any_parts = ErrorParts(Operand(_BASES[base]), None)
+  forward = _recipe(name, any_parts, any_parts, "original")
+  backward = _backward(name, any_parts, any_parts)
+  return Arm(name, forward, dataclasses.replace(backward, fprop=forward.fprop))
 
 
 def _formats(name: str, base: str, macro: bool) -> tuple[Format, Format]:

@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,8 @@ from experiments.checkpoints import Checkpoints
 from experiments.config import Quantize
 from experiments.environment import COMMIT
 from experiments.rl import grpo
-from experiments.rl.arms import PARTS, PATHS, Arm, arm_of_any_parts
+from experiments.rl.arms import PARTS, arm_of_any_parts
 from experiments.rl.config import RLExperiment
-from experiments.rl.learner import Learner
 from experiments.rl.programs import compiled
 from experiments.rl.rollouts import Rollout
 from experiments.rl.run import POLICY, Setting
@@ -72,34 +70,36 @@ def part_rows(
   answers, said = setting.learner(config, "bf16").collect(params, seed, 0)
   yield {"path": "sampled", "base": base, "answers": len(answers.rewards)} | said
   ways = replays if model.is_mixture else (False,)
-  any_parts = {path: arm_of_any_parts(base, path) for path in PATHS}
+  arm = arm_of_any_parts(base)
 
-  def learner(arm: str | Arm, replay: bool) -> Learner:
+  def gradients(replay: bool, path: str, parts: tuple[str, ...]) -> Any:
     rollout = dataclasses.replace(config.rollout, replay_routing=replay)
-    return setting.learner(dataclasses.replace(config, rollout=rollout), arm)
+    learner = setting.learner(dataclasses.replace(config, rollout=rollout), arm)
+    states = states_of(model, learner.trainer.policy, path, parts)
+    return learner.gradients(params, answers, seed, quantizers=states)
 
-  with ThreadPoolExecutor() as pool:  # programs compile side by side
+  @functools.cache
+  def reference(replay: bool) -> Any:
+    return gradients(replay, "forward", ())
 
-    def gradients(own: Learner, parts: tuple[str, ...] = ()) -> Future:
-      states = states_of(model, own.trainer.policy, parts)
-      return pool.submit(own.gradients, params, answers, seed, quantizers=states)
-
-    references = {replay: gradients(learner("bf16", replay)) for replay in ways}
-    for parts, replay in itertools.product(subsets, ways):
-      shared = {"base": base, "parts": list(parts), "replay": replay if model.is_mixture else None}
-      passed = config.quantize, params, answers.rollout, replay, parts
-      gap = pool.submit(distance, model, any_parts["rollout"].rollout, *passed)
-      paths = ("forward", "backward")[: 1 if replay else 2]
-      found = [gradients(learner(any_parts[path], replay), parts) for path in paths]
-      yield {"path": "rollout"} | shared | gap.result()
-      for path, own in zip(paths, found, strict=True):
-        error = gradient_error(own.result(), references[replay].result())
-        yield {"path": path} | shared | error
+  for parts, replay in itertools.product(subsets, ways):
+    shared = {"base": base, "parts": list(parts), "replay": replay if model.is_mixture else None}
+    recipe = arm.rollout
+    gap = distance(model, recipe, config.quantize, params, answers.rollout, replay, parts)
+    yield {"path": "rollout"} | shared | gap
+    for path in ("forward", "backward")[: 1 if replay else 2]:
+      error = gradient_error(gradients(replay, path, parts), reference(replay))
+      yield {"path": path} | shared | error
 
 
-def states_of(model: LanguageModel, policy: Policy, parts: tuple[str, ...]) -> States:
-  """Of the quantizers of `arm_of_any_parts`, that add `parts` of their error."""
-  share = lambda path, one: jnp.full_like(one, path[-1].key in parts)  # noqa: E731
+def states_of(model: LanguageModel, policy: Policy, path: str, parts: tuple[str, ...]) -> States:
+  """Of the quantizers of `arm_of_any_parts`: those on `path`, "forward" or "backward", add `parts`
+  of their error, the others none of it, and so they read what bf16 holds."""
+
+  def share(where, one):
+    role, part = where[-2].key, where[-1].key
+    return jnp.full_like(one, part in parts and role.startswith("fprop") == (path == "forward"))
+
   return jax.tree.map_with_path(share, model.new_states(policy))
 
 
@@ -126,7 +126,7 @@ def distance(
   `parts` are of the error, and for a recipe of `arm_of_any_parts` alone."""
   graph, _ = nnx.split(model)
   policies = [quantized_policy(r, quantize, None) for r in (recipe, recipes.BF16)]
-  states = None if parts is None else states_of(model, policies[0], parts)
+  states = None if parts is None else states_of(model, policies[0], "forward", parts)
   found = _distance(graph, *policies, replay, params, rollout, states)
   return {name: float(value) for name, value in jax.device_get(found).items()}
 
