@@ -2,8 +2,8 @@
 
 What one GPU measures gives all but four: the wire and the plan of the exchange (`dispatch_bench`),
 the all-reduce and the network. How unevenly experts are chosen is from the routing of moe_wide's
-runs. The all-reduce is what BF16
-takes longer in data parallel, once results/scaling.jsonl says it; until then as fast as the wire.
+runs. The all-reduce is what BF16 takes longer in data parallel, once results/scaling.jsonl says it;
+until then as fast as the wire.
 """
 
 import dataclasses

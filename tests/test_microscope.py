@@ -23,8 +23,6 @@ from fp4jax import recipes
 KL = {"kl", "entropy", "entropy_gap", "token_mult_prob_error"}
 FLIPS = {"router_flips/tokens", "router_flips/choices"}
 GRADIENT = {"gradient_error", "cosine", "gradient_ratio"}
-
-
 ANY = arm_of_any_parts("mxfp4")
 
 
@@ -108,6 +106,12 @@ def test_a_distance_of_chosen_parts_is_that_of_the_arm():
   own = config.quantize, params, answers.rollout, False
   expected = distance(setting.model, arm_of("mxfp4.deadzone").rollout, *own)
   assert distance(setting.model, ANY.rollout, *own, ("deadzone",)) == expected
+
+
+def test_a_base_without_parts_is_refused_before_anything_is_sampled():
+  rows = part_rows(small_rl(), Setting.of(small_rl()), None, base="mxpf4")
+  with pytest.raises(ValueError, match=r"no base 'mxpf4'; did you mean .*mxfp4"):
+    next(rows)
 
 
 def test_the_error_of_a_gradient():

@@ -66,11 +66,10 @@ def part_rows(
 ) -> Iterator[dict[str, Any]]:
   """A row for what was sampled, then for each subset of the parts, path, and with experts each way
   to route."""
-  model = setting.model
+  model, arm = setting.model, arm_of_any_parts(base)
   answers, said = setting.learner(config, "bf16").collect(params, seed, 0)
   yield {"path": "sampled", "base": base, "answers": len(answers.rewards)} | said
   ways = replays if model.is_mixture else (False,)
-  arm = arm_of_any_parts(base)
 
   def gradients(replay: bool, path: str, parts: tuple[str, ...]) -> Any:
     rollout = dataclasses.replace(config.rollout, replay_routing=replay)
@@ -123,7 +122,8 @@ def distance(
 ) -> dict[str, float]:
   """Of the next tokens' distributions under `recipe` from those in bf16, over sampled tokens.
 
-  `parts` are of the error, and for a recipe of `arm_of_any_parts` alone."""
+  `parts` are of the error, and for a recipe of `arm_of_any_parts` alone.
+  """
   graph, _ = nnx.split(model)
   policies = [quantized_policy(r, quantize, None) for r in (recipe, recipes.BF16)]
   states = None if parts is None else states_of(model, policies[0], "forward", parts)
