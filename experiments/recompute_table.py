@@ -1,7 +1,7 @@
 """Speed and memory of a training step by what it computes again, for every recipe.
 
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python -m experiments.recompute_table \\
-        --config=configs/moe_4gpu.py --out=results/recompute.jsonl
+        --config=configs/moe_10b.py --out=results/recompute.jsonl
 
 All steps are compiled at once, into JAX's cache; then each is measured in a process of its own, for
 a device counts the peak of a process and never resets it. A step for which memory does not suffice

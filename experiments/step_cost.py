@@ -54,8 +54,9 @@ def measure_step(
   config: Experiment, recipe: str, rounds: int, commit: str | None = None
 ) -> dict[str, Any]:
   """A row: what the compiler plans, the times of `rounds` steps after a first one, the largest peak
-  of the devices, which is that of the process and None where a device does not count, such as a
-  CPU. Where memory does not suffice, what was asked for in place of times and peak.
+  of the devices, which is that of the process, and what each may have; both None where a device
+  does not count, such as a CPU. Where memory does not suffice, what was asked for in place of times
+  and peak.
   """
   corpus, devices = data.load_corpus(config.data), first_devices()
   mesh, policy = make_mesh(config, devices), policy_of(recipes.by_name(recipe), config)
@@ -65,7 +66,9 @@ def measure_step(
   # Compiled before anything is on the device, so that no tuning run adds to the peak.
   step = lower_step(trainer, config, mesh).compile()
   told = describe_step(config, len(devices)) | parameter_counts(config, corpus.vocab_size)
+  limits = _of_memory(devices, "bytes_limit")
   row = {"recipe": recipe, "remat": config.model.remat} | planned_bytes(step)
+  row["limit_bytes"] = None if None in limits else min(limits)
   try:
     times, dropped = _run(trainer, step, batches, rounds)
   except jax.errors.JaxRuntimeError as error:
@@ -73,7 +76,7 @@ def measure_step(
       raise
     row |= {"oom": True, "oom_bytes": asked_bytes(str(error))}
   else:
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    peaks = _of_memory(devices, "peak_bytes_in_use")
     median = statistics.median(times)
     row |= {
       "oom": False,
@@ -85,6 +88,10 @@ def measure_step(
       "dropped": statistics.fmean(dropped) if dropped else None,
     }
   return row | told | {"model": dataclasses.asdict(config.model)} | describe_source(commit)
+
+
+def _of_memory(devices, name: str) -> list[int | None]:
+  return [(device.memory_stats() or {}).get(name) for device in devices]
 
 
 def _run(trainer, step, batches, rounds):

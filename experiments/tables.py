@@ -181,7 +181,7 @@ def recompute_table(rows: list[Row]) -> str:
   cells = {
     (row["remat"], row["recipe"]): "OOM"
     if row["oom"]
-    else f"{row['tokens_per_gpu_s']:,.0f} / {row['peak_bytes'] / 80e9:.1%}"
+    else f"{row['tokens_per_gpu_s']:,.0f} / {row['peak_bytes'] / 1e9:.1f}"
     for row in rows
   }
   lines = [
@@ -192,7 +192,8 @@ def recompute_table(rows: list[Row]) -> str:
     own = [cells.get((remat, recipe), "") for recipe in recipes]
     lines.append(f"| {remat} | " + " | ".join(own) + " |")
   dropped = [100 * row["dropped"] for row in rows if row.get("dropped") is not None]
-  told = "Tokens per GPU and second / peak memory, of 80 GB."
+  limit = min(row["limit_bytes"] for row in rows) / 1e9
+  told = f"Tokens per GPU and second / peak memory in GB, of {limit:.1f} that a process may have."
   if dropped:
     told += f" Dropped: {min(dropped):.1f} to {max(dropped):.1f} % of the choices."
   return "\n".join(lines) + f"\n\n{told} {told_source(rows[0])}"

@@ -36,7 +36,7 @@ def test_a_row_for_each_policy(tmp_path, corpus_file):
   assert [row["remat"] for row in rows] == ["everything", "none"]
   for row in rows:
     assert row["recipe"] == "bf16" and row["model"]["remat"] == row["remat"]
-    assert (row["oom"], row["peak_bytes"]) == (False, None)
+    assert (row["oom"], row["peak_bytes"], row["limit_bytes"]) == (False, None, None)
     assert row["mesh"] == {"data": 2, "fsdp": 1, "expert": 2} and row["devices"] == 4
     assert row["tokens_per_gpu_s"] == pytest.approx(4 * 64 / 4 / row["step_time_ms"] * 1e3)
     assert 0 <= row["dropped"] < 1 and row["git_commit"] == "of_a_copy"

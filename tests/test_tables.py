@@ -135,24 +135,24 @@ def test_scaling_is_to_the_same_recipe_on_one_gpu():
 
 def test_what_is_computed_again_by_recipe():
   row = {"git_dirty": None, "git_commit": "0" * 40, "device": "d", "oom": False, "dropped": 0.0312}
-  row |= {"tokens_per_gpu_s": 12_345.6, "peak_bytes": 54_680_000_000}
+  row |= {"tokens_per_gpu_s": 12_345.6, "peak_bytes": 54_680_000_000, "limit_bytes": 78_600_000_000}
   rows = [
     row | {"remat": "everything", "recipe": "bf16"},
     row | {"remat": "everything", "recipe": "fp8", "dropped": 0.0296},
-    {k: v for k, v in row.items() if k in ("git_dirty", "git_commit", "device")}
+    {k: v for k, v in row.items() if k in ("git_dirty", "git_commit", "device", "limit_bytes")}
     | {"remat": "none", "recipe": "bf16", "oom": True, "oom_bytes": 5, "temp_bytes": 7},
     row | {"remat": "none", "recipe": "fp8", "peak_bytes": 68_750_000_000},
   ]
   assert tables.recompute_table(rows).splitlines() == [
     "| computed again | `bf16` | `fp8` |",
     "|---|---|---|",
-    "| everything | 12,346 / 68.3% | 12,346 / 68.3% |",
+    "| everything | 12,346 / 54.7 | 12,346 / 54.7 |",
     "| attention+norm+experts |  |  |",
     "| attention+norm |  |  |",
-    "| none | OOM | 12,346 / 85.9% |",
+    "| none | OOM | 12,346 / 68.8 |",
     "",
-    "Tokens per GPU and second / peak memory, of 80 GB. Dropped: 3.0 to 3.1 % of the choices."
-    " Device: d. Commit 000000000.",
+    "Tokens per GPU and second / peak memory in GB, of 78.6 that a process may have."
+    " Dropped: 3.0 to 3.1 % of the choices. Device: d. Commit 000000000.",
   ]
 
 
