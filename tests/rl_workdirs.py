@@ -81,7 +81,7 @@ def train_row(a, seed, step):
     "pg_clipfrac": 0.0,
     "is_ratio/max": 1.0,
     "ppo_kl": a / 100,
-    "rollout_kl": a / 50,
+    "rollout_kl": 9.0 * a if step == 3 else a / 50,
     "sampler_trainer/logp_diff_mean": a / 20,
     "sampler_trainer/logp_diff_max": a / 2 * step,
     "token_mult_prob_error": error,

@@ -57,6 +57,7 @@ def test_the_numbers_of_an_arm_by_hand(tmp_path):
   assert own["train_reward"]["mean"] == pytest.approx(0.195 + 0.1 + 0.001)
   assert own["entropy"]["mean"] == pytest.approx(2 - 0.195)
   assert own["ppo_kl"]["mean"] == pytest.approx(0.01)
+  assert own["rollout_kl"]["mean"] == pytest.approx(0.02)  # whatever step 3 was
   assert own["token_mult_prob_error"]["mean"] == pytest.approx(1.1)
   assert own["largest_token_mult_prob_error"] == 2.5
   assert own["router_flips"] == pytest.approx({"step": 10, "tokens": 0.1, "choices": 0.025})

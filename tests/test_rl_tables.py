@@ -56,6 +56,13 @@ def test_collected_are_a_row_for_each_arm_and_where_they_ran(tmp_path):
   assert cells[2] == str(arms[0]["seeds"])
   assert cells[4] == f"{reward:.3f} ± {error:.3f}"
   assert f"{held_out} held-out problems" in table[-1] and "replayed" not in table[-1]
+  names = [cell.strip() for cell in table[0].split("|")]
+  assert cells[names.index("`rollout_kl`, median, nats")] == "0.0e+00"
+  earlier = [{k: v for k, v in row.items() if k != "rollout_kl"} for row in arms]  # had none
+  without = tables.arms_table([environment, *earlier]).splitlines()
+  assert "rollout_kl" not in without[0]
+  assert without[1].count("---") == without[0].count("|") - 1 == without[2].count("|") - 1
+  assert table[1].count("---") == without[1].count("---") + 1
   replayed = tables.arms_table([environment | {"replays_routing": True}, *arms])
   assert ", routing replayed; " in replayed
 

@@ -35,6 +35,8 @@ LOGS = {
 REWARD = gaps.Measure("held_out", "reward", gaps.difference)
 # Of a run at its end: means over the last tenth of its steps.
 AT_END = ("entropy", "ppo_kl", ERROR)
+# Of a whole run: medians over its steps, of what single answers of low probability make large.
+OVER_RUN = ("rollout_kl",)
 
 
 def read_records(*workdirs: str | os.PathLike) -> Records:
@@ -67,7 +69,7 @@ def summarize_records(records: Records) -> dict[str, Any]:
       "held_out_reward": held_out,
       "gap": gaps.gap_of(records, arm, runs, REWARD),
       "train_reward": gaps.mean_of_runs(runs[name], REWARD.train, "last_step"),
-      **{column: gaps.mean_of_runs(runs[name], column, "last_step") for column in AT_END},
+      **{c: gaps.mean_of_runs(runs[name], c, "last_step") for c in (*AT_END, *OVER_RUN)},
       f"largest_{ERROR}": records.metrics[records.metrics.recipe == name][ERROR].max(),
       "router_flips": _flips(records, name),
       "step_time_ms": step_times[name],
@@ -90,7 +92,7 @@ def write_summary(workdir: str | os.PathLike) -> Path:
 
 
 def _runs(records: Records, arm: Arm) -> list[Row]:
-  """As `gaps.runs_of`, with the held-out reward before training and the columns AT_END."""
+  """As `gaps.runs_of`, with the held-out reward before training, AT_END and OVER_RUN."""
   own = records.metrics[records.metrics.recipe == arm.name]
   runs = gaps.runs_of(records, arm, REWARD)
   for run in runs:
@@ -100,6 +102,8 @@ def _runs(records: Records, arm: Arm) -> list[Row]:
     run |= {"start_reward": start.reward.mean(), "start_step": 0 if len(start) else None}
     for column in AT_END:
       run[column] = None if run["diverged"] else gaps.mean_at_end(train[column], arm)
+    for column in OVER_RUN:
+      run[column] = None if run["diverged"] else train[column].median()
   return logs.plain(runs)
 
 

@@ -29,13 +29,15 @@ def collect(workdir: Path, out: Path) -> None:
 
 
 def arms_table(rows: list[Row]) -> str:
+  environment, *arms = rows
+  # Rows collected at an earlier commit lack the median.
+  medians = "`rollout_kl`, median, nats | " if all("rollout_kl" in row for row in arms) else ""
   lines = [
     "| arm | seeds | held-out reward before | after | in training, at the end | less BF16's |"
-    " 95 % interval | against BF16 | entropy, nats | `ppo_kl`, nats | `token_mult_prob_error` |"
-    " router flips, % of tokens |",
-    "|---" * 12 + "|",
+    f" 95 % interval | against BF16 | entropy, nats | {medians}`ppo_kl`, nats |"
+    " `token_mult_prob_error` | router flips, % of tokens |",
   ]
-  environment, *arms = rows
+  lines.append("|---" * (lines[0].count("|") - 1) + "|")
   problems = environment["held_out"]
   for row in arms:
     gap = row["gap"]
@@ -59,6 +61,7 @@ def arms_table(rows: list[Row]) -> str:
       interval,
       gap["verdict"] or "",
       _number(means["entropy"], ".3f"),
+      *([_number(row["rollout_kl"]["mean"], ".1e")] if medians else []),
       _number(means["ppo_kl"], ".1e"),
       _number(means["token_mult_prob_error"], ".3f"),
       "" if flips is None else f"{100 * flips:.0f}",
