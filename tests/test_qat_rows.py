@@ -85,43 +85,32 @@ def test_cases_are_those_that_a_method_has():
   }
 
 
-def test_workers_give_the_same_rows(source):
-  cases = list(methods.cases(["bf16", "rtn"], ["MXFP4"], ["weights", "both"]))
-  one, three = (list(rows.measure_all(source, cases, workers)) for workers in (1, 3))
-  place = lambda row: (row["method"], row["format"], row["operands"])  # noqa: E731
-  told = lambda found: [untimed(row) for row in sorted(found, key=place)]  # noqa: E731
-  assert len(one) == 3 and told(one) == told(three)
-
-
 @pytest.mark.parametrize("workers", [1, 3])
-def test_rows_that_are_done_come_before_the_error_of_another(source, workers, monkeypatch):
-  def measure(source, case):
+def test_rows_that_are_done_come_before_the_error_of_another(workers):
+  def measure(case):
     if case.method == "qad":
       raise ValueError("no memory")
     time.sleep(0.05)
     return {"method": case.method}
 
-  monkeypatch.setattr(rows, "measure", measure)
   names = ["bf16", "qad", *["rtn"] * 9]  # more than begin at once
-  cases = [Case(name, "MXFP4", "both") for name in names]
-  found = rows.measure_all(source, cases, workers)
+  found = rows.measure_all(measure, [Case(name, "MXFP4", "both") for name in names], workers)
   assert next(found)["method"] in ("bf16", "rtn")
   with pytest.raises(ValueError, match="no memory"):
     list(found)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_who_takes_no_more_rows_does_not_wait_for_them(source, workers, monkeypatch):
+def test_who_takes_no_more_rows_does_not_wait_for_them(workers):
   """As Ctrl-C does: cases that have not begun never do."""
   begun = []
 
-  def measure(source, case):
+  def measure(case):
     begun.append(case)
     time.sleep(0.1)
     return {}
 
-  monkeypatch.setattr(rows, "measure", measure)
-  found = rows.measure_all(source, [Case("rtn", "MXFP4", str(i)) for i in range(20)], workers)
+  found = rows.measure_all(measure, [Case("rtn", "MXFP4", str(i)) for i in range(20)], workers)
   next(found)
   found.close()
   assert len(begun) <= (1 if workers == 1 else 12)  # of two, those that began meanwhile
@@ -265,6 +254,7 @@ def test_scales_of_tiles_are_not_learned(source):
     (["--steps=0"], "steps=0 is not at least 1"),
     (["--methods=gptq"], "--methods: 'gptq' is not one of"),
     (["--model=no.gguf"], "no.gguf"),
+    (["--model=no.gguf", "--workers=2"], "no.gguf"),
     (["--formats=MXFP4", "NVFP4"], "unexpected argument 'NVFP4'"),
   ],
 )

@@ -11,6 +11,7 @@ The settings are flags: experiments/qat/settings.py says what they mean.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable
 
@@ -32,7 +33,9 @@ _FORMATS = flags.DEFINE_list(
 _OPERANDS = flags.DEFINE_list(
   "operands", ["weights", "both"], "weights: activations stay in bf16; both: these too."
 )
-_WORKERS = flags.DEFINE_integer("workers", 1, "Cases at once, in one process.", lower_bound=1)
+_WORKERS = flags.DEFINE_integer(
+  "workers", 1, "Cases at once, each in a process of its own.", lower_bound=1
+)
 _DEFINE = {
   bool: flags.DEFINE_bool,
   int: flags.DEFINE_integer,
@@ -48,8 +51,7 @@ _ENVIRONMENT = ("device", "git_commit", "git_dirty", "versions")
 
 def main(_) -> None:
   if _WORKERS.value > 1:
-    # A thread that captures a CUDA graph fails where another compiles a cuDNN kernel meanwhile.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # they share the device's memory
   settings = Settings(**{name: flag.value for name, flag in _SETTINGS.items()})
   named, formats = _names(_METHODS.value, METHODS), _names(_FORMATS.value, FORMATS)
   operands = Names(_OPERANDS.value)
@@ -68,7 +70,10 @@ def main(_) -> None:
   left = rows.missing(wanted, logs.read_rows(_OUT.value), settings, environment)
   log = logs.JsonLines(_OUT.value)
   if left:
-    for row in rows.measure_all(load_source(settings), left, _WORKERS.value):
+    measure = functools.partial(rows.measure_apart, settings)
+    if _WORKERS.value == 1:
+      measure = functools.partial(rows.measure, load_source(settings))
+    for row in rows.measure_all(measure, left, _WORKERS.value):
       log.write(row | environment)
       print(
         f"{row['method']:13s} {row['format']:17s} {row['operands']:7s} "

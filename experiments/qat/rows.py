@@ -4,13 +4,14 @@ import concurrent.futures
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from experiments.qat.evaluate import accuracy, nats_per_token
 from experiments.qat.methods import Case, make
 from experiments.qat.settings import Settings
-from experiments.qat.source import Source
+from experiments.qat.source import Source, load_source
+from experiments.step_cost import alone
 from fp4jax.formats import FORMATS
 
 Row = dict[str, Any]
@@ -46,15 +47,26 @@ def measure(source: Source, case: Case) -> Row:
   }
 
 
-def measure_all(source: Source, cases: Iterable[Case], workers: int) -> Iterator[Row]:
+def measure_apart(settings: Settings, case: Case) -> Row:
+  """`measure` in a process of its own, from which no other case's compiling is seen."""
+  return alone(_load_and_measure, settings, case)
+
+
+def _load_and_measure(settings, case):
+  return measure(load_source(settings), case)
+
+
+def measure_all(
+  measure_one: Callable[[Case], Row], cases: Iterable[Case], workers: int
+) -> Iterator[Row]:
   """As they are done, `workers` at a time: while one compiles, another computes. Where a case
   fails, those that are done nonetheless come before its error."""
   if workers == 1:
-    yield from (measure(source, case) for case in cases)
+    yield from map(measure_one, cases)
     return
   failed = None
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    running = [pool.submit(measure, source, case) for case in cases]
+    running = [pool.submit(measure_one, case) for case in cases]
     try:
       for one in concurrent.futures.as_completed(running):
         if one.cancelled():
