@@ -85,7 +85,7 @@ class XlaGemms:
     dy: Float[Array, "*b m n"],
     forward: Forward,
     rows: Int[Array, " m"] | None = None,
-  ) -> tuple[Float32[Array, "... k n"], Summaries, ops.State]:
+  ) -> tuple[Float32[Array, "... k _"], Summaries, ops.State]:
     """dw = x.T @ dy, pulled through fprop.rhs."""
     source = self.recipe.wgrad.lhs.source
     rows = None if source == "fprop" else rows  # fprop read them where they lie
@@ -147,7 +147,7 @@ def linear(
   dtype: jnp.dtype,
   layout: Layout,
   lhs: Float[Array, "*r k"],
-  rhs: Float[Array, "*b k n"],
+  rhs: Float[Array, "*b k _"],
   keys: ops.Keys | None,
   tap: ops.Tap | None,
   state: ops.State,

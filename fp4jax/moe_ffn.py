@@ -51,7 +51,7 @@ from fp4jax.linear import nan_unless
 from fp4jax.mosaic import dispatch as peer_memory
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.operands import for_pull, take_rows
-from fp4jax.packed_weights import Unpacked, read_packed
+from fp4jax.packed_weights import Unpacked, read_packed, without_terms
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import (
@@ -143,7 +143,8 @@ def moe_ffn(
   axes = varying_axes(x, experts)
   mesh = ExpertMesh(token_parts, expert_axis, weight_axis, capacity_factor, axes)
   mesh.check_axes()
-  _check_shapes(x, mesh.whole(w13), mesh.whole(w2), experts, weights)
+  shapes = [without_terms(mesh.whole(w).shape, recipe) for w in (w13, w2)]
+  _check_shapes(x, *shapes, experts, weights)
   check_recipe(recipe)
   mesh.check(recipe, len(x), w13, w2)
   known = not isinstance(experts, jax.core.Tracer)
@@ -368,14 +369,14 @@ def _as_sent(fmt, implementation, dispatch, x) -> Float[Array, "token d"]:
 
 
 def _check_shapes(x, w13, w2, experts, weights):
-  if x.ndim != 2 or w2.ndim != 3 or w13.shape != (w2.shape[0], x.shape[1], 2 * w2.shape[1]):
+  if x.ndim != 2 or len(w2) != 3 or w13 != (w2[0], x.shape[1], 2 * w2[1]):
     raise ValueError(
-      f"x {x.shape}, w13 {w13.shape} and w2 {w2.shape} are not (token, d), (e, d, 2 f), (e, f, d)"
+      f"x {x.shape}, w13 {w13} and w2 {w2} are not (token, d), (e, d, 2 f), (e, f, d)"
     )
   if not len(x):
     raise ValueError(f"x {x.shape} has no tokens")
-  if w2.shape[2] != x.shape[1]:
-    raise ValueError(f"w2 {w2.shape} does not return to the {x.shape[1]} features of x {x.shape}")
+  if w2[2] != x.shape[1]:
+    raise ValueError(f"w2 {w2} does not return to the {x.shape[1]} features of x {x.shape}")
   if experts.ndim != 2 or experts.shape != weights.shape or len(experts) != len(x):
     raise ValueError(
       f"experts {experts.shape} and weights {weights.shape} are not both ({len(x)} tokens, k)"

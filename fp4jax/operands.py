@@ -199,7 +199,7 @@ def read(
 
 def pull(
   recipe: Recipe, role: str, read: Read, g: Float32[Array, "*t"], axis: int, keys: Keys | None
-) -> Float32[Array, "*t"]:
+) -> Float32[Array, "..."]:
   """The gradient of an fprop operand from `g`, that of what its backward partner's GEMM gave.
 
   `g` lies in the space of fprop's transform where that partner read what fprop read.

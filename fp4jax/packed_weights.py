@@ -18,23 +18,42 @@ from fp4jax.arguments import check_type
 from fp4jax.formats import Format, Slices
 from fp4jax.formats.format import block_axes
 from fp4jax.quantized_array import QuantizedArray
-from fp4jax.quantizers import Composed, Operand
+from fp4jax.quantizers import Composed, Operand, OutlierFallback
+from fp4jax.quantizers.fallback import TwoTerms
+from fp4jax.quantizers.quantizer import Read
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import one_program
 
 
 @dataclasses.dataclass(frozen=True)
 class Unpacked(Composed):
-  """Reads by `operand` weights that were packed: they keep the dtype that holds their values."""
+  """Reads by `operand` weights that were packed: they keep the dtype that holds their values.
+
+  Several terms come side by side, along the last axis.
+  """
 
   operand: Operand
+  terms: int = 1
 
   def read(self, x, axis, ctx):
-    return self.operand.read(x, axis, ctx)
+    read = self.operand.read(x, axis, ctx)
+    if self.terms == 1:
+      return read
+    return Read(tuple(jnp.split(x, self.terms, axis=-1)))
+
+  def pull(self, saved, g):
+    return jnp.concatenate([g] * self.terms, axis=-1)
+
+
+def without_terms(shape: tuple[int, ...], recipe: Recipe) -> tuple[int, ...]:
+  """Of weights that `recipe` reads, from the shape of what `read_packed` made of them."""
+  rhs = recipe.fprop.rhs
+  return (*shape[:-1], shape[-1] // rhs.terms) if isinstance(rhs, Unpacked) else shape
 
 
 def pack_weights(w: ArrayLike, recipe: Recipe) -> QuantizedArray:
-  """w (*b, k, n) in the format in which `recipe` keeps or else reads it in the forward GEMM.
+  """w (*b, k, n) in the format in which `recipe` keeps or else reads it in the forward GEMM; both
+  passes of an `OutlierFallback`.
 
   A call with arrays casts them to the dtype of x before anything else: so does who packs.
 
@@ -54,14 +73,28 @@ def pack_weights(w: ArrayLike, recipe: Recipe) -> QuantizedArray:
 def why_not_packed(recipe: Recipe, shape: tuple[int, ...] | None = None) -> str | None:
   """Why weights, of that shape, can't be packed for `recipe`; None: they can."""
   rhs = recipe.fprop.rhs
-  if not isinstance(rhs, Operand) or rhs.transform is not None or rhs.needs_key:
+  packs = isinstance(rhs, Operand | OutlierFallback)
+  if not packs or rhs.transform is not None or rhs.needs_key:
     return (
       f"recipe {recipe.name!r} reads fprop.rhs by {rhs}: packed weights are rounded to nearest, and"
       " nothing else is done to them"
     )
+  if getattr(recipe.fprop.lhs, "has_exact", False):
+    return (
+      f"recipe {recipe.name!r} reads fprop.lhs by {recipe.fprop.lhs}, whose exact term meets"
+      " weights as they were before rounding"
+    )
   if rhs.source != "residual" and not rhs.is_quantized:
     return f"recipe {recipe.name!r} reads fprop.rhs in {rhs.format}, which is not packed"
   fmt = _packed_format(recipe)
+  if isinstance(fmt, TwoTerms):
+    if obstacle := fmt.obstacle():
+      return f"recipe {recipe.name!r} reads fprop.rhs by {rhs}: {obstacle}"
+    if rhs.source != "original" or recipe.dgrad.rhs.source != "fprop" or recipe.residual.rhs:
+      return (
+        f"recipe {recipe.name!r} reads fprop.rhs in two terms: they are packed where fprop reads"
+        " the original and dgrad.rhs what fprop read"
+      )
   for axis, block in block_axes(fmt, -2).items():
     if shape is not None and shape[axis] % block:
       return f"w {shape}: {shape[axis]} is not a multiple of {fmt.name}'s {block}"
@@ -85,6 +118,10 @@ def read_packed(name: str, w: Any, recipe: Recipe) -> tuple[Any, Recipe]:
     return w, recipe
   check_packed(name, w, recipe)
   fmt = w.fmt
+  if isinstance(fmt, TwoTerms):
+    terms = fmt.terms(w.codes, w.scales, w.tensor_scale)
+    rhs = Unpacked(Operand(terms[0].dtype), len(terms))
+    return jnp.concatenate(terms, axis=-1), recipe.replace({"fprop.rhs": rhs})
   values = qz.dequantize(w, fmt.dequantized_dtype, implementation="xla")
   rhs, residual, dgrad = recipe.fprop.rhs, recipe.residual, recipe.dgrad
   if rhs.source == "original":
@@ -116,4 +153,6 @@ def check_packed(name: str, w: QuantizedArray, recipe: Recipe) -> None:
 
 def _packed_format(recipe: Recipe) -> Format:
   rhs = recipe.fprop.rhs
+  if isinstance(rhs, OutlierFallback):
+    return rhs.packed_format
   return recipe.residual.rhs if rhs.source == "residual" else rhs.format

@@ -11,7 +11,7 @@ from flax import nnx
 import fp4jax
 from fp4jax import dot_general, implementation, operands, pack_weights, recipes
 from fp4jax.models import LanguageModel, ModelConfig, Policy, generate, pack_model
-from fp4jax.quantizers import Operand
+from fp4jax.quantizers import Operand, OutlierFallback
 
 BF16 = jnp.bfloat16
 RCEIL = dataclasses.replace(fp4jax.MXFP4, scale_rule="rceil")
@@ -92,6 +92,8 @@ def test_what_the_kernel_can_not_do_raises_or_is_left_to_xla(hopper, monkeypatch
   scaled = recipes.MXFP4.replace({"fprop.lhs.format": fp4jax.NVFP4, "name": "nvfp4"})
   stacked, batched = pack_weights(normal(1, 2, 128, 128), W4A16), (((2,), (1,)), ((0,), (0,)))
   fp8 = pack_weights(w, recipes.FP8)
+  two = {"fprop.rhs": OutlierFallback(W4A16.fprop.rhs), "name": "of"}
+  two = W4A16.replace(two | {"dgrad.rhs.source": "fprop"})
   of_quantize = fp4jax.quantize(w, RCEIL, axis=-2, implementation="xla")
   calls = {
     "multiplies 1 to 128 rows, not 129": (W4A16, normal(0, 129, 128), packed),
@@ -101,6 +103,7 @@ def test_what_the_kernel_can_not_do_raises_or_is_left_to_xla(hopper, monkeypatch
     "take no batch axes": (W4A16, normal(0, 2, 8, 128), stacked, batched),
     "reads them in MXFP4, not recipe 'fp8'": (recipes.FP8, x, fp8),
     "reads fprop.lhs in bf16 or MXFP4, not recipe 'nvfp4'": (scaled, x, pack_weights(w, scaled)),
+    "reads them in one term, not recipe 'of'": (two, x, pack_weights(w, two)),
     "not of fp4jax.quantize": (W4A16, x, of_quantize),
   }
   for message, (recipe, *args) in calls.items():

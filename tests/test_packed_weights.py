@@ -5,13 +5,42 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fp4jax import dequantize, dot_general, formats, moe_ffn, pack_weights, quantize, recipes
+from fp4jax import (
+  Operand,
+  dequantize,
+  dot_general,
+  fake_quantize,
+  formats,
+  moe_ffn,
+  pack_weights,
+  quantize,
+  recipes,
+)
 from fp4jax.models.over_mesh import moe_ffn_over_mesh
+from fp4jax.operands import whole
+from fp4jax.quantizers import Context, OutlierClamp, OutlierFallback
 
 NVFP4 = recipes.MXFP4.replace(
   {f"fprop.{side}.format": formats.NVFP4 for side in ("lhs", "rhs")} | {"name": "nvfp4"}
 )
+
+
+def fallback(fmt, alpha=0.5, **sides):
+  """Weights in two terms; the backward pass reads what fprop read."""
+  second = OutlierFallback(Operand(fmt), alpha)
+  read = Operand(jnp.bfloat16, source="fprop")
+  changes = {"fprop.rhs": second, "dgrad.rhs": read, "name": f"{fmt.name.lower()}+of"}
+  return recipes.BF16.replace(changes | sides)
+
+
+FALLBACKS = [
+  fallback(formats.MXFP4),
+  fallback(formats.MXFP4, **{"fprop.lhs": OutlierFallback(Operand(formats.MXFP4))}),
+  fallback(formats.MXFP4_MBS_D, **{"fprop.lhs.format": formats.MXFP4_MBS_S}),
+  fallback(formats.NVFP4, 0.3),
+]
 CASES = [
+  *[(recipe, "bfloat16") for recipe in FALLBACKS],
   *[(recipe, "bfloat16") for recipe in (recipes.FP8, recipes.MXFP4, recipes.HOPPER_FP4)],
   *[(recipe, "bfloat16") for recipe in (recipes.FP8_MXFP4_WEIGHTS, NVFP4)],
   *[(recipe, "float32") for recipe in (recipes.FP8, recipes.FP8_MXFP4_WEIGHTS)],
@@ -58,6 +87,21 @@ def test_packed_weights_take_the_bytes_of_their_codes():
   assert pack_weights(w, recipes.MXFP4).nbytes == w.size * (4 + 8 / 32) / 8
   assert pack_weights(w, recipes.FP8_MXFP4_WEIGHTS).nbytes == w.size * (4 + 8 / 32) / 8
   assert pack_weights(w, recipes.FP8).nbytes == w.size + w.size / 128**2 * 4
+  assert pack_weights(w, FALLBACKS[0]).nbytes == w.size * 2 * (4 + 8 / 32) / 8
+
+
+def test_the_values_of_two_terms_are_what_the_quantizer_reads():
+  w = normal(1, 256, 128)
+  for recipe in FALLBACKS:
+    packed = pack_weights(w, recipe)
+    read = recipe.fprop.rhs.read(w, -2, Context())
+    assert packed.fmt.bits_per_value == 2 * recipe.fprop.rhs.format.bits_per_value
+    values = whole(read)
+    # A sum of two float32 terms may be fused with the products that make them.
+    ulps = 0 if read.terms[0].dtype == jnp.bfloat16 else 2.0**-22
+    np.testing.assert_allclose(dequantize(packed), values, rtol=ulps, atol=0)
+    again = fake_quantize(w, packed.fmt, axis=-2)
+    np.testing.assert_allclose(again, values, rtol=ulps, atol=0)
 
 
 def test_the_gradient_of_x_is_that_of_the_values():
@@ -72,6 +116,14 @@ def test_the_gradient_of_x_is_that_of_the_values():
   np.testing.assert_array_equal(gradient(packed), gradient(values))
 
 
+@pytest.mark.parametrize("recipe", FALLBACKS, ids=lambda recipe: recipe.name)
+def test_the_gradient_of_x_is_that_of_the_two_terms(recipe):
+  x, w = normal(0, 24, 256), normal(1, 256, 128)
+  dot = dot_general(recipe)
+  gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(dot(x, w, ROWS_TIMES_WEIGHTS) ** 2)))
+  np.testing.assert_array_equal(gradient(x, pack_weights(w, recipe)), gradient(x, w))
+
+
 def test_what_can_not_be_read_packed_is_refused():
   x, w = normal(0, 24, 256), normal(1, 256, 128)
 
@@ -82,6 +134,13 @@ def test_what_can_not_be_read_packed_is_refused():
   refused("'bf16' reads fprop.rhs in bfloat16, which is not packed", pack_weights, w, recipes.BF16)
   stochastic = recipes.MXFP4.replace({"fprop.rhs.rounding": "stochastic", "name": "sr"})
   refused("'sr' reads fprop.rhs by .*stochastic", pack_weights, w, stochastic)
+  exact = recipes.MXFP4.replace({"fprop.lhs": OutlierClamp(Operand(formats.MXFP4)), "name": "occ"})
+  refused("'occ' reads fprop.lhs by .*, whose exact term meets", pack_weights, w, exact)
+  two_dtypes = fallback(formats.MXFP4, 0.3)
+  refused("alpha=0.3 is no power of two", pack_weights, w, two_dtypes)
+  refused("two codes of MXFP8 do not fill a byte", pack_weights, w, fallback(formats.MXFP8))
+  again = fallback(formats.MXFP4, **{"dgrad.rhs.source": "original"})
+  refused("packed where fprop reads the original and dgrad", pack_weights, w, again)
   match = r"w \(250, 128\): 250 is not a multiple of MXFP4's 32"
   refused(match, pack_weights, w[:250], recipes.MXFP4)
   refused(r"w \(256,\) is not \(\*b, k, n\)", pack_weights, w[:, 0], recipes.MXFP4)

@@ -171,7 +171,7 @@ def test_what_can_not_be_read_is_refused_before_anything_is_written(tmp_path):
 @pytest.mark.parametrize(
   ("change", "words"),
   [
-    ({"rollout.packed": True, "arms": Names(("bf16", "mxfp4+of"))}, "pack"),
+    ({"rollout.packed": True, "arms": Names(("bf16", "mxfp4.deadzone"))}, "pack"),
     ({"quantize.scores": True, "arms": Names(("nvfp4",))}, "scores"),
     ({"task.pattern": "("}, r"task.pattern='\('"),
     (

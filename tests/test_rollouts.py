@@ -85,9 +85,10 @@ def test_noise_changes_what_is_sampled_and_not_the_weights():
 
 
 @pytest.mark.slow
-def test_packed_weights_change_no_number():
-  *_, rollout, _, _ = sampled("mxfp4", **{"rollout.packed": True})
-  *_, unpacked, _, _ = sampled("mxfp4", **{"rollout.packed": False})
+@pytest.mark.parametrize("arm", ["mxfp4", "mxfp4+of"])
+def test_packed_weights_change_no_number(arm):
+  *_, rollout, _, _ = sampled(arm, **{"rollout.packed": True})
+  *_, unpacked, _, _ = sampled(arm, **{"rollout.packed": False})
   np.testing.assert_array_equal(rollout.tokens, unpacked.tokens)
   np.testing.assert_array_equal(rollout.logprobs, unpacked.logprobs)
 
@@ -97,7 +98,7 @@ def test_weights_are_packed_where_the_arm_only_rounds_them():
   policy = lambda arm, **q: quantized_policy(arm_of(arm).rollout, Quantize(**q), None)  # noqa: E731
   assert packed(settings, policy("mxfp4"), model)
   assert packed(settings, policy("bf16"), model)
-  assert not packed(settings, policy("mxfp4+of"), model)
+  assert packed(settings, policy("mxfp4+of"), model)
   assert not packed(settings, policy("mxfp4.deadzone"), model)
   assert not packed(settings, policy("mxfp4", first_bf16=1), model)
   assert not packed(settings, policy("mxfp4+mbs"), model)  # w2 has 32 rows, a macro block 128

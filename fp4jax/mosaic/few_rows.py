@@ -60,6 +60,8 @@ def _recipe_obstacle(recipe):
   name = f"not recipe {recipe.name!r}"
   if recipe.is_stochastic:
     return f"the kernel of packed weights draws nothing at random, {name}"
+  if not isinstance(pair.rhs, Operand):
+    return f"the kernel of packed weights reads them in one term, {name}"
   # Weights that are kept in a format come as its values; what else is done to them, XLA does.
   original = pair.rhs.source == "original"
   if (pair.rhs.format if original else kept) not in MXFP4:

@@ -26,6 +26,10 @@ class OutlierClamp(Composed):
 
   reads_whole_rows = True
 
+  @property
+  def has_exact(self) -> bool:
+    return self.compensated
+
   def __post_init__(self):
     if not 0.5 < self.alpha <= 1:
       raise ValueError(f"alpha={self.alpha} is not in (0.5, 1]")

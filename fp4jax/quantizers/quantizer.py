@@ -59,7 +59,7 @@ class Quantizer(Protocol):
 
   One that learns its state, for operands of fprop, sets `learns_state` and has
   `pull_state(saved, g)`: the gradient of the state from that of what was read, which then comes out
-  where the next state would.
+  where the next state would. One whose `Read` has exact terms sets `has_exact`.
   """
 
   format: Format | DTypeLike  # that it rounds to
