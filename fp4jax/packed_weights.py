@@ -36,9 +36,8 @@ class Unpacked(Composed):
   terms: int = 1
 
   def read(self, x, axis, ctx):
-    read = self.operand.read(x, axis, ctx)
     if self.terms == 1:
-      return read
+      return self.operand.read(x, axis, ctx)
     return Read(tuple(jnp.split(x, self.terms, axis=-1)))
 
   def pull(self, saved, g):
