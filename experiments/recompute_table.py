@@ -21,12 +21,12 @@ from unittest import mock
 from absl import app, flags
 
 from experiments import command_line, data, logs
+from experiments.apart import alone
 from experiments.checks import validate
 from experiments.config import Experiment
 from experiments.environment import COMMIT
 from experiments.mesh import make_mesh
 from experiments.step_cost import (
-  alone,
   compile_all,
   gigabytes,
   lower_step,

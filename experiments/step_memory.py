@@ -10,9 +10,10 @@ import os
 from absl import app, flags
 
 from experiments import command_line, logs
+from experiments.apart import alone
 from experiments.checks import validate
 from experiments.environment import COMMIT
-from experiments.step_cost import alone, gigabytes, measure_step
+from experiments.step_cost import gigabytes, measure_step
 
 _CONFIG = command_line.define_config()
 _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)

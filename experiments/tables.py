@@ -154,20 +154,6 @@ def lengths_table(
   return "\n".join(lines) + f"\n\n{' '.join(sources)}"
 
 
-def attention_table(times: dict[int, list[Row]]) -> str:
-  """Steps whose attention runs the recipe too, by the length of the sequences."""
-  lines = ["| sequence | recipe | tokens/s | step time, BF16 = 1 | quartiles |", "|---" * 5 + "|"]
-  for length, rows in times.items():
-    for row in rows:
-      low, high = row["ratio_quartiles"]
-      lines.append(
-        f"| {length} | `{row['recipe']}` | {row['tokens_per_s']:,.0f} |"
-        f" {row['ratio_to_bf16']:.2f} | {low:.2f} to {high:.2f} |"
-      )
-  sources = dict.fromkeys(told_source(rows[0]) for rows in times.values())
-  return "\n".join(lines) + f"\n\n{' '.join(sources)}"
-
-
 def scaling_table(rows: list[Row]) -> str:
   """Whole steps over more and more GPUs, of the same tokens for each: rows of `step_time`."""
   alone = {row["recipe"]: row["tokens_per_gpu_s"] for row in rows if row["devices"] == 1}
@@ -296,7 +282,7 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
         {length: rows(f"moe_wide_{length}_step_time") for length in (512, 4096)},
         {length: rows(f"moe_wide_{length}_memory") for length in (512, 4096)},
       ),
-      "moe_wide_attention": attention_table({4096: rows("moe_wide_4096_attention_step_time")}),
+      "moe_wide_attention": step_time_table(rows("moe_wide_4096_attention_step_time")),
       "dispatch": dispatch_table(rows("dispatch")),
       "layer_bytes": layer_bytes_table(rows("dispatch")),
     }

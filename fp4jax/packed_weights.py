@@ -89,7 +89,7 @@ def why_not_packed(recipe: Recipe, shape: tuple[int, ...] | None = None) -> str 
   if isinstance(fmt, TwoTerms):
     if obstacle := fmt.obstacle():
       return f"recipe {recipe.name!r} reads fprop.rhs by {rhs}: {obstacle}"
-    if rhs.source != "original" or recipe.dgrad.rhs.source != "fprop" or recipe.residual.rhs:
+    if rhs.source != "original" or recipe.dgrad.rhs.source != "fprop":
       return (
         f"recipe {recipe.name!r} reads fprop.rhs in two terms: they are packed where fprop reads"
         " the original and dgrad.rhs what fprop read"
@@ -120,7 +120,8 @@ def read_packed(name: str, w: Any, recipe: Recipe) -> tuple[Any, Recipe]:
   if isinstance(fmt, TwoTerms):
     terms = fmt.terms(w.codes, w.scales, w.tensor_scale)
     rhs = Unpacked(Operand(terms[0].dtype), len(terms))
-    return jnp.concatenate(terms, axis=-1), recipe.replace({"fprop.rhs": rhs})
+    fprop = dataclasses.replace(recipe.fprop, rhs=rhs)
+    return jnp.concatenate(terms, axis=-1), dataclasses.replace(recipe, fprop=fprop)
   values = qz.dequantize(w, fmt.dequantized_dtype, implementation="xla")
   rhs, residual, dgrad = recipe.fprop.rhs, recipe.residual, recipe.dgrad
   if rhs.source == "original":

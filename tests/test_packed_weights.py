@@ -7,6 +7,7 @@ import pytest
 
 from fp4jax import (
   Operand,
+  decompose,
   dequantize,
   dot_general,
   fake_quantize,
@@ -141,6 +142,15 @@ def test_what_can_not_be_read_packed_is_refused():
   refused("two codes of MXFP8 do not fill a byte", pack_weights, w, fallback(formats.MXFP8))
   again = fallback(formats.MXFP4, **{"dgrad.rhs.source": "original"})
   refused("packed where fprop reads the original and dgrad", pack_weights, w, again)
+  kept = fallback(
+    formats.MXFP4,
+    **{"residual.rhs": formats.MXFP4, "fprop.rhs.operand.source": "residual"},
+  )
+  refused("packed where fprop reads the original and dgrad", pack_weights, w, kept)
+  two = FALLBACKS[0].fprop.rhs.packed_format
+  with pytest.raises(ValueError, match=r"MXFP4\+0.5\*MXFP4 rounds to nearest alone"):
+    quantize(w, two, rounding="stochastic", key=jax.random.key(0))
+  refused("has no parts of its error", decompose, w, two)
   match = r"w \(250, 128\): 250 is not a multiple of MXFP4's 32"
   refused(match, pack_weights, w[:250], recipes.MXFP4)
   refused(r"w \(256,\) is not \(\*b, k, n\)", pack_weights, w[:, 0], recipes.MXFP4)

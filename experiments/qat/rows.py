@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from experiments.apart import alone
 from experiments.qat.evaluate import accuracy, nats_per_token
 from experiments.qat.methods import Case, make
 from experiments.qat.settings import Settings
 from experiments.qat.source import Source, load_source
-from experiments.step_cost import alone
 from fp4jax.formats import FORMATS
 
 Row = dict[str, Any]

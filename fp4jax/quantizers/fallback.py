@@ -90,7 +90,13 @@ class TwoTerms(Based):
     return self.base.dequantized_dtype
 
   def round(self, x, axis, random_bits=None, slices=WHOLE) -> Rounded:
-    """To nearest."""
+    """To nearest.
+
+    Raises:
+      ValueError: random bits, of which two passes would need two.
+    """
+    if random_bits is not None:
+      raise ValueError(f"{self.name} rounds to nearest alone")
     first = self.base.round(x, axis, None, slices)
     rest = x - fb.saturate(self.base.values(first), self._dtype).astype(jnp.float32)
     second = self.base.round(rest, axis, None, slices)
@@ -100,6 +106,9 @@ class TwoTerms(Based):
     (first, scales, slice_scale), (second, *behind) = map(self.base.store, _passes(r))
     scales = jnp.concatenate([scales, behind[0]], axis=-1)
     return first | (second << 4), scales, (slice_scale, behind[1])
+
+  def ideal(self, r):
+    raise ValueError(f"{self.name} has no parts of its error: the second pass mends the first's")
 
   def values(self, r):
     first, second = (self.base.values(one) for one in _passes(r))
