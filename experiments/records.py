@@ -88,7 +88,8 @@ def read(columns: Mapping[str, Columns], arms: str, *workdirs: str | os.PathLike
     baseline = prefix + BASELINE if BASELINE in recipes else None
     for recipe in recipes:
       name = prefix + recipe
-      found[name] = Arm(name, recipe, label, baseline, config.get("seeds"), config.get("steps"))
+      seeds = config.get("seeds_by_arm", {}).get(recipe, config.get("seeds"))
+      found[name] = Arm(name, recipe, label, baseline, seeds, config.get("steps"))
     for log, of_log in own.items():
       rows[log] += [row | {"recipe": prefix + row["recipe"]} for row in of_log]
   tables = {log: _table(rows[log], columns[log]) for log in columns}

@@ -137,7 +137,8 @@ class WorkDir:
       )
     arms = self._config.ARMS
     wanted = self._config.to_dict()
-    both = wanted | {name: config.get(name) for name in (arms, "seeds", "steps")}
+    grows = arms, "seeds", "seeds_by_arm", "steps"
+    both = wanted | {name: config[name] for name in grows if name in config}
     self._refuse(_differences(config, both, "config"), "another config")
     if definitions is None:
       logging.warning(
@@ -168,10 +169,13 @@ class WorkDir:
       )
 
   def _grown(self, was: dict[str, Any]) -> dict[str, Any]:
-    """The config with the arms and seeds of both."""
+    """The config with the arms of both, and of each as many seeds as were asked for."""
     now, arms = self._config.to_dict(), self._config.ARMS
     both = list(dict.fromkeys([*was[arms], *now[arms]]))
-    return now | {arms: both, "seeds": max(was["seeds"], now["seeds"])}
+    asked = was.get("seeds_by_arm") or dict.fromkeys(was[arms], was["seeds"])
+    asked |= {arm: max(now["seeds"], asked.get(arm, 0)) for arm in now[arms]}
+    seeds = max(asked.values())
+    return now | {arms: both, "seeds": seeds, "seeds_by_arm": asked}
 
   def _joined(self, first: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """environment.json of a workdir that began with `first`."""

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from small_runs import assert_same_logs, finish, small
 from stateful import Clipped, Shaped, with_state
 
 from experiments import config as configs
+from experiments import summary
 from experiments.run import run
 from experiments.workdir import WorkDir
 from fp4jax import formats, recipes
@@ -139,6 +141,20 @@ def test_a_workdir_grows_into_the_one_that_was_asked_for_at_once(corpus_file, tm
   shutil.rmtree(grown / "runs/bf16-0/checkpoints")
   with pytest.raises(ValueError, match="bf16-0 has no checkpoint of its last step, 8"):
     run(growing(corpus_file, recipes=one, steps=10, **dense), grown)
+
+
+def test_each_arm_has_the_seeds_that_were_asked_of_it(tmp_path):
+  def grow(seeds, *arms):
+    begin(tmp_path, small(recipes=configs.Names(arms), seeds=seeds))
+    return {name: arm.seeds for name, arm in summary.read_records(tmp_path).arms.items()}
+
+  grow(2, "bf16", "mxfp4")
+  asked = json.loads((tmp_path / "config.json").read_text())
+  del asked["seeds_by_arm"]  # as an earlier version left it
+  (tmp_path / "config.json").write_text(json.dumps(asked))
+  assert grow(3, "bf16") == {"bf16": 3, "mxfp4": 2}
+  assert grow(1, "bf16", "fp8") == {"bf16": 3, "mxfp4": 2, "fp8": 1}
+  assert json.loads((tmp_path / "config.json").read_text())["seeds"] == 3
 
 
 @pytest.mark.parametrize(
