@@ -1,12 +1,10 @@
 """Speed and memory of a training step by what it computes again, for every recipe.
 
-    XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python -m experiments.recompute_table \\
-        --config=configs/moe_10b.py --out=results/recompute.jsonl
+    python -m experiments.recompute_table --config=configs/moe_10b.py --out=results/recompute.jsonl
 
 All steps are compiled at once, into JAX's cache; then each is measured in a process of its own, for
 a device counts the peak of a process and never resets it. A step for which memory does not suffice
-is a row too. `make tables` puts the rows into docs/results.md, which then needs the lines
-`<!-- recompute -->` and `<!-- /recompute -->`.
+is a row too. `make tables` puts the rows into docs/results.md.
 """
 
 import concurrent.futures
@@ -16,7 +14,6 @@ import os
 import tempfile
 import time
 from typing import get_args
-from unittest import mock
 
 from absl import app, flags
 
@@ -46,6 +43,13 @@ command_line.allow("policies", get_args(Remat))
 _ROUNDS = flags.DEFINE_integer("rounds", 8, "Timed steps of each.", lower_bound=2)
 _COMPILERS = flags.DEFINE_integer("compilers", 4, "Processes that compile at once.", lower_bound=1)
 _TIMEOUT_S = flags.DEFINE_float("timeout_s", 120, "For one measurement, the start included.")
+# A step's temporaries are one piece. JAX's own allocator, one pool that earlier arrays divide, had
+# no piece of 44 GB with 74 GB free; the driver's maps free pages to one.
+_MEMORY = {
+  "XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async",
+  "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+  "XLA_PYTHON_CLIENT_MEM_FRACTION": "1",  # all of a device
+}
 Cell = tuple[Experiment, str]  # a recipe, under the policy that the config names
 
 
@@ -70,11 +74,7 @@ def plan(cells: list[Cell]) -> list[dict[str, int | None]]:
 def plan_at_once(cells: list[Cell], processes: int) -> list[dict[str, int | None]]:
   """`plan`, with every so many of the cells in a process: lowering holds Python's lock."""
   shares = [cells[i::processes] for i in range(processes)]
-  with (
-    # A process takes what its tuning uses, so that there is room for the others.
-    mock.patch.dict(os.environ, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
-    concurrent.futures.ThreadPoolExecutor(processes) as pool,
-  ):
+  with concurrent.futures.ThreadPoolExecutor(processes) as pool:
     found = list(pool.map(functools.partial(alone, plan), shares))
   return [found[i % processes][i // processes] for i in range(len(cells))]
 
@@ -91,6 +91,8 @@ def main(_) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # cuDNN's attention is partitioned by a function whose address would be part of the key.
     os.environ["JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY"] = "true"
+    for name, value in _MEMORY.items():
+      os.environ.setdefault(name, value)
     began = time.monotonic()
     planned = plan_at_once(cells, min(_COMPILERS.value, len(cells)))
     print(f"{len(cells)} steps compiled in {time.monotonic() - began:.0f} s", flush=True)
@@ -116,7 +118,8 @@ def main(_) -> None:
 def _said(row):
   planned = f"{gigabytes(row['argument_bytes'])} and {gigabytes(row['temp_bytes'])} planned"
   if row["oom"]:
-    return f"out of memory, {planned}"
+    asked, free = (gigabytes(row[name]) for name in ("oom_bytes", "largest_free_bytes"))
+    return f"out of memory: {asked} asked, largest free piece {free}; {planned}"
   speed = f"{row['tokens_per_gpu_s']:,.0f} tokens per GPU and second"
   return f"{speed}, peak {gigabytes(row['peak_bytes'])}, {planned}"
 

@@ -54,8 +54,8 @@ def measure_step(
 ) -> dict[str, Any]:
   """A row: what the compiler plans, the times of `rounds` steps after a first one, the largest peak
   of the devices, which is that of the process, and what each may have; both None where a device
-  does not count, such as a CPU. Where memory does not suffice, what was asked for in place of times
-  and peak.
+  does not count, such as a CPU. Where memory does not suffice, in place of times and peak, what was
+  asked for in one piece, what was in use, and the largest piece that was free.
   """
   corpus, devices = data.load_corpus(config.data), first_devices()
   mesh, policy = make_mesh(config, devices), policy_of(recipes.by_name(recipe), config)
@@ -73,7 +73,10 @@ def measure_step(
   except jax.errors.JaxRuntimeError as error:
     if "out of memory" not in str(error).lower():
       raise
+    used, free = (_of_memory(devices, n) for n in ("bytes_in_use", "largest_free_block_bytes"))
     row |= {"oom": True, "oom_bytes": asked_bytes(str(error))}
+    row["used_bytes"] = None if None in used else max(used)
+    row["largest_free_bytes"] = None if None in free else min(free)
   else:
     peaks = _of_memory(devices, "peak_bytes_in_use")
     median = statistics.median(times)

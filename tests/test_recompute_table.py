@@ -54,6 +54,11 @@ def test_a_step_without_room_is_a_row(monkeypatch, corpus_file):
   config = small(**{"data.path": corpus_file})
   monkeypatch.setattr(step_cost, "_run", fail)
   row = step_cost.measure_step(config, "bf16", 2)
+  assert (row["used_bytes"], row["largest_free_bytes"]) == (None, None)  # a CPU does not count
+  of = {"bytes_limit": [9, 8], "bytes_in_use": [5, 6], "largest_free_block_bytes": [2, 3]}
+  monkeypatch.setattr(step_cost, "_of_memory", lambda _, name: of[name])
+  row = step_cost.measure_step(config, "bf16", 2)
+  assert [row[f"{name}_bytes"] for name in ("limit", "used", "largest_free")] == [8, 6, 2]
   assert row["oom"] and row["oom_bytes"] == round(58.13 * 2**30)
   assert row["temp_bytes"] > 0 and "peak_bytes" not in row
 
