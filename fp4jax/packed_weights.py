@@ -20,7 +20,7 @@ from fp4jax.formats.format import block_axes
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.quantizers import Composed, Operand, OutlierFallback
 from fp4jax.quantizers.fallback import TwoTerms
-from fp4jax.quantizers.quantizer import Read
+from fp4jax.quantizers.quantizer import Read, pad
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import one_program
 
@@ -57,8 +57,8 @@ def pack_weights(w: ArrayLike, recipe: Recipe) -> QuantizedArray:
   A call with arrays casts them to the dtype of x before anything else: so does who packs.
 
   Raises:
-    ValueError: a recipe whose forward GEMM reads weights otherwise than rounded to a format, or
-      k or n that is not a multiple of its blocks.
+    ValueError: a recipe whose forward GEMM reads weights otherwise than rounded to a format, or n
+      that is not a multiple of its blocks.
   """
   (w,) = ops.to_operands(w=w)
   check_type("recipe", recipe, Recipe, " such as fp4jax.recipes.MXFP4")
@@ -94,15 +94,18 @@ def why_not_packed(recipe: Recipe, shape: tuple[int, ...] | None = None) -> str 
         f"recipe {recipe.name!r} reads fprop.rhs in two terms: they are packed where fprop reads"
         " the original and dgrad.rhs what fprop read"
       )
-  for axis, block in block_axes(fmt, -2).items():
-    if shape is not None and shape[axis] % block:
-      return f"w {shape}: {shape[axis]} is not a multiple of {fmt.name}'s {block}"
+  columns = block_axes(fmt, -2).get(-1, 1)
+  if shape is not None and shape[-1] % columns:
+    return f"w {shape}: {shape[-1]} is not a multiple of {fmt.name}'s {columns}"
   return None
 
 
 @one_program(1)
 def _pack(fmt, w):
-  return qz.pack_blocks(w, fmt, -2, slices=Slices(w.ndim - 2))
+  filled = pad(w, -2, block_axes(fmt, -2).get(-2, 1))
+  packed = qz.pack_blocks(filled, fmt, -2, slices=Slices(w.ndim - 2))
+  k = w.shape[-2]
+  return packed if filled.shape[-2] == k else dataclasses.replace(packed, length=k)
 
 
 def read_packed(name: str, w: Any, recipe: Recipe) -> tuple[Any, Recipe]:
@@ -118,7 +121,7 @@ def read_packed(name: str, w: Any, recipe: Recipe) -> tuple[Any, Recipe]:
   check_packed(name, w, recipe)
   fmt = w.fmt
   if isinstance(fmt, TwoTerms):
-    terms = fmt.terms(w.codes, w.scales, w.tensor_scale)
+    terms = [w.unfilled(term) for term in fmt.terms(w.codes, w.scales, w.tensor_scale)]
     rhs = Unpacked(Operand(terms[0].dtype), len(terms))
     fprop = dataclasses.replace(recipe.fprop, rhs=rhs)
     return jnp.concatenate(terms, axis=-1), dataclasses.replace(recipe, fprop=fprop)

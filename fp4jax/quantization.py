@@ -129,7 +129,7 @@ def _dequantize(dtype, implementation, q):
     return _without_gradient(mosaic.dequantize(q.codes, q.scales), q.trace)
   codes = unpack(q.codes, q.fmt.element_bits, q.axis)
   values = fb.saturate(q.fmt.load(codes, q.scales, q.tensor_scale), dtype)
-  return _without_gradient(values, q.trace)
+  return _without_gradient(q.unfilled(values), q.trace)
 
 
 def _without_gradient(values, trace):

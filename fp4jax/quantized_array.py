@@ -5,7 +5,8 @@ import math
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float32, UInt8
+from jax import lax
+from jaxtyping import Array, Float, Float32, UInt8
 
 from fp4jax.formats.format import Format
 from fp4jax.formats.scales import StoredScale
@@ -22,6 +23,9 @@ class QuantizedArray:
   `tensor_scale` is the scale of the outer level where the format has one, with as many axes.
 
   A stack of arrays, `jax.vmap(quantize)(x)`, is a QuantizedArray too, with its axes in front.
+
+  `pack_weights` fills up the last block with zeros; `length` is that of the axis without them, None
+  where there are none.
   """
 
   codes: UInt8[Array, "*packed"]
@@ -31,13 +35,19 @@ class QuantizedArray:
   axis: int = dataclasses.field(metadata={"static": True})  # negative
   # Holds nothing, and is differentiated where x was: `dequantize` refuses a gradient by it.
   trace: Float32[Array, "*t 0"] | None = None
+  length: int | None = dataclasses.field(default=None, metadata={"static": True})
 
   @property
   def shape(self) -> tuple[int, ...]:
     """Shape of the tensor that was quantized."""
     shape = list(self.codes.shape)
-    shape[self.axis] = shape[self.axis] * 8 // self.fmt.element_bits
+    shape[self.axis] = self.length or shape[self.axis] * 8 // self.fmt.element_bits
     return tuple(shape)
+
+  def unfilled(self, values: Float[Array, "*t"]) -> Float[Array, "*s"]:
+    """What all codes stand for, without the zeros of the last block."""
+    axis = self.axis % values.ndim
+    return values if self.length is None else lax.slice_in_dim(values, 0, self.length, axis=axis)
 
   @property
   def nbytes(self) -> int:

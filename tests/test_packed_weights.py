@@ -70,6 +70,16 @@ def test_a_product_is_that_of_the_array(recipe, dtype):
   assert (np.float32(found) != np.float32(exact)).mean() > 0.5
 
 
+@every_case
+def test_a_last_block_that_is_not_full(recipe, dtype):
+  x, w = normal(0, 24, 250, dtype=dtype), normal(1, 250, 128, dtype=dtype)
+  packed = pack_weights(w, recipe)
+  assert packed.shape == w.shape and packed.codes.shape[-2] * 8 // packed.fmt.element_bits == 256
+  xla = dot_general(recipe, implementation="xla")
+  dot = jax.jit(lambda x, w: xla(x, w, ROWS_TIMES_WEIGHTS))
+  np.testing.assert_array_equal(dot(x, packed), dot(x, w))
+
+
 @pytest.mark.slow
 @every_case
 def test_experts_are_those_of_the_arrays(recipe, dtype):
@@ -151,8 +161,8 @@ def test_what_can_not_be_read_packed_is_refused():
   with pytest.raises(ValueError, match=r"MXFP4\+0.5\*MXFP4 rounds to nearest alone"):
     quantize(w, two, rounding="stochastic", key=jax.random.key(0))
   refused("has no parts of its error", decompose, w, two)
-  match = r"w \(250, 128\): 250 is not a multiple of MXFP4's 32"
-  refused(match, pack_weights, w[:250], recipes.MXFP4)
+  match = r"w \(256, 120\): 120 is not a multiple of FP8_BLOCK_2D's 128"
+  refused(match, pack_weights, w[:, :120], recipes.FP8)
   refused(r"w \(256,\) is not \(\*b, k, n\)", pack_weights, w[:, 0], recipes.MXFP4)
   packed, dot = pack_weights(w, recipes.MXFP4), dot_general(recipes.MXFP4)
   other = dot_general(recipes.FP8)

@@ -52,6 +52,19 @@ def test_stack_of_packed_arrays_goes_to_a_mesh():
   assert np.array_equal(dequantize(placed), dequantize(q))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_whose_last_block_is_not_full_go_to_a_mesh(kind):
+  w, mesh = normal(250, 64), table.make_mesh(kind)
+  packed = fp4jax.pack_weights(w, fp4jax.recipes.MXFP4)
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(packed, fp4jax.shardings(packed, mesh, P(None, "data")))
+    values = dequantize(placed)
+  assert values.sharding.spec[1:] == ("data",) and values.shape == w.shape
+  assert np.array_equal(values, fp4jax.dequantize(packed))
+  with pytest.raises(ValueError, match="shards of 125 values split"):
+    fp4jax.shardings(packed, mesh, P("data"))
+
+
 def test_shards_that_split_a_block_are_refused():
   mesh = table.make_mesh(AxisType.Auto)
   one_scale = dataclasses.replace(fp4jax.MXFP4, block_shape=None)

@@ -85,7 +85,7 @@ def test_noise_changes_what_is_sampled_and_not_the_weights():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["mxfp4", "mxfp4+of"])
+@pytest.mark.parametrize("arm", ["mxfp4", "mxfp4+of", "mxfp4+mbs+of"])
 def test_packed_weights_change_no_number(arm):
   *_, rollout, _, _ = sampled(arm, **{"rollout.packed": True})
   *_, unpacked, _, _ = sampled(arm, **{"rollout.packed": False})
@@ -101,7 +101,7 @@ def test_weights_are_packed_where_the_arm_only_rounds_them():
   assert packed(settings, policy("mxfp4+of"), model)
   assert not packed(settings, policy("mxfp4.deadzone"), model)
   assert not packed(settings, policy("mxfp4", first_bf16=1), model)
-  assert not packed(settings, policy("mxfp4+mbs"), model)  # w2 has 32 rows, a macro block 128
+  assert packed(settings, policy("mxfp4+mbs"), model)  # w2 has 32 rows, a macro block 128
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_its_length():
