@@ -3,9 +3,10 @@
 Claim: no arm's reward is told from BF16's, with the routing free or replayed (three seeds of each
 arm; replayed, of bf16 and mxfp4+mbs+of). With both corrections MXFP4's rollout_kl, the median over
 the steps, is a fifth to a seventh, and half as many tokens would be sent elsewhere.
-Command: .venv/bin/python -m experiments.rl --config=configs/rl_moe.py --workdir=runs/rl_moe
+Command: .venv/bin/python -m experiments.rl --config=configs/rl_moe.py --workdir=runs/rl_moe \\
+    --config.seeds=3
     and with --config.rollout.replay_routing=true --workdir=runs/rl_moe_replay
-Cost: 400 steps of teaching with 512 problems each, then 5 runs of 60 steps with 1024 answers each,
+Cost: 400 steps of teaching with 512 problems each, then 15 runs of 60 steps with 1024 answers each,
 on one GPU; with several, the same command once for each shares the runs among them.
 Expected: the taught policy names any of three numbers, and begins with a reward of 0.24.
 """

@@ -125,7 +125,7 @@ def gap_of(records: Records, arm: Arm, runs: dict[str, list[Row]], measure: Meas
     "seeds": len(values),
     "step": step,
     "step_0": untrained.mean(),  # before training: of the rounding of the forward pass alone
-    "verdict": _verdict(arm, runs, bounds, len(values)),
+    "verdict": _verdict(arm, records.arms.get(arm.baseline), runs, bounds, len(values)),
   }
   return logs.plain(found)
 
@@ -138,17 +138,24 @@ def median_time(timing: pd.DataFrame, arm: str, column: str = "step_time_ms") ->
 
 
 def _verdict(
-  arm: Arm, runs: dict[str, list[Row]], bounds: tuple[float, float] | None, seeds: int
+  arm: Arm,
+  bf16: Arm | None,
+  runs: dict[str, list[Row]],
+  bounds: tuple[float, float] | None,
+  seeds: int,
 ) -> str | None:
   if arm.name == arm.baseline:
     return "reference"
   if any(run["diverged"] for run in runs[arm.name]):
     return DIVERGED
-  finished = {run["seed"] for run in runs[arm.name] if run["finished"]}
-  of_bf16 = {run["seed"] for run in runs.get(arm.baseline, ()) if run["finished"]}
-  if arm.baseline is None:
+  if bf16 is None:
     return None
-  if len(finished) < (arm.seeds or 0) or not finished <= of_bf16:
+  finished, of_bf16 = (
+    {run["seed"] for run in runs[each.name] if run["finished"]} for each in (arm, bf16)
+  )
+  # Seeds that were never asked of BF16 wait for nothing; the gap leaves them out.
+  lacks = [seed for seed in finished - of_bf16 if bf16.seeds is None or seed < bf16.seeds]
+  if len(finished) < (arm.seeds or 0) or lacks:
     return UNFINISHED
   if bounds is None:
     return TOO_FEW if seeds else None

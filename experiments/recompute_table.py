@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from typing import get_args
+from unittest import mock
 
 from absl import app, flags
 
@@ -74,7 +75,11 @@ def plan(cells: list[Cell]) -> list[dict[str, int | None]]:
 def plan_at_once(cells: list[Cell], processes: int) -> list[dict[str, int | None]]:
   """`plan`, with every so many of the cells in a process: lowering holds Python's lock."""
   shares = [cells[i::processes] for i in range(processes)]
-  with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+  with (
+    # A process takes what its tuning uses, so that there is room for the others.
+    mock.patch.dict(os.environ, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
+    concurrent.futures.ThreadPoolExecutor(processes) as pool,
+  ):
     found = list(pool.map(functools.partial(alone, plan), shares))
   return [found[i % processes][i // processes] for i in range(len(cells))]
 

@@ -89,7 +89,8 @@ def packed_plotly() -> str:
 
 def differences(configs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
   """Settings that are not the same in all workdirs, by name, in the order of the workdirs."""
-  flat = [flatten(config) for config in configs.values()]
+  # What was asked of each arm, its table says.
+  flat = [flatten(config | {"seeds_by_arm": None}) for config in configs.values()]
   names = dict.fromkeys(name for own in flat for name in own)
   values = {name: [own.get(name, "none") for own in flat] for name in names}
   return {name: own for name, own in values.items() if len(set(own)) > 1}

@@ -7,6 +7,7 @@ y = dot_general(recipe)(x, w, (((1,), (0,)), ((), ())))  # that of the array
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from fp4jax import quantization as qz
 from fp4jax.arguments import check_type
 from fp4jax.formats import Format, Slices
 from fp4jax.formats.format import block_axes
+from fp4jax.formats.packing import codes_per_group
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.quantizers import Composed, Operand, OutlierFallback
 from fp4jax.quantizers.fallback import TwoTerms
@@ -33,7 +35,12 @@ class Unpacked(Composed):
   """
 
   operand: Operand
+  contracted: int  # `multiple` of what reads the original, so that as long an axis is contracted
   terms: int = 1
+
+  @property
+  def multiple(self):
+    return math.lcm(self.operand.multiple, self.contracted)
 
   def read(self, x, axis, ctx):
     if self.terms == 1:
@@ -102,7 +109,8 @@ def why_not_packed(recipe: Recipe, shape: tuple[int, ...] | None = None) -> str 
 
 @one_program(1)
 def _pack(fmt, w):
-  filled = pad(w, -2, block_axes(fmt, -2).get(-2, 1))
+  together = math.lcm(block_axes(fmt, -2).get(-2, 1), codes_per_group(fmt.element_bits))
+  filled = pad(w, -2, together)
   packed = qz.pack_blocks(filled, fmt, -2, slices=Slices(w.ndim - 2))
   k = w.shape[-2]
   return packed if filled.shape[-2] == k else dataclasses.replace(packed, length=k)
@@ -119,10 +127,10 @@ def read_packed(name: str, w: Any, recipe: Recipe) -> tuple[Any, Recipe]:
   if not isinstance(w, QuantizedArray):
     return w, recipe
   check_packed(name, w, recipe)
-  fmt = w.fmt
+  fmt, contracted = w.fmt, recipe.fprop.rhs.multiple
   if isinstance(fmt, TwoTerms):
     terms = [w.unfilled(term) for term in fmt.terms(w.codes, w.scales, w.tensor_scale)]
-    rhs = Unpacked(Operand(terms[0].dtype), len(terms))
+    rhs = Unpacked(Operand(terms[0].dtype), contracted, len(terms))
     fprop = dataclasses.replace(recipe.fprop, rhs=rhs)
     return jnp.concatenate(terms, axis=-1), dataclasses.replace(recipe, fprop=fprop)
   values = qz.dequantize(w, fmt.dequantized_dtype, implementation="xla")
@@ -134,7 +142,7 @@ def read_packed(name: str, w: Any, recipe: Recipe) -> tuple[Any, Recipe]:
     residual = dataclasses.replace(residual, rhs=None)
     if dgrad.rhs.source == "residual":
       dgrad = dataclasses.replace(dgrad, rhs=dataclasses.replace(dgrad.rhs, source="original"))
-  fprop = dataclasses.replace(recipe.fprop, rhs=Unpacked(rhs))
+  fprop = dataclasses.replace(recipe.fprop, rhs=Unpacked(rhs, contracted))
   return values, dataclasses.replace(recipe, fprop=fprop, dgrad=dgrad, residual=residual)
 
 

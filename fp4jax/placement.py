@@ -60,6 +60,11 @@ def _check_axis(q, mesh, axis, names):
   blocks = {block_axes(q.fmt, q.axis).get(axis - len(q.shape), 1)}
   for scale in jax.tree.leaves((q.scales, q.tensor_scale)):
     if axis < scale.ndim <= len(q.shape) and scale.shape[axis] > 1:
+      if scale.shape[axis] > length:
+        raise ValueError(
+          f"axis {axis} of shape {q.shape} over the {shards} devices of {names}: {q.fmt.name} has"
+          f" {scale.shape[axis]} scales there, those of its terms one behind the other"
+        )
       blocks.add(length // scale.shape[axis])
   whole |= {f"a block of {block} of {q.fmt.name}": block for block in blocks}
   for what, size in whole.items():

@@ -24,8 +24,8 @@ class QuantizedArray:
 
   A stack of arrays, `jax.vmap(quantize)(x)`, is a QuantizedArray too, with its axes in front.
 
-  `pack_weights` fills up the last block with zeros; `length` is that of the axis without them, None
-  where there are none.
+  `pack_weights` fills up the last block with zeros, which have codes and scales too; `length` is
+  that of the axis without them, None where there are none.
   """
 
   codes: UInt8[Array, "*packed"]

@@ -1,5 +1,8 @@
 """Products with packed weights against those with the arrays that were packed."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +81,28 @@ def test_a_last_block_that_is_not_full(recipe, dtype):
   xla = dot_general(recipe, implementation="xla")
   dot = jax.jit(lambda x, w: xla(x, w, ROWS_TIMES_WEIGHTS))
   np.testing.assert_array_equal(dot(x, packed), dot(x, w))
+
+
+def test_as_many_values_are_contracted_as_of_the_array():
+  """Zeros too: a GPU may sum in another order where there are fewer."""
+  weights_alone = {"fprop.lhs.format": jnp.bfloat16, "name": "weights"}
+  macro = recipes.MXFP4.replace(weights_alone | {"fprop.rhs.format": formats.MXFP4_MBS_D})
+  x, w = normal(0, 24, 250, dtype=jnp.bfloat16), normal(1, 250, 128, dtype=jnp.bfloat16)
+  for recipe in (macro, FALLBACKS[0], recipes.FP8_MXFP4_WEIGHTS):
+    dot = jax.jit(dot_general(recipe, implementation="xla"), static_argnums=2)
+    lowered = [dot.lower(x, rhs, ROWS_TIMES_WEIGHTS) for rhs in (w, pack_weights(w, recipe))]
+    of_product = re.compile(r"dot_general.*: \(tensor<24x(\d+)x")
+    plain, packed = (set(of_product.findall(program.as_text())) for program in lowered)
+    assert plain == packed == {"256"}
+
+
+def test_codes_fill_whole_bytes_where_there_are_no_blocks():
+  one_block = dataclasses.replace(formats.MXFP4, block_shape=None)
+  recipe = recipes.MXFP4.replace({"fprop.rhs.format": one_block, "name": "one_block"})
+  x, w = normal(0, 24, 31), normal(1, 31, 64)
+  packed, dot = pack_weights(w, recipe), jax.jit(dot_general(recipe), static_argnums=2)
+  assert packed.shape == w.shape and packed.codes.shape == (16, 64)
+  np.testing.assert_array_equal(dot(x, packed, ROWS_TIMES_WEIGHTS), dot(x, w, ROWS_TIMES_WEIGHTS))
 
 
 @pytest.mark.slow

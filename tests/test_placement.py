@@ -65,6 +65,18 @@ def test_weights_whose_last_block_is_not_full_go_to_a_mesh(kind):
     fp4jax.shardings(packed, mesh, P("data"))
 
 
+def test_scales_of_two_terms_are_not_divided():
+  mesh = table.make_mesh(AxisType.Auto)
+  second = fp4jax.quantizers.OutlierFallback(fp4jax.Operand(fp4jax.MXFP4))
+  read = fp4jax.Operand(jnp.bfloat16, source="fprop")
+  recipe = fp4jax.recipes.MXFP4.replace({"fprop.rhs": second, "dgrad.rhs": read, "name": "of"})
+  packed = fp4jax.pack_weights(normal(64, 128), recipe)
+  placed = jax.device_put(packed, fp4jax.shardings(packed, mesh, P("data")))
+  assert np.array_equal(dequantize(placed), dequantize(packed))
+  with pytest.raises(ValueError, match="has 256 scales there, those of its terms one behind"):
+    fp4jax.shardings(packed, mesh, P(None, "data"))
+
+
 def test_shards_that_split_a_block_are_refused():
   mesh = table.make_mesh(AxisType.Auto)
   one_scale = dataclasses.replace(fp4jax.MXFP4, block_shape=None)

@@ -85,6 +85,17 @@ def test_what_did_not_finish_or_has_no_bf16_is_not_judged(tmp_path):
   assert (gap["verdict"], gap["percent"]) == (None, None)
 
 
+def test_an_arm_may_have_other_seeds_than_bf16(tmp_path):
+  workdir = small_workdir(tmp_path, {"bf16": [2.0, 2.1], "r": [2.2, 2.31, 2.42], "s": [2.1]})
+  config = json.loads((workdir / "config.json").read_text())
+  for seeds, verdict in ((2, "too few seeds"), (3, "not finished")):
+    asked = config | {"seeds_by_arm": {"bf16": seeds, "r": 3, "s": 1}}
+    (workdir / "config.json").write_text(json.dumps(asked))
+    found = summary.summarize(workdir)["recipes"]
+    assert (found["r"]["gap"]["seeds"], found["r"]["gap"]["verdict"]) == (2, verdict)
+    assert (found["s"]["seeds"], found["s"]["gap"]["verdict"]) == (1, "too few seeds")
+
+
 def test_memory_time_and_entropy_by_hand(tmp_path):
   environment = {
     "parameters": 7,
