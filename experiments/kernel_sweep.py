@@ -27,6 +27,7 @@ from experiments import kernel_cases as cases
 from experiments import kernel_checks as checks
 from experiments import kernel_timing as timing
 from experiments.environment import COMMIT, describe_environment
+from fp4jax import formats
 from fp4jax.implementation import choose, device_obstacle
 from pallas_kernels import few_rows
 from pallas_kernels.grouped_matmul import TuningConfig
@@ -108,13 +109,18 @@ def _exchange(name: str) -> Callable[[], float]:
   return time_us
 
 
-def _few_rows(m: int) -> Callable[[], float]:
-  return lambda: kernel_few_rows.default_us(m, *kernel_few_rows.SHAPES[0])
+def _few_rows(m: int, fmt: formats.Format = formats.MXFP4) -> Callable[[], float]:
+  return lambda: kernel_few_rows.default_us(m, *kernel_few_rows.SHAPES[0], fmt)
 
 
 _FEW_ROWS = [
   few_rows.TuningConfig(**c)
   for c in (*grid(workers=(2, 4)), *grid(workers=(3,), stages=(3,), depth=(2,)))
+]
+_FP8_ROWS = [
+  few_rows.TuningConfig(),
+  *few_rows.FP8_VARIANTS.values(),
+  few_rows.TuningConfig(workers=3),
 ]
 _BF16 = [
   dict(block_m=m, block_n=n, block_k=64, max_concurrent_steps=steps, grid_block_n=8)
@@ -155,6 +161,7 @@ ENTRIES = (
   Entry("bf16_matmul", "matmul", _BF16, _gemms("bf16 fprop", "bf16 dgrad")),
   Entry("few_rows", "up to 64 rows", _FEW_ROWS, _few_rows(8)),
   Entry("few_rows", "more", _FEW_ROWS, _few_rows(128)),
+  Entry("few_rows", "FP8", _FP8_ROWS, _few_rows(64, formats.FP8_BLOCK_POW2_2D)),
   # On two GPUs or more.
   Entry("exchange", "send", grid(ctas=(4, 8), rows=(2, 4)), _exchange("send")),
   Entry("exchange", "mxfp4", grid(ctas=(4, 8), rows=(2, 4)), _exchange("mxfp4")),

@@ -82,14 +82,15 @@ def moe_ffn_table(rows: list[Row]) -> str:
 def few_rows_table(rows: list[Row]) -> str:
   """From results/few_rows.jsonl: the configuration that the kernel takes by itself."""
   lines = [
-    "| rows | K | N | time, us | packed weights, TB/s | XLA in bf16 = 1 | XLA, packed = 1 |"
-    " error, of its bound |",
-    "|---|---|---|---|---|---|---|---|",
+    "| weights | rows | K | N | time, us | packed weights, TB/s | XLA in bf16 = 1 |"
+    " XLA, packed = 1 | error, of its bound |",
+    "|---|---|---|---|---|---|---|---|---|",
   ]
   for row in (r for r in rows if r["kind"] == "few_rows" and r["name"] == "default"):
-    what = f"{row['m']} | {row['k']} | {row['n']}"
+    # Rows of before there was a kernel for others do not tell.
+    what = f"{row.get('weights', 'MXFP4')} | {row['m']} | {row['k']} | {row['n']}"
     if "failed" in row:
-      lines.append(_failed(what, row, 8))
+      lines.append(_failed(what, row, 9))
       continue
     lines.append(
       f"| {what} | {row['time_us']:.1f} | {row['tb_per_s']:.2f} | {row['times_xla_bf16']:.2f} |"

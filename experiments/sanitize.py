@@ -40,6 +40,9 @@ def launches() -> Iterator[tuple[str, Callable, tuple]]:
   for name, config in {"as tuned": None, **few_rows.VARIANTS}.items():
     kernel = functools.partial(few_rows.few_rows_matmul, config=config)
     yield f"few_rows_matmul, {name}", kernel, _packed_operands(100 if config is None else 1)
+  for name, config in {"as tuned": None, **few_rows.FP8_VARIANTS}.items():
+    kernel = functools.partial(few_rows.few_rows_matmul, config=config)
+    yield f"few_rows_matmul of FP8, {name}", kernel, _fp8_operands(60 if config is None else 1)
 
 
 def _accepts(case: cases.Case, shape: tuple[int, int]) -> bool:
@@ -56,6 +59,13 @@ def _packed_operands(m, k=512, n=256):
   x = jax.random.normal(jax.random.key(2), (m, k), jnp.bfloat16)
   codes = jax.random.bits(jax.random.key(3), (k // 2, n), jnp.uint8)
   return x, codes, jnp.full((k // 32, n), 127, jnp.uint8)
+
+
+def _fp8_operands(m, k=512, n=256):
+  """A few rows, and E4M3 codes and scales of a matrix."""
+  x = jax.random.normal(jax.random.key(2), (m, k), jnp.bfloat16)
+  codes = jax.random.randint(jax.random.key(3), (k, n), 0, 0x7F, jnp.uint8)
+  return x, codes, jnp.ones((k // 128, n // 128), jnp.float32)
 
 
 def _operand(rows, blocks_of, columns):

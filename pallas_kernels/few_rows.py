@@ -1,6 +1,7 @@
-"""A few rows of bf16 times a matrix in MXFP4: what a decoding step multiplies.
+"""A few rows of bf16 times a matrix in MXFP4 or FP8: what a decoding step multiplies.
 
   y[i, j] = sum_r x[i, r] * E2M1(codes[r, j]) * 2^(scales[r // 32, j] - 127)
+  y[i, j] = sum_b scales[b, j // 128] * sum_r x[i, 128 b + r] * E4M3(codes[128 b + r, j])
 
 Bound by reading the codes, so these come through TMA as they lie, are made bf16 in registers and
 are operand A of wgmma, y transposed: 128 columns of the matrix are its 128 rows, and the rows of x,
@@ -26,13 +27,12 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, vector
 
 from pallas_kernels import blocks as bl
+from pallas_kernels import few_rows_weights as wt
 from pallas_kernels import packed as pk
+from pallas_kernels.few_rows_weights import BLOCK, COLUMNS, STEP, TILE
 from pallas_kernels.ring import count_sms
 
-MAX_ROWS = 128
-COLUMNS = 128  # of the matrix, to a CTA: 128 bytes of codes, one row of a swizzle pattern
-STEP = 64  # along k: 128 bytes of x, one row of a pattern too
-_BLOCK = 32
+MAX_ROWS = {"mxfp4": 128, "fp8": 64}  # a thread holds as many sums, of FP8 twice
 _MAX_CLUSTER = 8  # that every Hopper grants
 _SMEM = 226 * 1024  # bytes of a CTA, of 227 KiB
 
@@ -47,9 +47,10 @@ class TuningConfig:
   ctas_per_sm: int = 1  # that are wanted before k is no longer divided
 
 
-TUNING: dict[Literal["up to 64 rows", "more"], TuningConfig] = {
+TUNING: dict[Literal["up to 64 rows", "more", "FP8"], TuningConfig] = {
   "up to 64 rows": TuningConfig(),
   "more": TuningConfig(workers=2),
+  "FP8": TuningConfig(workers=3),
 }
 
 # What the tests run besides, up to 64 rows.
@@ -57,60 +58,11 @@ VARIANTS = {
   "2 CTAs of 2": TuningConfig(workers=2, ctas_per_sm=2),
   "128 of k": TuningConfig(workers=3, stages=3, depth=2),
 }
-
-
-def expand(word):
-  """Four words of two bf16, one for each byte of E2M1 nibbles: values times 2^-126.
-
-  E2M1's three bits of magnitude are the lowest of bf16's exponent and the highest of its fraction,
-  its subnormals bf16's. One multiplication puts them there and the sign at the top.
-  """
-  low, high = word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F
-  # Bytes: low nibble, 0 (the sign of one below 16), high nibble, 0.
-  apart = [low.permute(high, i | (8 + i) << 4 | (4 + i) << 8 | (8 + i) << 12) for i in range(4)]
-  return [(a * (1 << 6 | 1 << 12)) & 0x81C081C0 for a in apart]
-
-
-def values(word, scales):
-  """Four words of two bf16 values, of four bytes of E2M1 nibbles.
-
-  Args:
-    word: bytes of the columns 0, 1, 0, 1, two values of k in each.
-    scales: words, the E8M0 codes of columns 0 and 1, both below 128.
-  """
-  factors = [(scale + 126) * 0x00800080 for scale in scales]
-  return [v.times_bf16(factors[i % 2]) for i, v in enumerate(expand(word))]
-
-
-def values_of_any_scale(word, scales):
-  """As `values`; saturated, NaN where the scale is 255."""
-  result = []
-  for i, v in enumerate(expand(word)):
-    scale = scales[i % 2]
-    factor = scale.equals(0).where(0x00400040, scale * 0x00800080)
-    factor = scale.equals(255).where(0x7FC07FC0, factor)
-    result.append(v.times_bf16(0x7E807E80).times_bf16(factor).saturated_bf16())
-  return result
-
-
-def code_address(warp, lane):
-  """Byte of a step's codes (32, 128) that a lane names to `ldmatrix` for the first step of 16.
-
-  Of the four matrices of 8 rows x 16 bytes that a lane's octet names, the first two have the 8 rows
-  (of two k each) of one step of 16 and the columns of a warp in either 64; the others those of the
-  next step. Rows come in the order 0, 4, 1, 5, ..: transposed, a lane of the group's four gets rows
-  c and c + 4 of two columns, which is what it holds of wgmma's operand. Chunks of 16 bytes are
-  swizzled.
-  """
-  matrix, i = lane >> 3, lane & 7
-  row = (i >> 1) | ((i & 1) << 2)
-  chunk = (((matrix & 1) << 2) | warp) ^ row
-  return ((matrix >> 1) << 10) + (row << 7) + (chunk << 4)
-
-
-def scale_address(warp, lane):
-  """Byte of a row of scales (128,) at which a lane's two columns of the first 64 begin."""
-  return (warp << 4) + ((lane >> 2) << 1)
+FP8_VARIANTS = {
+  "2 workers": TuningConfig(workers=2, stages=6),
+  "2 CTAs of 2": TuningConfig(workers=2, ctas_per_sm=2),
+  "128 of k": TuningConfig(workers=3, stages=2, depth=2),
+}
 
 
 def sum_address(row, column):
@@ -122,7 +74,7 @@ def own_sums(warp, lane, rows: int):
   """(row, column, two places among a thread's registers) of each pair of sums of a thread.
 
   A product (128, rows) has registers (64 columns of the matrix, 8 rows, column + 8, row + 1); what
-  wgmma takes for 8 columns apart are neighbours, as `code_address` loads them.
+  wgmma takes for 8 columns apart are neighbours, as `few_rows_weights` loads them.
   """
   column = (warp << 4) + ((lane >> 2) << 1)
   row = (lane & 3) << 1
@@ -134,29 +86,30 @@ def own_sums(warp, lane, rows: int):
 
 
 def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
-  """x @ w of a matrix w in MXFP4, accumulated in float32.
+  """x @ w of a matrix w in MXFP4 or in FP8, accumulated in float32.
 
   Args:
-    x: (m, k) bfloat16, 1 to 128 rows, k a multiple of 64.
-    codes: (k / 2, n) uint8, n a multiple of 128: two values of k in a byte, the first in the low
-      nibble.
-    scales: (k / 32, n) uint8, E8M0; NaN where 255.
+    x: (m, k) bfloat16, 1 to 128 rows, of FP8 1 to 64; k a multiple of 64, of FP8 of 128.
+    codes: MXFP4: (k / 2, n) uint8, n a multiple of 128: two values of k in a byte, the first in the
+      low nibble. FP8: (k, n) uint8, E4M3 without NaN.
+    scales: MXFP4: (k / 32, n) uint8, E8M0; NaN where 255. FP8: (k / 128, n / 128) float32.
 
   Returns:
     (m, n) bfloat16, to the bit the same in each call.
   """
   m, k, n = _check(x, codes, scales)
+  fp8 = scales.dtype == jnp.float32
   if config is None:
-    config = TUNING["up to 64 rows" if m <= 64 else "more"]
+    config = TUNING["FP8" if fp8 else "up to 64 rows" if m <= 64 else "more"]
   if k % (STEP * config.depth):
     config = dataclasses.replace(config, depth=1, stages=config.stages * config.depth)
   rows, depth, wgs, stages = -(-m // 8) * 8, config.depth, config.workers, config.stages
   width = STEP * depth  # of a slot, along k
   steps = k // width
-  _check_memory(rows, config)
+  _check_memory(rows, config, fp8)
   if rows != m:  # TMA reads the swizzled x in units of 8 rows
     x = jnp.pad(x, ((0, rows - m), (0, 0)))
-  ctas, slots = _cluster(n, steps, config), wgs * stages
+  ctas, slots, code_rows = _cluster(n, steps, config), wgs * stages, width // (1 if fp8 else 2)
   swizzled_x, swizzled_codes = bl.swizzled(jnp.bfloat16), bl.swizzled(jnp.uint8)
   sums_layout = plgpu.Layout.WGMMA
   ring = [plgpu.RefType(transforms) for transforms in (swizzled_x, swizzled_codes, ())]
@@ -167,10 +120,10 @@ def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
     step, first = step.registers.item(), pk.Word(tile.registers.item()) * COLUMNS
     copies = [
       (x_gmem, x, (0, rows), (step, width), swizzled_x),
-      (codes_gmem, codes, (step, width // 2), (first, COLUMNS), swizzled_codes),
-      (scales_gmem, scales, (step, width // _BLOCK), (first, COLUMNS), ()),
+      (codes_gmem, codes, (step, code_rows), (first, COLUMNS), swizzled_codes),
+      (scales_gmem, scales, (step, width // BLOCK), (first, COLUMNS), ()),
     ]
-    _copy(ctx, copies, full)
+    _copy(ctx, copies[:2] if fp8 else copies, full)
 
   @plgpu.inline_mgpu(
     arg_types=(*ring, memory, scalar, sums_layout),
@@ -181,7 +134,7 @@ def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
     pk.address_of(full).wait_barrier(pk.Word(parity.registers.item()))
     acc = mgpu.WGMMAAccumulator.from_registers(sums)
     for part in range(depth):
-      weights = _weights(codes, scales, part)
+      weights = _fragment(_load_e4m3(codes, part) if fp8 else _load_mxfp4(codes, scales, part))
       own = mgpu_utils.memref_slice(x, (slice(None), slice(part, part + 1)))
       acc = mgpu.wgmma(acc, weights, mgpu.memref_transpose(own, (1, 0, 3, 2)))
       nvvm.wgmma_commit_group_sync_aligned()
@@ -219,14 +172,20 @@ def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
       load(x_gmem, codes_gmem, scales_gmem, *slot(i), step, tile)
 
     def body(i, sums):
-      sums = multiply(*slot(i), lax.rem(lax.div(i, jnp.int32(stages)), jnp.int32(2)), sums)
+      arrived = *slot(i), lax.rem(lax.div(i, jnp.int32(stages)), jnp.int32(2))
+      if fp8:
+        block = lax.div((worker + i * (wgs * ctas)) * width, jnp.int32(TILE))
+        scale = scales_gmem[block, tile]  # asked for before the codes are waited for
+        sums += scale * multiply(*arrived, zeros)
+      else:
+        sums = multiply(*arrived, sums)
       plgpu.commit_smem()  # all its warps have read the slot, before TMA writes there
       pl.when(i + stages < count)(lambda: fill(i + stages))
       return sums
 
+    zeros = plgpu.layout_cast(jnp.zeros((COLUMNS, rows), jnp.float32), sums_layout)
     for i in range(stages):
       pl.when(i < count)(lambda i=i: fill(jnp.int32(i)))
-    zeros = plgpu.layout_cast(jnp.zeros((COLUMNS, rows), jnp.float32), sums_layout)
     store(lax.fori_loop(0, count, body, zeros), ring_x, out_gmem, tile)
 
   cluster = dict(cluster=(ctas,), cluster_names=("cta",)) if ctas > 1 else {}
@@ -240,8 +199,8 @@ def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
     thread_name="worker",
     scratch_types=dict(
       ring_x=plgpu.SMEM((slots, rows, width), jnp.bfloat16, transforms=swizzled_x),
-      ring_codes=plgpu.SMEM((slots, width // 2, COLUMNS), jnp.uint8, transforms=swizzled_codes),
-      ring_scales=plgpu.SMEM((slots, width // _BLOCK, COLUMNS), jnp.uint8),
+      ring_codes=plgpu.SMEM((slots, code_rows, COLUMNS), jnp.uint8, transforms=swizzled_codes),
+      ring_scales=plgpu.SMEM((slots, width // BLOCK, COLUMNS), jnp.uint8),
       full=plgpu.SMEM((slots, 2), jnp.uint32),  # barriers, that one thread arrives at
     ),
     compiler_params=bl.LANE,
@@ -296,39 +255,23 @@ def _cluster(n, steps, config):
   return ctas
 
 
-def load_weights(codes, scales):
-  """Words of two bf16: what a thread holds of wgmma's operand (128, 64), in the layout's order.
-
-  Of either 64 columns, for each 16 along k: of column g and then g + 8 the values 2c and 2c + 1,
-  then both with those 8 further on, lane 4g + c.
-
-  Args:
-    codes: address of the codes (32, 128) of a step, to which `code_address` is added.
-    scales: address of its scales (2, 128), to which `scale_address` is added.
-  """
-  halves = [[], []]
-  for block in range(STEP // _BLOCK):
-    words = codes.load_matrices_transposed(2048 * block)
-    pairs = [scales.load_16_bits(COLUMNS * block + 64 * half) for half in (0, 1)]
-    own = [[pair & 0xFF, pair >> 8] for pair in pairs]
-    jobs = [(word, own[half]) for half in (0, 1) for word in words[half::2]]
-    usual = [v for job in jobs for v in values(*job)]
-
-    def rare(jobs=jobs):
-      return [v for job in jobs for v in values_of_any_scale(*job)]
-
-    result = ((pairs[0] | pairs[1]) & 0x8080).above(0).branch(rare, usual)
-    for half in (0, 1):
-      halves[half] += result[8 * half : 8 * half + 8]
-  return halves[0] + halves[1]
-
-
-def _weights(codes, scales, part):
-  """The operand of one of a slot's steps as an array, of the references to the slot."""
+def _load_mxfp4(codes, scales, part):
+  """The words of one of a slot's tiles, of the references to the slot."""
   warp, lane = pk.thread_of_warpgroup()
-  codes = pk.address_of(codes) + (code_address(warp, lane) + part * (STEP // 2 * COLUMNS))
-  scales = pk.address_of(scales) + (scale_address(warp, lane) + part * (STEP // _BLOCK * COLUMNS))
-  words = load_weights(codes, scales)
+  codes = pk.address_of(codes) + (wt.mxfp4_address(warp, lane) + part * (STEP // 2 * COLUMNS))
+  scales = pk.address_of(scales)
+  scales += wt.scale_address(warp, lane) + part * (STEP // BLOCK * COLUMNS)
+  return wt.load_mxfp4(codes, scales)
+
+
+def _load_e4m3(codes, part):
+  """As `_load_mxfp4`, without scales."""
+  base = pk.address_of(codes) + part * (STEP * COLUMNS)
+  return wt.load_e4m3([base + place for place in wt.e4m3_addresses(*pk.thread_of_warpgroup())])
+
+
+def _fragment(words):
+  """Words of two bf16 as wgmma's operand (128, 64)."""
   pair, one = (
     ir.VectorType.get((2,), ir.BF16Type.get()),
     ir.VectorType.get((1,), words[0].value.type),
@@ -401,12 +344,13 @@ def _store(sums, parts, out, first, shape, wgs, ctas):
   pk.barrier_of_cluster(release=False)  # until then others read here
 
 
-def _check_memory(rows, config):
+def _check_memory(rows, config, fp8):
   """A worker's sums, (rows, 128) float32, lie where its slots had x."""
   width, slots = STEP * config.depth, config.workers * config.stages
   if config.stages * width * 2 < COLUMNS * 4:
     raise ValueError(f"{config}: the slots have no room for the sums")
-  size = slots * width * (2 * rows + COLUMNS // 2 + COLUMNS // _BLOCK)
+  codes = COLUMNS if fp8 else COLUMNS // 2
+  size = slots * width * (2 * rows + codes + COLUMNS // BLOCK)
   if size > _SMEM:
     raise ValueError(f"{config}: the slots take {size} bytes of shared memory, above {_SMEM}")
 
@@ -417,10 +361,15 @@ def _check(x, codes, scales):
   if x.ndim != 2 or codes.ndim != 2:
     raise ValueError(f"{x.shape=}, {codes.shape=}: not (m, k) and (k / 2, n)")
   (m, k), n = x.shape, codes.shape[1]
-  if not 1 <= m <= MAX_ROWS:
-    raise ValueError(f"{m=} rows of x are not 1 to {MAX_ROWS}")
-  if k % STEP or n % COLUMNS or not k or not n:
-    raise ValueError(f"{k=} is not a multiple of {STEP}, or {n=} not of {COLUMNS}")
-  bl.check_array("codes", codes, (k // 2, n), jnp.uint8)
-  bl.check_array("scales", scales, (k // _BLOCK, n), jnp.uint8)
+  fp8 = scales.dtype == jnp.float32
+  most, step = MAX_ROWS["fp8" if fp8 else "mxfp4"], TILE if fp8 else STEP
+  if not 1 <= m <= most:
+    raise ValueError(f"{m=} rows of x are not 1 to {most}")
+  if k % step or n % COLUMNS or not k or not n:
+    raise ValueError(f"{k=} is not a multiple of {step}, or {n=} not of {COLUMNS}")
+  bl.check_array("codes", codes, (k if fp8 else k // 2, n), jnp.uint8)
+  if fp8:
+    bl.check_array("scales", scales, (k // TILE, n // TILE), jnp.float32)
+  else:
+    bl.check_array("scales", scales, (k // BLOCK, n), jnp.uint8)
   return m, k, n

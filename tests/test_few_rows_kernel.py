@@ -11,6 +11,7 @@ import pytest
 from lanes import Addresses, Lanes
 
 from pallas_kernels import few_rows as kernel
+from pallas_kernels import few_rows_weights as weights
 
 gpu = pytest.mark.gpu
 # The values of E2M1's codes, as OCP's table has them.
@@ -45,7 +46,7 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize(
-  ("f", "scales"), [(kernel.values, 128), (kernel.values_of_any_scale, 256)], ids=["usual", "any"]
+  ("f", "scales"), [(weights.values, 128), (weights.values_of_any_scale, 256)], ids=["usual", "any"]
 )
 def test_every_pair_of_codes_under_every_scale(f, scales):
   codes, scale = np.meshgrid(np.arange(256, dtype=np.uint32), np.arange(scales, dtype=np.uint32))
@@ -93,9 +94,9 @@ def test_threads_load_the_operand_of_the_tensor_cores(largest):
   scales = rng.integers(0, largest, (2, 128), endpoint=True).astype(np.uint8)
   memory = np.concatenate([in_shared_memory(codes), scales.ravel()])
   warp, lane = threads()
-  words = kernel.load_weights(
-    Addresses(kernel.code_address(warp, lane).array, memory),
-    Addresses((kernel.scale_address(warp, lane) + codes.size).array, memory),
+  words = weights.load_mxfp4(
+    Addresses(weights.mxfp4_address(warp, lane).array, memory),
+    Addresses((weights.scale_address(warp, lane) + codes.size).array, memory),
   )
   operand = np.full((128, 64), np.nan, ml_dtypes.bfloat16)
   for word, (row, k) in zip(words, fragment_places(), strict=True):
@@ -105,11 +106,34 @@ def test_threads_load_the_operand_of_the_tensor_cores(largest):
   assert_same(operand, expected.T[columns_of_rows()])
 
 
+def test_every_pair_of_e4m3_codes():
+  low, high = np.meshgrid(np.arange(256, dtype=np.uint32), np.arange(256, dtype=np.uint32))
+  found = weights.e4m3_pair(Lanes(low << 8 | high << 24 | 0x00FF00FF))
+  values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(ml_dtypes.bfloat16)
+  values[[0x7F, 0xFF]] = 480, -480
+  assert_same(half(found, 0), values[low])
+  assert_same(half(found, 1), values[high])
+
+
+def test_threads_load_e4m3_as_the_operand_of_the_tensor_cores():
+  codes = np.random.default_rng(0).integers(0, 255, (64, 128), dtype=np.uint8)
+  codes[codes == 0x7F] = 0
+  memory = in_shared_memory(codes)
+  words = weights.load_e4m3(
+    [Addresses(a.array, memory) for a in weights.e4m3_addresses(*threads())]
+  )
+  operand = np.full((128, 64), np.nan, ml_dtypes.bfloat16)
+  for word, (row, k) in zip(words, fragment_places(), strict=True):
+    for i in (0, 1):
+      operand[row, k + i] = half(word, i)
+  assert_same(operand, codes.view(ml_dtypes.float8_e4m3fn).T[columns_of_rows()])
+
+
 def test_loads_of_codes_meet_no_bank_twice():
   """Eight lanes name a matrix of eight rows of 16 bytes: 128 bytes of different banks."""
-  address = kernel.code_address(*threads()).array
-  chunks = (address // 16 % 8).reshape(4, 4, 8)
-  assert (np.sort(chunks, -1) == np.arange(8)).all()
+  for address in (weights.mxfp4_address(*threads()), *weights.e4m3_addresses(*threads())):
+    chunks = (address.array // 16 % 8).reshape(4, 4, 8)
+    assert (np.sort(chunks, -1) == np.arange(8)).all()
 
 
 @pytest.mark.parametrize("rows", [8, 64, 128])
@@ -156,6 +180,20 @@ def assert_near(y, x, w):
   assert (np.abs(y - exact) <= bound)[~np.isnan(exact)].all()
 
 
+def fp8_operands(m, k, n, seed=0):
+  rng = np.random.default_rng(seed)
+  x = rng.standard_normal((m, k)).astype(ml_dtypes.bfloat16)
+  codes = rng.integers(0, 255, (k, n), dtype=np.uint8)
+  codes[codes == 0x7F] = 0
+  return x, codes, rng.uniform(1e-3, 1e-1, (k // 128, n // 128)).astype(np.float32)
+
+
+def fp8_values(codes, scales):
+  """In float64."""
+  values = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+  return values * scales.astype(np.float64).repeat(128, 0).repeat(128, 1)
+
+
 SPLIT = [(64, 128), (576, 1536), (2048, 256), (1024, 17408)]  # k among one CTA to eight
 
 
@@ -169,6 +207,22 @@ def test_products_on_hopper(m, k, n):
       jnp.asarray(x), jnp.asarray(codes), jnp.asarray(scales), config=config
     )
     assert_near(y, x, dequantized(codes, scales))
+
+
+FP8_SPLIT = [(128, 128), (640, 1536), (2048, 256), (1024, 17408)]
+
+
+@gpu
+@pytest.mark.parametrize("m", [1, 8, 33, 64])
+@pytest.mark.parametrize(("k", "n"), FP8_SPLIT)
+def test_fp8_products_on_hopper(m, k, n):
+  x, codes, scales = fp8_operands(m, k, n)
+  for config in (None, *kernel.FP8_VARIANTS.values()):
+    y = kernel.few_rows_matmul(*map(jnp.asarray, (x, codes, scales)), config=config)
+    assert_near(y, x, fp8_values(codes, scales))
+  scales[0, 0] = np.nan
+  y = kernel.few_rows_matmul(*map(jnp.asarray, (x, codes, scales)))
+  assert_near(y, x, fp8_values(codes, scales))
 
 
 @gpu
@@ -190,6 +244,10 @@ def test_repeats_are_the_same_bits_on_hopper():
     args = [jnp.asarray(a) for a in operands(m, k, n, (0, 255))]
     first, *others = [np.asarray(kernel.few_rows_matmul(*args)).view(np.uint16) for _ in range(50)]
     assert all((other == first).all() for other in others)
+  for m, (k, n) in itertools.product((8, 64), FP8_SPLIT):
+    args = [jnp.asarray(a) for a in fp8_operands(m, k, n)]
+    first, *others = [np.asarray(kernel.few_rows_matmul(*args)).view(np.uint16) for _ in range(50)]
+    assert all((other == first).all() for other in others)
 
 
 def test_what_the_kernel_can_not_take_is_refused():
@@ -205,6 +263,9 @@ def test_what_the_kernel_can_not_take_is_refused():
     (ValueError, "n=64 not of 128", (x, codes[:, :64], scales[:, :64])),
     (ValueError, r"codes have the shape \(32, 128\)", (x, codes[:32], scales)),
     (TypeError, "scales are int8", (x, codes, scales.astype(jnp.int8))),
+    (ValueError, "m=65 rows of x are not 1 to 64", fp8_operands(65, 128, 128)),
+    (ValueError, "k=192 is not a multiple of 128", fp8_operands(8, 192, 128)),
+    (ValueError, r"codes have the shape \(64, 128\)", (x, codes, fp8_operands(8, 128, 128)[2])),
   ):
     with pytest.raises(error, match=message):
       kernel.few_rows_matmul(*args)
@@ -219,6 +280,17 @@ def test_the_kernel_can_be_lowered_anywhere(m, k, n, config):
   args = [jax.ShapeDtypeStruct(*a) for a in zip(shapes, dtypes, strict=True)]
   if config is not None and m > 64:
     pytest.skip("a schedule of up to 64 rows")
+  matmul = jax.jit(functools.partial(kernel.few_rows_matmul, config=config))
+  assert matmul.trace(*args).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("m", [1, 33, 64])
+@pytest.mark.parametrize("config", [None, *kernel.FP8_VARIANTS.values()])
+@pytest.mark.parametrize(("k", "n"), FP8_SPLIT)
+def test_the_kernel_of_fp8_can_be_lowered_anywhere(m, k, n, config):
+  shapes = (m, k), (k, n), (k // 128, n // 128)
+  dtypes = jnp.bfloat16, jnp.uint8, jnp.float32
+  args = [jax.ShapeDtypeStruct(*a) for a in zip(shapes, dtypes, strict=True)]
   matmul = jax.jit(functools.partial(kernel.few_rows_matmul, config=config))
   assert matmul.trace(*args).lower(lowering_platforms=("cuda",))
 

@@ -180,12 +180,13 @@ def test_the_benchmark_ends_with_what_failed(monkeypatch, capsys):
 @pytest.fixture
 def multiply(monkeypatch):
   """Stands in for the kernel of few rows; the weights of a program are four small matrices."""
-  monkeypatch.setattr(kernel_few_rows, "SHAPES", [(64, 128)])
-  monkeypatch.setattr(kernel_few_rows, "MORE_THAN_L2", 4 * 64 * 128 / 2)
+  monkeypatch.setattr(kernel_few_rows, "SHAPES", [(128, 128)])
+  monkeypatch.setattr(kernel_few_rows, "MORE_THAN_L2", 4 * 128 * 128 / 2)
 
   def of(fault):
     def product(x, codes, scales, config=None):
-      w = dequantize(QuantizedArray(codes, scales, None, formats.MXFP4, -2), jnp.bfloat16)
+      fmt = formats.MXFP4 if scales.dtype == jnp.uint8 else formats.FP8_BLOCK_POW2_2D
+      w = dequantize(QuantizedArray(codes, scales, None, fmt, -2), jnp.bfloat16)
       return fault(x @ w, config)
 
     monkeypatch.setattr(kernel_few_rows, "few_rows_matmul", product)
@@ -197,17 +198,20 @@ def test_few_rows(multiply):
   other = kernel_few_rows.VARIANTS["128 of k"]
   multiply(lambda y, config: y.at[3, 5].multiply(1.2) if config == other else y)
   rows = list(kernel_few_rows.few_rows())
-  assert len(rows) == 2 * (1 + len(kernel_few_rows.VARIANTS))
+  assert len(rows) == sum(2 * (1 + len(own)) for own in kernel_few_rows.PACKED.values())
   for row in rows:
-    if row["name"] == "128 of k":
+    is_fp8 = row["weights"] == "FP8_BLOCK_POW2_2D"
+    if row["name"] == "128 of k" and not is_fp8:
       assert_no_time(row)
       continue
-    assert row["time_us"] == 1e3 / 4 and row["times_xla_bf16"] == row["times_xla_packed"] == 1
-    assert row["tb_per_s"] == pytest.approx(64 * 128 * (1 / 2 + 1 / 32) / 250e-6 / 1e12)
+    us = 1e3 / (2 if is_fp8 else 4)  # half as many matrices of twice the size
+    size = 128**2 + 4 if is_fp8 else 128**2 * (1 / 2 + 1 / 32)
+    assert row["time_us"] == us and row["times_xla_bf16"] == row["times_xla_packed"] == 1
+    assert row["tb_per_s"] == pytest.approx(size / us / 1e6)
     assert row["error_to_bound"] <= 1
   line = tables.few_rows_table(rows).splitlines()[2]
-  assert line.startswith("| 8 | 64 | 128 | 250.0 | 0.00 | 1.00 | 1.00 |")
-  assert kernel_few_rows.default_us(8, 64, 128) == 1e3 / 4
+  assert line.startswith("| MXFP4 | 8 | 128 | 128 | 250.0 | 0.00 | 1.00 | 1.00 |")
+  assert kernel_few_rows.default_us(8, 128, 128) == 1e3 / 4
 
 
 def test_few_rows_that_are_wrong_have_no_time(multiply):
@@ -215,8 +219,9 @@ def test_few_rows_that_are_wrong_have_no_time(multiply):
   (line,) = {
     line
     for line in tables.few_rows_table(list(kernel_few_rows.few_rows())).splitlines()
-    if "| 8 |" in line
+    if "MXFP4 | 8 |" in line
   }
-  assert line.startswith("| 8 | 64 | 128 | check failed: an error of inf") and line.count("|") == 9
+  start = "| MXFP4 | 8 | 128 | 128 | check failed: an error of inf"
+  assert line.startswith(start) and line.count("|") == 10
   with pytest.raises(checks.CheckFailed):
-    kernel_few_rows.default_us(8, 64, 128)
+    kernel_few_rows.default_us(8, 128, 128)
