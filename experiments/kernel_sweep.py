@@ -117,11 +117,7 @@ _FEW_ROWS = [
   few_rows.TuningConfig(**c)
   for c in (*grid(workers=(2, 4)), *grid(workers=(3,), stages=(3,), depth=(2,)))
 ]
-_FP8_ROWS = [
-  few_rows.TuningConfig(),
-  *few_rows.FP8_VARIANTS.values(),
-  few_rows.TuningConfig(workers=3),
-]
+_FP8_ROWS = [few_rows.TuningConfig(workers=3), *few_rows.FP8_VARIANTS.values()]
 _BF16 = [
   dict(block_m=m, block_n=n, block_k=64, max_concurrent_steps=steps, grid_block_n=8)
   for m, n, steps in ((128, 128, 4), (64, 256, 4), (128, 192, 4))

@@ -44,8 +44,8 @@ command_line.allow("policies", get_args(Remat))
 _ROUNDS = flags.DEFINE_integer("rounds", 8, "Timed steps of each.", lower_bound=2)
 _COMPILERS = flags.DEFINE_integer("compilers", 4, "Processes that compile at once.", lower_bound=1)
 _TIMEOUT_S = flags.DEFINE_float("timeout_s", 120, "For one measurement, the start included.")
-# A step's temporaries are one piece. JAX's own allocator, one pool that earlier arrays divide, had
-# no piece of 44 GB with 74 GB free; the driver's maps free pages to one.
+# A step's temporaries are one piece. JAX's own allocator, which cuts it from a pool, refused 44 GB
+# where the plan left 74 of 138; why is not known. The driver's needs no free pages in a row.
 _MEMORY = {
   "XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async",
   "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

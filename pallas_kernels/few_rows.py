@@ -123,7 +123,7 @@ def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
       (codes_gmem, codes, (step, code_rows), (first, COLUMNS), swizzled_codes),
       (scales_gmem, scales, (step, width // BLOCK), (first, COLUMNS), ()),
     ]
-    _copy(ctx, copies[:2] if fp8 else copies, full)
+    _copy(ctx, copies[:2] if fp8 else copies, full)  # one scale of FP8 is no copy for TMA
 
   @plgpu.inline_mgpu(
     arg_types=(*ring, memory, scalar, sums_layout),

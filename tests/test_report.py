@@ -233,6 +233,12 @@ def test_settings_list_every_field_and_the_command(tmp_path):
   assert nested == {"resumed.0.argv": "a 'b c'", "empty": "{}", "none": "none"}
 
 
+def test_what_workdirs_differ_in():
+  """Not in what was asked of each arm, which its table says, and older ones do not tell."""
+  configs = {"a": {"seeds": 3, "seeds_by_arm": {"bf16": 3}}, "b": {"seeds": 3}, "c": {"seeds": 2}}
+  assert report_page.differences(configs) == {"seeds": ["3", "3", "2"]}
+
+
 def test_an_old_report_survives_a_failing_one(tmp_path):
   workdir = small_workdir(tmp_path, {"bf16": [2.0]})
   old = report.write_report(workdir).read_text()
