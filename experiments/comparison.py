@@ -79,6 +79,24 @@ class Comparison:
     return {name: list(v) if isinstance(v, Names) else v for name, v in fields.items()}
 
 
+def from_dict[C: Comparison](cls: type[C], settings: Mapping[str, Any]) -> C:
+  """The experiment of values as `to_dict` gives them; what they lack has its default.
+
+  Raises TypeError at a setting that the experiment does not have."""
+  return _with_settings(cls(), settings)
+
+
+def _with_settings[T](group: T, settings: Mapping[str, Any]) -> T:
+  changes = {}
+  for name, value in settings.items():
+    was = getattr(group, name, None)
+    if dataclasses.is_dataclass(was):
+      changes[name] = _with_settings(was, value)
+    else:
+      changes[name] = Names(value) if isinstance(was, Names) else value
+  return dataclasses.replace(group, **changes)
+
+
 def plain_fields(value: Any) -> Any:
   """For JSON: a dataclass by its type and fields, a dtype by its name."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):

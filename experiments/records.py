@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from experiments import logs
+from experiments.workdir import read_settings
 
 BASELINE = "bf16"
 RUN = ("recipe", "seed", "step")  # whose a row is
@@ -74,9 +75,7 @@ def read(columns: Mapping[str, Columns], arms: str, *workdirs: str | os.PathLike
   configs, environments, found = {}, {}, {}
   rows: dict[str, list[Row]] = {log: [] for log in columns}
   for label, workdir in _labels(workdirs).items():
-    config = logs.read_json(workdir / "config.json")
-    if config is None:
-      raise FileNotFoundError(f"{workdir} holds no config.json: not the workdir of a run")
+    config = read_settings(workdir)
     if arms not in config:
       raise ValueError(f"{workdir} is of another kind of experiment: its config.json has no {arms}")
     configs[label] = config

@@ -18,7 +18,7 @@ import filelock
 from absl import logging
 
 from experiments import logs
-from experiments.comparison import Comparison
+from experiments.comparison import Comparison, from_dict
 from experiments.config import Experiment
 from experiments.processes import Group
 
@@ -190,6 +190,22 @@ class WorkDir:
     again = {name: value for name, value in now.items() if name not in (*groups, *by_arm)}
     resumed = {"resumed": [*first.get("resumed", []), again]}
     return first | resumed | {name: first.get(name, {}) | now.get(name, {}) for name in by_arm}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+  """What config.json of the workdir at `path` holds: the config, and `seeds_by_arm` beside it."""
+  found = logs.read_json(path / "config.json")
+  if found is None:
+    raise FileNotFoundError(f"{path} holds no config.json: not the workdir of a run")
+  return found
+
+
+def read_config[C: Comparison](path: Path, cls: type[C]) -> C:
+  """The config of the workdir at `path`, with all that it has grown to; its devices are not told.
+
+  Raises FileNotFoundError without a config.json, TypeError at another kind of experiment's."""
+  settings = read_settings(path)
+  return from_dict(cls, {name: v for name, v in settings.items() if name != "seeds_by_arm"})
 
 
 def with_token_parts(config: Experiment, path: Path, devices: int) -> Experiment:

@@ -52,9 +52,10 @@ from plotly.subplots import make_subplots
 
 import experiments.run
 from experiments.checkpoints import Checkpoints
-from experiments.config import Data, Experiment, Mesh, Names, Optimizer, Quantize
+from experiments.config import Data, Experiment, Names, Optimizer, Quantize
 from experiments.summary import BASELINE, last_probe_rows, read_records
 from experiments.train import make_trainer, policy_of
+from experiments.workdir import read_config
 from fp4jax import (
   FP8_BLOCK,
   MXFP4,
@@ -581,18 +582,14 @@ if not (WORKDIR / "runs" / f"{RECIPE}-0" / "finished.json").exists():
   jax.config.update("jax_disable_most_optimizations", False)
 
 records = read_records(WORKDIR)
-(settings,) = records.configs.values()  # of one workdir
 (environment,) = records.environments.values()
-print(f"{WORKDIR}: {', '.join(records.arms)}, {settings['steps']} steps")
+print(f"{WORKDIR}: {', '.join(records.arms)}, {read_config(WORKDIR, Experiment).steps} steps")
 
 # %% [markdown]
 # Its configuration is in `config.json`, its last state in the newest checkpoint.
 
 # %%
-SECTIONS = {"data": Data, "model": ModelConfig, "mesh": Mesh}
-SECTIONS |= {"quantize": Quantize, "optimizer": Optimizer}
-sections = {name: cls(**settings[name]) for name, cls in SECTIONS.items()}
-config = Experiment(**settings | sections | {"recipes": Names(settings["recipes"])})
+config = read_config(WORKDIR, Experiment)
 recipe = recipes.by_name(RECIPE)
 vocab_size = environment["corpus"]["vocab_size"]
 trainer = make_trainer(config, vocab_size, policy_of(recipe, config))

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import json
 import re
 import shutil
@@ -14,8 +15,10 @@ from stateful import Clipped, Shaped, with_state
 
 from experiments import config as configs
 from experiments import summary
+from experiments.comparison import from_dict
+from experiments.rl.config import RLExperiment
 from experiments.run import run
-from experiments.workdir import WorkDir
+from experiments.workdir import WorkDir, read_config
 from fp4jax import formats, recipes
 
 
@@ -155,6 +158,31 @@ def test_each_arm_has_the_seeds_that_were_asked_of_it(tmp_path):
   assert grow(3, "bf16") == {"bf16": 3, "mxfp4": 2}
   assert grow(1, "bf16", "fp8") == {"bf16": 3, "mxfp4": 2, "fp8": 1}
   assert json.loads((tmp_path / "config.json").read_text())["seeds"] == 3
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path("configs").glob("*.py")))
+def test_a_workdir_tells_the_config_that_it_began_with(name, tmp_path):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  begin(tmp_path, config)
+  found = read_config(tmp_path, type(config))
+  assert found.to_dict() == config.to_dict()
+  assert type(found.arm_names()) is configs.Names
+
+
+def test_a_workdir_tells_what_it_has_grown_to(tmp_path):
+  begin(tmp_path, small(recipes=configs.Names(["bf16"]), seeds=2))
+  begin(tmp_path, small(recipes=configs.Names(["fp8"]), seeds=1, **{"mesh.fsdp": 2}))
+  found = read_config(tmp_path, configs.Experiment)
+  assert found == small(recipes=configs.Names(["bf16", "fp8"]), seeds=2)
+  with pytest.raises(TypeError, match="'recipes'"):
+    read_config(tmp_path, RLExperiment)
+  with pytest.raises(FileNotFoundError, match="holds no config"):
+    read_config(tmp_path / "none", configs.Experiment)
+
+
+def test_what_a_config_lacks_has_the_default_of_its_experiment():
+  partial = from_dict(RLExperiment, {"optimizer": {"warmup_steps": 3}})
+  assert partial.optimizer == dataclasses.replace(RLExperiment().optimizer, warmup_steps=3)
 
 
 @pytest.mark.parametrize(
