@@ -12,7 +12,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 class FolderTokenizer:
   """tokenizer.json with the template of chat_template.jinja or tokenizer_config.json.
 
-  `eos_id` ends an answer: eos_token of tokenizer_config.json.
+  `eos_id` ends an answer: eos_token of tokenizer_config.json. `prefix` are the ids that the
+  tokenizer puts before a text, Llama's <|begin_of_text|>; a chat's template writes its own.
 
   Raises:
     FileNotFoundError: no tokenizer.json, or no tokenizer_config.json.
@@ -32,6 +33,7 @@ class FolderTokenizer:
     self.eos_id = self._tokenizer.token_to_id(self._special.get("eos_token", ""))
     if self.eos_id is None:
       raise ValueError(f"{self._folder}: eos_token={settings.get('eos_token')!r} is no token")
+    self.prefix: list[int] = self._tokenizer.encode("").ids
     file = self._folder / "chat_template.jinja"
     source = file.read_text() if file.is_file() else settings.get("chat_template")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)

@@ -22,6 +22,8 @@ class GgufTokenizer:
     ValueError: another kind of tokenizer.
   """
 
+  prefix = ()  # ids before a text that is no chat
+
   def __init__(self, path: str | Path):
     fields = gguf.GGUFReader(path).fields
     read = lambda name: fields[name].contents() if name in fields else None  # noqa: E731

@@ -62,16 +62,21 @@ class Chat:
 
 class FewShot:
   """Questions as a base model reads them: solved ones before, a line each. A line end ends an
-  answer."""
+  answer. `tokenizer` has encode, decode and prefix.
+
+  Raises ValueError where a line end is not one token."""
 
   def __init__(self, tokenizer: Any, vocab_size: int, solved: Sequence[Problem] = ()):
     self._tokenizer, self.vocab_size = tokenizer, vocab_size
     self._before = "".join(f"{p.question} {p.answer}\n" for p in solved)
-    (self.stop_token,) = tokenizer.encode("\n")
+    line_end = tokenizer.encode("\n")
+    if len(line_end) != 1:
+      raise ValueError(f"a line end, which ends an answer, is the tokens {line_end}, not one")
+    (self.stop_token,) = line_end
     self.pad_token = self.stop_token
 
   def prompt(self, question: str) -> list[int]:
-    return self._tokenizer.encode(self._before + question)
+    return [*self._tokenizer.prefix, *self._tokenizer.encode(self._before + question)]
 
   def answer(self, answer: str) -> list[int]:
     return [*self._tokenizer.encode(f" {answer}"), self.stop_token]

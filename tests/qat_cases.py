@@ -41,6 +41,8 @@ def letters(i: int) -> Problem:
 class Characters:
   """A token for each byte."""
 
+  prefix = ()
+
   def __init__(self):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(alphabet)}

@@ -1,5 +1,6 @@
 """A policy from a folder in Hugging Face's layout: its tokenizer, its template, its weights."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,13 +11,20 @@ from hugging_face_oracle import QWEN3_MOE, new_arrays, write
 from rl_cases import small_rl
 
 from experiments.folder_tokenizer import FolderTokenizer
-from experiments.rl.start import source_of
+from experiments.rl.config import Teaching
+from experiments.rl.run import Setting
+from experiments.rl.start import source_of, start_params
+from experiments.tasks import Problem, TaskSettings
 
 WORDS = ["[UNK]", "<s>", "<|end|>", "user", "assistant", ":", "2", "+", "3", "5"]
 TEMPLATE = (
   "{{ bos_token }}{% for m in messages %}{{ m.role }} : {{ m.content }} <|end|> {% endfor %}"
   "{% if add_generation_prompt %}assistant :{% endif %}"
 )
+
+
+def sums(i):
+  return Problem(" + ".join("23"[int(bit)] for bit in f"{i % 64:b}"), "5")
 
 
 @pytest.fixture
@@ -50,6 +58,39 @@ def test_a_chat_is_by_the_folders_own_template(folder):
   assert tokenizer.decode([9, 2], special=True) == "5 <|end|>"
   (folder / "chat_template.jinja").write_text("another one")
   assert FolderTokenizer(folder).chat([]) == "another one"
+
+
+def test_without_a_chat_a_prompt_begins_as_the_tokenizer_begins_a_text(folder):
+  config = small_rl(**{"start.pretrained": str(folder), "start.chat": False})
+  words = "start.chat=False of .*: a line end, .* is the tokens \\[\\], not one"
+  with pytest.raises(ValueError, match=words):
+    source_of(config)
+  found = json.loads((folder / "tokenizer.json").read_text())
+  found["pre_tokenizer"] = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "Removed",
+    "invert": False,
+  }
+  found["model"]["vocab"]["\n"] = len(WORDS)
+  (folder / "tokenizer.json").write_text(json.dumps(found))
+  text = source_of(config).text
+  assert text.stop_token == len(WORDS)
+  assert [WORDS[i] for i in text.prompt("2 + 3")] == ["<s>", "2", "+", "3"]
+
+
+def test_teaching_leaves_the_folders_weights(folder, tmp_path):
+  """A training step gives away the arrays that it is given."""
+  changes = {"teaching": Teaching(steps=1, warmup_steps=0, batch_size=2)}
+  config = small_rl(**{"start.pretrained": str(folder), "rollout.max_prompt_tokens": 24})
+  config.task = TaskSettings("test_folder_tokenizer:sums", held_out=4)
+  config = dataclasses.replace(config, start=dataclasses.replace(config.start, **changes))
+  setting = Setting.of(config)
+  taught = [
+    start_params(tmp_path / name, config, setting.source, setting.problems, lambda *_: None)
+    for name in ("one", "two")
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *taught)
 
 
 def test_what_is_missing_is_named(folder):

@@ -24,9 +24,26 @@ def test_parts_are_a_row_with_the_router_free_and_replayed():
     row("forward", alone, True, gradient_error=0.25, gradient_ratio=1.25),
   ]
   *_, line, _, told = tables.parts_table(rows).splitlines()
-  cells = "0.0120 | 50 | 0.0080 | -0.2500 | 0.300 | 1.500 | 0.250 | 0.125 | 0.750"
+  cells = "0.0120 | 50 | 0.0080 | -0.2500 | -0.1250 | 0.300 | 1.500 | 0.250 | 0.125 | 0.750"
   assert line == f"| deadzone | {cells} |"
   assert told == "Over 7 answers sampled in BF16. Device: cpu. Commit 012345678."
+
+
+def test_several_seeds_have_a_standard_error():
+  rows = []
+  for kl, error in ((0.01, 0.5), (0.02, 0.5), (0.03, 0.8)):
+    rows += [
+      {"path": "sampled", "answers": 7} | SOURCE,
+      row("rollout", ["deadzone"], None, kl=kl, entropy_gap=-kl),
+      row("forward", ["deadzone"], None, gradient_error=error, gradient_ratio=1.0),
+      row("backward", ["deadzone"], None, gradient_error=0.1, gradient_ratio=1.0),
+    ]
+  *_, line, _, told = tables.parts_table(rows).splitlines()
+  cells = [cell.strip() for cell in line.split("|")[2:]]
+  assert cells[0] == "0.0200 ± 0.0058"  # 0.01 / sqrt(3)
+  assert cells[3] == "-0.0200 ± 0.0058"
+  assert cells[5] == "0.600 ± 0.100"  # 0.3 / sqrt(3) / sqrt(3)
+  assert told.startswith("Over 21 answers sampled in BF16 with 3 seeds, ± one standard error")
 
 
 def test_a_dense_policy_has_no_router():
@@ -37,7 +54,7 @@ def test_a_dense_policy_has_no_router():
     row("backward", ["deadzone"], None, gradient_error=0.1, gradient_ratio=1.0),
   ]
   line = tables.parts_table(rows).splitlines()[2]
-  assert line == "| deadzone | 0.0120 |  |  | +0.2500 | 0.300 | 1.000 |  | 0.100 | 1.000 |"
+  assert line == "| deadzone | 0.0120 |  |  | +0.2500 |  | 0.300 | 1.000 |  | 0.100 | 1.000 |"
 
 
 def test_collected_are_a_row_for_each_arm_and_where_they_ran(tmp_path):

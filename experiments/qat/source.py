@@ -48,7 +48,7 @@ def load_source(settings: Settings) -> Source:
 
 
 def make_source(model: LanguageModel, tokenizer: Any, settings: Settings) -> Source:
-  """`tokenizer` has encode, decode and save."""
+  """`tokenizer` has encode, decode, prefix and save."""
   s = settings
   task = load_task(TaskSettings(s.task, s.task_options, s.task_pattern or None))
   problems = Problems(task, s.problems)

@@ -91,6 +91,9 @@ class Learner:
     rollout = self._sample.eval_shape(params, *prompts(count), key, 0.0)
     state = self.trainer.init.eval_shape(params)
     likelihood = rollout.logprobs
+    routing = rollout.routing if self._replays else None
+    for side in (self.trainer, self._reference)[: 2 if settings.beta else 1]:
+      side.score.eval_shape(params, rollout, routing, key)
     sampled = grpo.Sampled(
       jax.ShapeDtypeStruct((count,), jnp.float32),
       rollout.mask,
@@ -129,8 +132,8 @@ class Learner:
     """The state after all updates of a step, and what they said: means over the updates, extremes
     of extremes, and the distance between rollout and trainer before anything had changed."""
     settings, b = self._config.grpo, len(answers.rewards)
-    sampled = self._sampled(state.params, answers, reference)
     key, said = _key(seed, step), []
+    sampled = self._sampled(state.params, answers, reference, key)
     rng = np.random.default_rng([seed, step])
     for _ in range(settings.iterations):
       order = np.arange(b) if settings.minibatches == 1 else rng.permutation(b)
@@ -164,8 +167,8 @@ class Learner:
   ) -> tuple[list[dict[str, Any]], Scalars]:
     """The errors of every operand by path, and how far rollout and trainer are apart without
     replay, with the share of the tokens whose experts differ."""
-    sampled, key = self._sampled(state.params, answers, reference), _key(seed, step)
-    rollout = answers.rollout
+    rollout, key = answers.rollout, _key(seed, step)
+    sampled = self._sampled(state.params, answers, reference, key)
     of_trainer, of_rollout = (
       probes.probe_rows(
         jax.device_get(side.probe(state, rollout, sampled, key)), side.policy, self._num_layers
@@ -191,8 +194,9 @@ class Learner:
     state = self.trainer.init(params)
     if quantizers is not None:
       state = dataclasses.replace(state, quantizers=quantizers)
-    sampled = self._sampled(params, answers, params)
-    return self.trainer.gradients(state, answers.rollout, sampled, _key(seed, step))
+    key = _key(seed, step)
+    sampled = self._sampled(params, answers, params, key)
+    return self.trainer.gradients(state, answers.rollout, sampled, key)
 
   def noise(self, step: int) -> float:
     """The standard deviation of a step."""
@@ -221,7 +225,7 @@ class Learner:
       "truncated": float(np.mean((lengths == new) & (ends[:, 0] != self._text.stop_token))),
     }
 
-  def _sampled(self, params, answers: Answers, reference) -> grpo.Sampled:
+  def _sampled(self, params, answers: Answers, reference, key) -> grpo.Sampled:
     settings, own, rollout = self._config.grpo, self._config.rollout, answers.rollout
     penalty = grpo.overlong_penalty(
       np.asarray(rollout.lengths), own.max_new_tokens, settings.overlong_buffer
@@ -230,9 +234,9 @@ class Learner:
     old = of_reference = None
     routing = rollout.routing if self._replays else None
     if settings.iterations * settings.minibatches > 1:
-      old = self.trainer.score(params, rollout, routing).logprobs
+      old = self.trainer.score(params, rollout, routing, key).logprobs
     if settings.beta:
-      of_reference = self._reference.score(reference, rollout, routing).logprobs
+      of_reference = self._reference.score(reference, rollout, routing, key).logprobs
     return grpo.Sampled(
       grpo.advantages(rewards, settings.normalize_std).ravel(),
       rollout.mask,

@@ -4,8 +4,8 @@
       --out=results/rl_demo_parts.jsonl
 
 The policy is the one that the workdir's runs began with or, with `--run=bf16-0`, as that run left
-it. Its answers are sampled in bf16; over them, and over nothing else, a row for each part and path
-says
+it. Its answers are sampled in bf16, once for each seed of problems and answers; over them, and over
+nothing else, a row for each part and path says
 
 - how far the numbers' distribution of the next token lies from bf16's: `kl`, the exact
   KL(quantized || bf16), `entropy_gap`, quantized less bf16, both means in nats, and
@@ -182,12 +182,12 @@ def main(_) -> None:
   setting = Setting.of(config)
   params = policy_of_run(folder, config, setting, _RUN.value)
   log, source = logs.Rewritten(_OUT.value), describe_source(COMMIT.value)
-  alone = {"run": _RUN.value, "seed": _SEED.value}
   subsets = SUBSETS[: len(PARTS)] if _SINGLE.value else SUBSETS
-  for row in part_rows(config, setting, params, _BASE.value, subsets, _SEED.value):
-    told = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()}
-    print("  ".join(f"{name}={value}" for name, value in told.items()))
-    log.write(row | alone | source)
+  for seed in range(_SEEDS.value):
+    for row in part_rows(config, setting, params, _BASE.value, subsets, seed):
+      told = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()}
+      print("  ".join(f"{name}={value}" for name, value in told.items()))
+      log.write(row | {"run": _RUN.value, "seed": seed} | source)
   log.close()
 
 
@@ -197,6 +197,6 @@ if __name__ == "__main__":
   _OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True)
   _RUN = flags.DEFINE_string("run", None, "Such as bf16-0; without: what all runs began with.")
   _BASE = flags.DEFINE_string("base", "mxfp4", "The format, as in the name of an arm.")
-  _SEED = flags.DEFINE_integer("seed", 0, "Of the problems and answers.")
+  _SEEDS = flags.DEFINE_integer("seeds", 8, "Of problems and answers: 0, 1, ...", lower_bound=1)
   _SINGLE = flags.DEFINE_bool("single", False, "Parts alone, without their sums.")
   app.run(command_line.one_line_errors(main), flags_parser=command_line.parse_flags)

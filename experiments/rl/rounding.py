@@ -58,9 +58,10 @@ def _both(config, setting, params, arm, jit) -> tuple[Rollout, Callable[[Any], S
   problems = setting.problems.train(0, 0, own.prompts)
   questions = [problem.question for problem in problems for _ in range(own.group)]
   prompts = padded_prompts(questions, setting.source.text, own.max_prompt_tokens)
-  rollout = sample(params, *prompts, jax.random.key(0), 0.0)
+  key = jax.random.key(0)
+  rollout = sample(params, *prompts, key, 0.0)
   trainer = make_policy_trainer(config, model, sides[1], jit)
-  return rollout, lambda params: trainer.score(params, rollout)
+  return rollout, lambda params: trainer.score(params, rollout, None, key)
 
 
 def _divergence(rollout: Rollout, logprobs, routing, other: Scored) -> dict[str, float]:

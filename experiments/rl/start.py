@@ -62,7 +62,12 @@ def source_of(config: RLExperiment) -> Source:
     )
   of_run = {name: getattr(config.model, name) for name in ("remat", "vocab_chunk", "unroll")}
   vocab_size = model.embedding.num_embeddings
-  text = Chat(tokenizer, vocab_size, start.system) if start.chat else FewShot(tokenizer, vocab_size)
+  try:
+    text = (
+      Chat(tokenizer, vocab_size, start.system) if start.chat else FewShot(tokenizer, vocab_size)
+    )
+  except ValueError as error:
+    raise ValueError(f"start.chat={start.chat} of {start.pretrained}: {error}") from None
   return Source(
     dataclasses.replace(found, **of_run), text, lambda: _params(model), _digest(weights)
   )
@@ -110,7 +115,8 @@ def _taught(config, source, problems, tell) -> Any:
   optimizer = Optimizer(learning_rate=teaching.learning_rate, warmup_steps=teaching.warmup_steps)
   settings = Experiment(steps=teaching.steps, model=source.model, optimizer=optimizer)
   trainer = make_trainer(settings, source.text.vocab_size, policy_of(recipes.BF16, settings))
-  state = dataclasses.replace(trainer.init(jnp.int32(0)), params=source.params())
+  params = jax.tree.map(jnp.copy, source.params())  # a step gives away what it is given
+  state = dataclasses.replace(trainer.init(jnp.int32(0)), params=params)
   seed = jnp.int32(config.start.seed)
   for step in range(teaching.steps):
     found = problems.taught(config.start.seed, step, teaching.batch_size)

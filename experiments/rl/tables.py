@@ -1,6 +1,7 @@
 """The tables of docs/reinforcement_learning.md, from committed rows: `make tables`."""
 
 import contextlib
+import statistics
 from pathlib import Path
 
 from experiments import logs
@@ -80,32 +81,53 @@ def parts_table(rows: list[Row]) -> str:
   """Each subset of the parts on each path; with a free router, and with its choices replayed."""
   lines = [
     "| parts | rollout: KL to BF16, nats | tokens with a flip, % | KL, experts replayed |"
-    " entropy less BF16's, nats | forward: gradient error | its norm | forward, replayed |"
-    " backward: gradient error | its norm |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    " entropy less BF16's, nats | the same, replayed | forward: gradient error | its norm |"
+    " forward, replayed | backward: gradient error | its norm |",
   ]
+  lines.append("|---" * (lines[0].count("|") - 1) + "|")
+  columns = (
+    ("rollout", False, "kl", ".4f"),
+    ("rollout", False, "router_flips/tokens", ".0%"),
+    ("rollout", True, "kl", ".4f"),
+    ("rollout", False, "entropy_gap", "+.4f"),
+    ("rollout", True, "entropy_gap", "+.4f"),
+    ("forward", False, "gradient_error", ".3f"),
+    ("forward", False, "gradient_ratio", ".3f"),
+    ("forward", True, "gradient_error", ".3f"),
+    ("backward", False, "gradient_error", ".3f"),
+    ("backward", False, "gradient_ratio", ".3f"),
+  )
+  sampled = [row for row in rows if row["path"] == "sampled"]
   for parts in SUBSETS:
-    found = {(r["path"], r["replay"]): r for r in rows if r.get("parts") == list(parts)}
+    found = [row for row in rows if row.get("parts") == list(parts)]
     if not found:
       continue
-    free = {path: own for (path, replay), own in found.items() if not replay}
-    replayed = {path: own for (path, replay), own in found.items() if replay}
     name = "all" if len(parts) == len(PARTS) else " + ".join(_NAMES[part] for part in parts)
-    cells = (
-      f"{free['rollout']['kl']:.4f}",
-      _percent(free["rollout"].get("router_flips/tokens")),
-      f"{replayed['rollout']['kl']:.4f}" if replayed else "",
-      f"{free['rollout']['entropy_gap']:+.4f}",
-      f"{free['forward']['gradient_error']:.3f}",
-      f"{free['forward']['gradient_ratio']:.3f}",
-      f"{replayed['forward']['gradient_error']:.3f}" if replayed else "",
-      f"{free['backward']['gradient_error']:.3f}",
-      f"{free['backward']['gradient_ratio']:.3f}",
-    )
+    cells = [
+      _mean(
+        [r[of] for r in found if r["path"] == path and bool(r["replay"]) == replay and of in r],
+        form,
+      )
+      for path, replay, of, form in columns
+    ]
     lines.append(f"| {name} | {' | '.join(cells)} |")
-  sampled = rows[0]
-  lines.append(f"\nOver {sampled['answers']} answers sampled in BF16. {told_source(sampled)}")
+  answers = sum(row["answers"] for row in sampled)
+  seeds = ""
+  if len(sampled) > 1:
+    seeds = f" with {len(sampled)} seeds, ± one standard error of a mean over those"
+  lines.append(f"\nOver {answers} answers sampled in BF16{seeds}. {told_source(sampled[0])}")
   return "\n".join(lines)
+
+
+def _mean(values: list[float], form: str) -> str:
+  """With its standard error where there are several; a share as a number of percent."""
+  if not values:
+    return ""
+  numbers = [statistics.mean(values)]
+  if len(values) > 1:
+    numbers.append(statistics.stdev(values) / len(values) ** 0.5)
+  told = [format(n, f) for n, f in zip(numbers, (form, form.lstrip("+")), strict=False)]
+  return " ± ".join(told).replace("%", "")
 
 
 def rounding_table(rows: list[Row]) -> str:
