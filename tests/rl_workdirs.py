@@ -25,11 +25,13 @@ def make_rl_workdir(
   probes=True,
   diverged=None,
   stopped_at=None,
+  share_right=1,
 ) -> Path:
   """Held-out reward is 0.25 at step 0 and of seed s `at_end[arm][s]` at the last, by default 0.75.
 
   Of arm a: reward in training step / 100 + a / 10 + s / 1000, token_mult_prob_error 1 + a / 10
-  but 1.5 + a in step 3, router flips a / 10. `diverged` (arm, seed, step) ends that run.
+  but 1.5 + a in step 3, router flips a / 10. Of the held-out reward `share_right` is of answers
+  worth 1. `diverged` (arm, seed, step) ends that run.
   """
   path.mkdir(parents=True)
   config = {"arms": list(arms), "seeds": seeds, "steps": steps}
@@ -52,7 +54,8 @@ def make_rl_workdir(
         if step % 10 == 0 or step == steps:
           last = at_end[arm][seed] if at_end else 0.75
           reward = 0.25 + (last - 0.25) * step / steps
-          logs["metrics"].append(now | {"split": "held_out", "reward": reward, "entropy": 0.5})
+          own = {"reward": reward, "accuracy": reward * share_right, "entropy": 0.5}
+          logs["metrics"].append(now | {"split": "held_out"} | own)
           answer = {"question": "7 & 9?", "expected": "<9>", "answer": f"{a}{seed}{step}\n"}
           logs["samples"].append(now | answer | {"reward": 0.5})
           if step < steps:

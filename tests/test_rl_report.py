@@ -166,6 +166,11 @@ def line_of(figure, arm):
   return dict(zip(found["x"], found["y"], strict=True))
 
 
+def test_answers_worth_a_part_have_a_chart_of_those_worth_all(tmp_path):
+  charts, _ = charts_of(make_rl_workdir(tmp_path / "w", share_right=0.5))
+  assert line_of(charts["accuracy"], "mxfp4") == {0: 0.125, 10: 0.25, 20: 0.375}
+
+
 def test_charts_show_what_the_rows_hold_and_leave_out_what_never_changes(tmp_path):
   charts, records = charts_of(make_rl_workdir(tmp_path / "w"))
   drawn = ["held_out", "gap", "reward", "entropy", "gradients", "mixed", "length"]

@@ -80,8 +80,19 @@ def test_collected_are_a_row_for_each_arm_and_where_they_ran(tmp_path):
   assert "rollout_kl" not in without[0]
   assert without[1].count("---") == without[0].count("|") - 1 == without[2].count("|") - 1
   assert table[1].count("---") == without[1].count("---") + 1
+  assert not any("worth 1" in name for name in names)
   replayed = tables.arms_table([environment | {"replays_routing": True}, *arms])
   assert ", routing replayed; " in replayed
+
+
+def test_answers_may_be_worth_a_part(tmp_path):
+  at_end = dict.fromkeys(ARMS, (0.9, 0.9, 0.9))
+  folder = make_rl_workdir(tmp_path / "run", at_end=at_end, share_right=0.8)
+  logs.write_json(folder / "environment.json", SOURCE | {"parameters": 7, "versions": {}})
+  tables.collect(folder, tmp_path / "rows.jsonl")
+  names, _, first, *_ = tables.arms_table(logs.read_rows(tmp_path / "rows.jsonl")).splitlines()
+  told = dict(zip(*(map(str.strip, line.split("|")) for line in (names, first)), strict=True))
+  assert told["answers worth 1, after"] == "72%"
 
 
 def test_an_arm_that_diverged_has_no_numbers_and_rows_may_have_no_commit(tmp_path):

@@ -220,6 +220,7 @@ class Learner:
     ends = np.take_along_axis(np.asarray(rollout.answers), lengths[:, None] - 1, axis=1)
     return {
       "reward": float(answers.rewards.mean()),
+      "accuracy": float(np.mean(answers.rewards == 1)),
       "entropy": float(entropy),
       "length": float(lengths.mean()),
       "truncated": float(np.mean((lengths == new) & (ends[:, 0] != self._text.stop_token))),

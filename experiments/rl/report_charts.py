@@ -29,7 +29,12 @@ class Lines(NamedTuple):
   is_error: bool = False  # on a logarithmic axis, which shows 1.05 beside a hundred
 
 
-REWARDS = {"reward": Lines("Reward in training", "reward", "reward")}
+REWARDS = {
+  "reward": Lines("Reward in training", "reward", "reward"),
+  "accuracy": Lines(
+    "Held-out answers worth 1", "accuracy", "share of answers", "held_out", smooth=False
+  ),
+}
 STEPS = {
   "entropy": Lines("Entropy", "entropy", "entropy (nats/token)"),
   "gradients": Lines("Gradient norm", "grad_norm", "gradient norm"),
@@ -126,9 +131,13 @@ def _values(records: Records, lines: Lines) -> pd.Series:
 
 
 def _drawn(records: Records) -> dict[str, Lines]:
-  """Without replay both gaps are one."""
+  """Without replay both gaps are one; where no answer is worth a part, both rewards are."""
   replays = any(
     (config.get("rollout") or {}).get("replay_routing") for config in records.configs.values()
   )
   sections = {n: own for n, own in SECTIONS.items() if replays or n != "unreplayed"}
-  return {name: lines for own in sections.values() for name, lines in own.items()}
+  drawn = {name: lines for own in sections.values() for name, lines in own.items()}
+  rows = records.metrics[records.metrics.split == "held_out"]
+  if (rows.accuracy == rows.reward).all():
+    del drawn["accuracy"]
+  return drawn

@@ -17,7 +17,16 @@ HEALTHY = 1.05  # the most that `grpo.divergence` calls healthy
 UNREPLAYED = "unreplayed/"
 # Of the rows of a training step.
 STEP = (
-  *("reward", "entropy", "length", "truncated", "groups/mixed", "noise", "learning_rate"),
+  *(
+    "reward",
+    "accuracy",
+    "entropy",
+    "length",
+    "truncated",
+    "groups/mixed",
+    "noise",
+    "learning_rate",
+  ),
   *("loss", "grad_norm", "pg_clipfrac", "is_ratio/max", "kl"),
   *("sampler_is/weight_mean", "sampler_is/weight_min", *DIVERGENCE),
 )
@@ -33,6 +42,7 @@ LOGS = {
   "samples": Columns((*RUN, "question", "expected", "answer"), numbers=("reward",)),
 }
 REWARD = gaps.Measure("held_out", "reward", gaps.difference)
+RIGHT = "held_out_accuracy"  # of a run: of its last evaluation
 # Of a run at its end: means over the last tenth of its steps.
 AT_END = ("entropy", "ppo_kl", ERROR)
 # Of a whole run: medians over its steps, of what single answers of low probability make large.
@@ -67,6 +77,7 @@ def summarize_records(records: Records) -> dict[str, Any]:
       "runs": runs[name],
       "start_reward": gaps.mean_of_runs(runs[name], "start_reward", "start_step"),
       "held_out_reward": held_out,
+      RIGHT: gaps.mean_of_runs(runs[name], RIGHT, REWARD.step),
       "gap": gaps.gap_of(records, arm, runs, REWARD),
       "train_reward": gaps.mean_of_runs(runs[name], REWARD.train, "last_step"),
       **{c: gaps.mean_of_runs(runs[name], c, "last_step") for c in (*AT_END, *OVER_RUN)},
@@ -92,7 +103,7 @@ def write_summary(workdir: str | os.PathLike) -> Path:
 
 
 def _runs(records: Records, arm: Arm) -> list[Row]:
-  """As `gaps.runs_of`, with the held-out reward before training, AT_END and OVER_RUN."""
+  """As `gaps.runs_of`, with the held-out reward before training, RIGHT, AT_END and OVER_RUN."""
   own = records.metrics[records.metrics.recipe == arm.name]
   runs = gaps.runs_of(records, arm, REWARD)
   for run in runs:
@@ -100,6 +111,8 @@ def _runs(records: Records, arm: Arm) -> list[Row]:
     train = rows[rows.split == "train"].set_index("step")
     start = rows[(rows.split == REWARD.split) & (rows.step == 0)]
     run |= {"start_reward": start.reward.mean(), "start_step": 0 if len(start) else None}
+    held_out = rows[(rows.split == REWARD.split) & (rows.step == run[REWARD.step])]
+    run[RIGHT] = None if run["diverged"] else held_out.accuracy.mean()
     for column in AT_END:
       run[column] = None if run["diverged"] else gaps.mean_at_end(train[column], arm)
     for column in OVER_RUN:

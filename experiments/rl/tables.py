@@ -8,7 +8,7 @@ from experiments import logs
 from experiments.environment import told_source
 from experiments.qat.table import qat_table
 from experiments.rl.microscope import PARTS, SUBSETS
-from experiments.rl.summary import read_records, standard_error, summarize_records
+from experiments.rl.summary import RIGHT, read_records, standard_error, summarize_records
 
 Row = dict
 _ENVIRONMENT = ("versions", "device", "git_commit", "git_dirty")
@@ -33,8 +33,13 @@ def arms_table(rows: list[Row]) -> str:
   environment, *arms = rows
   # Rows collected at an earlier commit lack the median.
   medians = "`rollout_kl`, median, nats | " if all("rollout_kl" in row for row in arms) else ""
+  # Where answers may be worth a part; rows collected at an earlier commit do not tell.
+  whole = [row.get(RIGHT, {}).get("mean") for row in arms]
+  is_graded = None not in whole and whole != [row["held_out_reward"]["mean"] for row in arms]
+  right = "answers worth 1, after | " if is_graded else ""
   lines = [
-    "| arm | seeds | held-out reward before | after | in training, at the end | less BF16's |"
+    f"| arm | seeds | held-out reward before | after | {right}in training, at the end |"
+    " less BF16's |"
     f" 95 % interval | against BF16 | entropy, nats | {medians}`ppo_kl`, nats |"
     " `token_mult_prob_error` | router flips, % of tokens |",
   ]
@@ -57,6 +62,7 @@ def arms_table(rows: list[Row]) -> str:
       f"{row['seeds']}",
       _number(means["start_reward"], ".3f"),
       "" if error is None else f"{after:.3f} ± {error:.3f}",
+      *([f"{row[RIGHT]['mean']:.0%}"] if is_graded else []),
       _number(means["train_reward"], ".3f"),
       less,
       interval,
