@@ -27,6 +27,17 @@ def loss(w, step):
 gradient = jax.jit(jax.grad(loss))(jnp.ones((128, 64)), 0)
 
 
+# A tap's "gradient" is the error of each operand that the recipe rounds, in that very pass.
+def tapped(w, tap):
+  dot = fp4jax.dot_general(STOCHASTIC, key=key, tap=tap)
+  return jnp.mean(dot(x, w, (((1,), (0,)), ((), ()))) ** 2)
+
+
+tap = jax.jit(jax.grad(tapped, argnums=1))(jax.random.normal(key, (128, 64)), fp4jax.new_tap())
+for role, summary in fp4jax.read_tap(tap, STOCHASTIC).items():
+  print(f"{role}: {summary.sqnr_db:.1f} dB, deadzone {summary.deadzone:.0%} of the squared error")
+
+
 # Flax Linen: the key comes from the stream "rounding".
 class Block(nn.Module):
   @nn.compact

@@ -1,11 +1,13 @@
 """Which settings no run can have: each mistake is one line that says what is allowed."""
 
+import dataclasses
 import math
 import operator
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from experiments.comparison import Comparison, Distributed, Names, field_types
+from experiments.comparison import Comparison, Distributed, Names, field_types, near_fields
 from experiments.config import ALL_GEMMS, Experiment, Optimizer, Quantize
 from experiments.optimizers import check_name
 from fp4jax import recipes as fp4_recipes
@@ -160,6 +162,11 @@ def address_of(coordinator: str) -> tuple[str, int]:
 
 def _check_types(config: Comparison) -> None:
   """A file of configs/ can set anything."""
+  for path in _undeclared(config):
+    near = " or ".join(near_fields(path, type(config)))
+    raise ValueError(
+      f"there is no setting {path}; did you mean {near}?" if near else f"there is no setting {path}"
+    )
   for path, kind in field_types(type(config)).items():
     value = operator.attrgetter(path)(config)
     if kind is Names:
@@ -172,6 +179,16 @@ def _check_types(config: Comparison) -> None:
     if not isinstance(value, kinds + (int,) * (float in kinds)):
       wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
       raise ValueError(f"{path}={value!r} is not of type {wanted}")
+
+
+def _undeclared(group: Any, prefix: str = "") -> Iterator[str]:
+  """What was set in `group`, and in the groups in it, without being a field of theirs."""
+  fields = {field.name for field in dataclasses.fields(group)}
+  for name, value in vars(group).items():
+    if name not in fields:
+      yield prefix + name
+    elif dataclasses.is_dataclass(value):
+      yield from _undeclared(value, f"{prefix}{name}.")
 
 
 def _validate_final(config: Experiment) -> None:

@@ -99,10 +99,13 @@ def parse_flags(argv: list[str]) -> list[str]:
   except SyntaxError as error:
     sys.exit(f"error: {error.filename}, line {error.lineno}: {error.msg}")
   except (flags.Error, OSError) as error:
-    sys.exit(f"error: {_missing_config(argv) or _bare_setting(error) or error}")
+    told = _missing_config(argv) or _bare_setting(error) or _other_config() or _needed(error)
+    sys.exit(f"error: {told or error}")
   except (KeyError, AttributeError) as error:
     if unknown := _unknown_setting(argv, error):
       sys.exit(f"error: {unknown}")
+    if "get_config" in str(error):
+      sys.exit("error: the file of --config has no function get_config, which makes the config")
     raise
   if mistake := _missing_config(argv) or _stray_argument(argv, stray):
     sys.exit(f"error: {mistake}")
@@ -123,6 +126,23 @@ def _missing_config(argv: list[str]) -> str | None:
   if "config" in flags.FLAGS and flags.FLAGS["config"].value is None and not given:
     return f"--config is needed, such as --config={flags.FLAGS['config'].example}"
   return None
+
+
+def _other_config() -> str | None:
+  if "config" not in flags.FLAGS:
+    return None
+  flag = flags.FLAGS["config"]
+  if flag.value is None or isinstance(flag.value, flag.makes):
+    return None
+  return (
+    f"the file of --config makes no {flag.makes.__name__}: it makes {type(flag.value).__name__}"
+  )
+
+
+def _needed(error: flags.Error | OSError) -> str | None:
+  """A flag that is required and not given."""
+  found = re.search("Flag (--\\w+) must have a value other than None", str(error))
+  return f"{found[1]} is needed" if found else None
 
 
 def _bare_setting(error: flags.Error | OSError) -> str | None:

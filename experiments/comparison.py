@@ -104,8 +104,16 @@ def plain_fields(value: Any) -> Any:
     return {"type": type(value).__name__} | fields
   if isinstance(value, tuple | list):
     return [plain_fields(v) for v in value]
-  plain = value is None or isinstance(value, str | int | float)
-  return value if plain else jnp.dtype(value).name
+  if value is None or isinstance(value, str | int | float):
+    return value
+  try:
+    return jnp.dtype(value).name
+  except TypeError:
+    kind = type(value).__name__
+    raise ValueError(
+      f"{value!r}: recipes.json tells {kind} by its fields, and it has none; make it a frozen"
+      " dataclass"
+    ) from None
 
 
 def field_paths(cls: type) -> list[str]:

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from fp4jax import operands
-from fp4jax.decomposition import SUMMARY_FIELDS
 from fp4jax.models import Policy
 
 _FORWARD = ("fprop", "residual")
@@ -27,14 +26,14 @@ def probe_rows(
     layers = enumerate(np.asarray(tap)) if tap.ndim == 3 else [(num_layers, np.asarray(tap))]
     for layer, table in layers:
       recipe = policy.recipe(name, layer, num_layers)
+      errors = operands.read_tap(table, recipe)
       for role, fmt in operands.quantized_roles(recipe).items():
         gemm, operand = role.split(".")
-        summary = table[operands.ROLES.index(role)].tolist()
         source = "original" if gemm == "residual" else recipe.operand(role).source
         rows.append(
           {"layer": layer, "module": name, "gemm": gemm, "operand": operand, "ran": recipe.name}
           | {"format": fmt.name, "scale_rule": str(fmt.scale_rule), "source": source}
-          | dict(zip(SUMMARY_FIELDS, summary, strict=True))
+          | {name: float(value) for name, value in vars(errors[role]).items()}
         )
   forward = [row for row in rows if row["gemm"] in _FORWARD]
   backward = [row for row in rows if row["gemm"] not in _FORWARD]

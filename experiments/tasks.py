@@ -18,7 +18,9 @@ import ast
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -99,6 +101,12 @@ class Problems:
     self.held_out: tuple[Problem, ...] = tuple(found.values())
     self._questions = frozenset(found)
 
+  @property
+  def sha256(self) -> str:
+    """Of all that the held-out ones say, for a task of one's own may change."""
+    told = [[p.question, p.answer, p.example] for p in self.held_out]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
   def train(self, seed: int, step: int, count: int, draw: int = 0) -> list[Problem]:
     """Of a training step, or of its draw of that number: they depend on nothing else."""
     return self._drawn([seed, step, draw], count)
@@ -155,7 +163,11 @@ def _reasoning_gym(name: str, options: dict[str, object]) -> Task:
       f"task.name={name!r} is of reasoning-gym, which is not installed: pip install reasoning-gym"
     ) from error
   if name not in DATASETS:
-    raise ValueError(f"task.name={name!r} is no generator of reasoning-gym; it has {_near(name)}")
+    module, _, function = name.rpartition(".")
+    own = f", and a function of your own is {module}:{function}" if module else ""
+    raise ValueError(
+      f"task.name={name!r} is no generator of reasoning-gym; it has {_near(name)}{own}"
+    )
   try:
     dataset = reasoning_gym.create_dataset(name, seed=0, size=2**31 - 1, **options)
   except (AssertionError, TypeError, ValueError) as error:

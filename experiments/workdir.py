@@ -44,6 +44,11 @@ class Run:
 
   def is_finished(self, steps: int) -> bool:
     found = logs.read_json(self.folder / "finished.json")
+    if found is not None and not (self.folder / "metrics.jsonl").exists():
+      raise ValueError(
+        f"{self.folder} is finished, but its metrics.jsonl is gone: remove the folder, and the run"
+        " is trained again"
+      )
     return found is not None and (found["diverged"] or found["step"] >= steps)
 
   def finish(self, step: int, diverged: bool) -> None:
@@ -129,6 +134,11 @@ class WorkDir:
     found = [logs.read_json(self.path / f"{name}.json") for name in _FILES]
     config, definitions, environment = found
     if config is None:
+      if any(self.path.glob("runs/*/*.jsonl")):
+        raise ValueError(
+          f"{self.path} holds runs and no config.json, which says what they were: choose another"
+          " --workdir"
+        )
       return None
     if (self.path / "metrics.jsonl").exists():
       raise ValueError(
@@ -183,10 +193,13 @@ class WorkDir:
       return now
     kept, by_arm = self._config.KEPT, self._config.BY_ARM
     for path, what in kept.items():
-      was, is_now = (_at(path, each) for each in (first, now))
+      group = path.partition(".")[0]
+      # An earlier version did not keep all of them: taken to be as now.
+      was, is_now = (_at(path, each) for each in ({group: now[group]} | first, now))
       if was != is_now:
         raise ValueError(f"{self.path} began with the {what} {was}, not {is_now}")
     groups = {path.partition(".")[0] for path in kept}
+    first = {group: now[group] for group in groups} | first
     again = {name: value for name, value in now.items() if name not in (*groups, *by_arm)}
     resumed = {"resumed": [*first.get("resumed", []), again]}
     return first | resumed | {name: first.get(name, {}) | now.get(name, {}) for name in by_arm}
@@ -206,6 +219,14 @@ def read_config[C: Comparison](path: Path, cls: type[C]) -> C:
   Raises FileNotFoundError without a config.json, TypeError at another kind of experiment's."""
   settings = read_settings(path)
   return from_dict(cls, {name: v for name, v in settings.items() if name != "seeds_by_arm"})
+
+
+def check_same(path: Path, config: Comparison, *groups: str) -> None:
+  """Raises ValueError where the workdir at `path` has other settings than `config` in `groups`."""
+  was, now = read_settings(path), config.to_dict()
+  wanted, found = ({group: each.get(group) for group in groups} for each in (now, was))
+  if differences := list(_differences(found, wanted, "config")):
+    raise ValueError(f"{path} was trained by another config\n  " + "\n  ".join(differences))
 
 
 def with_token_parts(config: Experiment, path: Path, devices: int) -> Experiment:

@@ -21,7 +21,7 @@ from fp4jax.formats import (
 )
 from fp4jax.grouped import grouped_dot
 from fp4jax.moe_ffn import moe_ffn
-from fp4jax.operands import init_state
+from fp4jax.operands import init_state, new_tap, read_tap
 from fp4jax.packed_weights import pack_weights
 from fp4jax.placement import shardings
 from fp4jax.quantization import dequantize, fake_quantize, quantize
@@ -59,9 +59,11 @@ __all__ = [
   "hadamard",
   "init_state",
   "moe_ffn",
+  "new_tap",
   "nnx",
   "pack_weights",
   "quantize",
+  "read_tap",
   "recipes",
   "shardings",
 ]

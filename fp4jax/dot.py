@@ -41,15 +41,16 @@ def dot_general(
   tap: ops.Tap | None = None,
   state: ops.State | None = None,
   implementation: Implementation | None = None,
+  **unknown: Any,
 ) -> "DotGeneral":
   """A drop-in for `lax.dot_general` that computes forward and backward as `recipe` says.
 
   Args:
     recipe: the numerics.
-    operands: none; they are arguments of the function that is returned.
+    operands, unknown: none; they are arguments of the function that is returned.
     key: seeds stochastic rounding; give each call of each step its own. Operands and GEMMs of one
       call draw apart from each other.
-    tap: see `operands.new_tap`; read by "xla" alone.
+    tap: see `new_tap`; read by "xla" alone.
     state: of quantizers that have one, see `init_state`; read by "xla" alone.
     implementation: see `fp4jax.implementation`. "mosaic" serves recipes with FP8 operands, in
       bfloat16 without batch axes; plain dtypes are left to XLA's own matmul.
@@ -66,12 +67,14 @@ def dot_general(
     TypeError: something is not a recipe or a key; operands that are not arrays of float32,
       bfloat16 or float16, or that `lax.dot_general` itself refuses.
   """
-  if operands:
+  if operands or unknown:
     raise TypeError(
-      "dot_general takes the recipe: call dot_general(recipe)(x, w, dimension_numbers)"
+      "dot_general takes the recipe: call dot_general(recipe)(x, w, dimension_numbers), or give a"
+      " layer dot_general=dot_general(recipe)"
     )
   ops.check_recipe_and_keys(recipe, [key])
   ops.check_state(recipe, state)
+  ops.check_tap(tap)
   return DotGeneral(recipe, key, tap, state, implementation)
 
 

@@ -11,7 +11,8 @@ class DotGeneral(nnx.Module):
   """`nnx.Linear(..., dot_general=DotGeneral(recipe, rngs))`: a recipe with its own random stream.
 
   Each call draws a new key from the stream `rounding` of `rngs`, state of the layer as dropout's
-  is. Recipes that round to nearest need none: `dot_general=fp4jax.dot_general(recipe)`.
+  is. Recipes that round to nearest need none: `dot_general=fp4jax.dot_general(recipe)`. In a layer
+  that is there already, it is data: `layer.dot_general = nnx.data(DotGeneral(recipe, rngs))`.
 
   Raises:
     ValueError: `rngs` has no such stream. A draw from the default one would change the weights that

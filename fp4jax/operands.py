@@ -18,7 +18,7 @@ from fp4jax import quantization as qz
 from fp4jax import recipe as recipe_lib
 from fp4jax import sharding
 from fp4jax.arguments import check_key, check_type, to_arrays
-from fp4jax.decomposition import SUMMARY_FIELDS
+from fp4jax.decomposition import SUMMARY_FIELDS, ErrorSummary
 from fp4jax.formats import WHOLE, Format, Slices, is_format
 from fp4jax.formats.format import block_axes
 from fp4jax.formats.roundings import fold_in, typed
@@ -58,12 +58,29 @@ def new_tap() -> Tap:
   """What `tap=` takes: differentiate the loss by it to get every operand's error summary.
 
   The "gradient" has a row for each of `ROLES` and a column for each of `SUMMARY_FIELDS`, from the
-  tensors that the GEMMs read in that very pass. Rows of what is not quantized are zero;
-  `quantized_roles` says which are not. The loss does not depend on a tap.
+  tensors that the GEMMs read in that very pass. Rows of what is not quantized are zero; `read_tap`
+  gives the others by role. The loss does not depend on a tap.
 
   A tap belongs to one call: the gradients of a tap that two calls share are added.
   """
   return jnp.zeros((len(ROLES), len(SUMMARY_FIELDS)), jnp.float32)
+
+
+def read_tap(tap: Tap, recipe: Recipe) -> dict[str, ErrorSummary]:
+  """What the "gradient" of a tap says of each role that `recipe` quantizes, "fprop.lhs"."""
+  check_tap(tap)
+  return {role: ErrorSummary(*tap[ROLES.index(role)]) for role in quantized_roles(recipe)}
+
+
+def check_tap(tap: Tap | None) -> None:
+  """Refuses what `new_tap` does not make."""
+  shape = len(ROLES), len(SUMMARY_FIELDS)
+  if tap is not None and (getattr(tap, "shape", None), jnp.result_type(tap)) != (
+    shape,
+    jnp.float32,
+  ):
+    found = f"{jnp.result_type(tap)} {getattr(tap, 'shape', ())}"
+    raise ValueError(f"tap is {found}, not float32 {shape}: fp4jax.new_tap() makes one")
 
 
 def init_state(recipe: Recipe, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...]) -> State:

@@ -208,7 +208,8 @@ def check_arguments(x, fmt, axis, rounding, key) -> tuple[jax.Array, int]:
   for a, block in block_axes(fmt, axis).items():
     if x.shape[a] % block:
       raise ValueError(
-        f"axis {a} of shape {x.shape} is not a multiple of the block of {block} of {fmt.name}"
+        f"axis {a} of shape {x.shape} is not a multiple of the block of {block} of {fmt.name};"
+        " a recipe's GEMMs pad with zeros, which change no block"
       )
   if as_rounding(rounding).needs_key:
     if key is None:

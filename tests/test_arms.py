@@ -131,8 +131,16 @@ def test_other_bases_and_whole_recipes():
     ("MXFP4+of", "capitals; did you mean 'mxfp4\\+of'"),
     ("mxfp4+aqn@forward", "there is none @forward"),
     ("recipe=mxfp5", "unknown recipe"),
+    ("hopper_fp4", r"no base 'hopper_fp4'; did you mean recipe=hopper_fp4\?"),
+    ("fp8", r"did you mean recipe=fp8\?"),
   ],
 )
 def test_names_that_say_nothing_are_refused(name, words):
   with pytest.raises(ValueError, match=words):
     arm_of(name)
+
+
+def test_a_format_of_ones_own_is_a_base(monkeypatch):
+  mine = dataclasses.replace(formats.MXFP4, name="MINE", scale_rule="even")
+  monkeypatch.setitem(formats.FORMATS, "MINE", mine)
+  assert arm_of("mine").trainer.fprop.lhs.format == mine

@@ -93,6 +93,7 @@ def test_no_number_is_left_unchecked():
   [
     ("run", ["--workdir={}", "--config.steps=3"], "--config is needed, such as --config=configs/"),
     ("run", ["--workdir=", "--config=configs/demo.py"], "--workdir is empty"),
+    ("run", ["--config=configs/demo.py"], "error: --workdir is needed\n"),
     ("report", ["--workdir={}/rows.jsonl,"], "--workdir is empty"),
     (
       "run",

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from experiments import checks
-from experiments.comparison import Comparison, Names, field_paths, near_fields
+from experiments.comparison import Comparison, Names, field_paths, near_fields, plain_fields
 from experiments.workdir import WorkDir
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +74,45 @@ def test_a_workdir_refuses_other_arms_settings_and_data(tmp_path, monkeypatch):
     WorkDir(tmp_path, Tuning(checkpoint_every=0))
 
 
+def test_a_workdir_that_kept_less_goes_on(tmp_path):
+  """As an earlier version left it."""
+  begin(tmp_path, Tuning())
+  path = tmp_path / "environment.json"
+  earlier = {k: v for k, v in json.loads(path.read_text()).items() if k != "tasks"}
+  path.write_text(json.dumps(earlier))
+  begin(tmp_path, Tuning(), sha256="2")
+  with pytest.raises(ValueError, match="began with the tasks 2, not 1"):
+    begin(tmp_path, Tuning(), sha256="1")
+
+
+def test_a_workdir_whose_config_is_lost_is_refused(tmp_path):
+  begin(tmp_path, Tuning())
+  (tmp_path / "config.json").unlink()
+  begin(tmp_path, Tuning())  # nothing had begun
+  (run, *_) = WorkDir(tmp_path, Tuning()).runs
+  run.folder.mkdir(parents=True)
+  (run.folder / "metrics.jsonl").touch()
+  (tmp_path / "config.json").unlink()
+  with pytest.raises(ValueError, match="holds runs and no config"):
+    WorkDir(tmp_path, Tuning())
+
+
+def test_what_is_no_setting_is_refused():
+  """An attribute of a dataclass can have any name."""
+  config = Tuning()
+  config.step = 3
+  with pytest.raises(ValueError, match=r"there is no setting step; did you mean .*steps"):
+    checks.validate_comparison(config)
+  config = Tuning()
+  config.group.sizes = 3
+  with pytest.raises(ValueError, match=r"no setting group\.sizes; did you mean group\.size or"):
+    checks.validate_comparison(config)
+  config.group = Group()
+  config.zzz = 3
+  with pytest.raises(ValueError, match=r"there is no setting zzz$"):
+    checks.validate_comparison(config)
+
+
 def test_runs_have_the_names_of_arms_and_folders_that_a_file_system_takes(tmp_path, monkeypatch):
   config = Tuning(arms=Names(["slow+twice@.5=a"]), seeds=2)
   assert [run.name for run in WorkDir(tmp_path, config).runs] == [
@@ -113,6 +152,14 @@ def test_senseless_settings_are_refused(changes, message):
     checks.validate_comparison(Tuning(**changes), Tuning.RANGES)
 
 
+def test_what_has_no_fields_can_not_be_told():
+  class Plain:
+    pass
+
+  with pytest.raises(ValueError, match=r"tells Plain by its fields, and it has none; make it a"):
+    plain_fields(Plain())
+
+
 def test_settings_are_those_of_the_class():
   paths = field_paths(Tuning)
   assert {"arms", "seeds", "group.size", "distributed.process_id"} <= set(paths)
@@ -143,7 +190,11 @@ FILE = "from test_comparison import Tuning\ndef get_config():\n  return Tuning()
       ["--config=configs/demo.py", "--config.group.size=7"],
       "--config makes no Tuning: there is no",
     ),
-    (["--config=configs/demo.py"], "the file of --config makes no Tuning\n"),
+    (["--config=configs/demo.py"], "the file of --config makes no Tuning: it makes Experiment\n"),
+    (
+      ["--config=experiments/gaps.py"],
+      "error: the file of --config has no function get_config, which makes the config\n",
+    ),
     (["--help"], "--config.group.size=4\n"),
   ],
 )

@@ -550,6 +550,15 @@ def tapped(recipe, x, w, dy, tap):
 
 @pytest.mark.slow
 @strict
+def test_a_layer_of_a_model_that_is_there_takes_a_stream_of_keys():
+  rngs = nnx.Rngs(0, rounding=1)
+  layer = nnx.Linear(64, 64, rngs=rngs)
+  layer.dot_general = nnx.data(fp4jax.nnx.DotGeneral(recipes.MXFP4_RHT_SR, rngs))
+  grad = nnx.jit(nnx.grad(lambda layer: (layer(random(32, 64)) * random(32, 64, seed=2)).sum()))
+  one, other = (np.asarray(grad(layer).kernel[...]) for _ in range(2))
+  assert (one != other).mean() > 0.5
+
+
 @pytest.mark.parametrize(
   "recipe", [recipes.MXFP4_RHT_SR, recipes.HOPPER_FP4, recipes.BF16], ids=lambda r: r.name
 )
@@ -580,6 +589,11 @@ def test_tap_summarizes_the_very_tensors(recipe):
   assert tuple(operands.ROLES) == (*ROLES, "residual.lhs", "residual.rhs")
   live = [i for i, role in enumerate(operands.ROLES) if role in operands.quantized_roles(recipe)]
   np.testing.assert_array_equal(np.asarray(rows).any(1), np.isin(np.arange(8), live))
+  told = fp4jax.read_tap(rows, recipe)
+  assert list(told) == [operands.ROLES[i] for i in live]
+  for i in live:
+    found = np.array([*vars(told[operands.ROLES[i]]).values()])
+    np.testing.assert_array_equal(found, rows[i])
   # Looking changes nothing.
   plain_value, (plain_dx, plain_dw) = tapped(recipe, x, w, dy, None)
   assert value == plain_value
@@ -628,6 +642,17 @@ def test_bad_calls_are_refused():
   for arguments in ((x, w, MATMUL), (recipes.MXFP4, x, w, MATMUL)):
     with pytest.raises(TypeError, match=r"call dot_general\(recipe\)\(x, w, dimension_numbers\)"):
       fp4jax.dot_general(*arguments)
+  layer = nn.Dense(4, dot_general=fp4jax.dot_general)  # passes one operand, the rest by name
+  with pytest.raises(TypeError, match=r"give a layer dot_general=dot_general\(recipe\)"):
+    layer.init(KEY, x)
+  for tap, found in (
+    (jnp.zeros((3, 3)), r"float32 \(3, 3\)"),
+    (jnp.zeros((8, 10), "bfloat16"), r"bfloat16 \(8,"),
+  ):
+    with pytest.raises(
+      ValueError, match=rf"tap is {found}.*, not float32 \(8, 10\): fp4jax.new_tap"
+    ):
+      fp4jax.dot_general(recipes.MXFP4, tap=tap)
   with pytest.raises(TypeError, match=r"rhs has type list, not jax.Array"):
     dot(x, w.tolist(), MATMUL)
   with pytest.raises(ValueError, match=r"precision=<?.*HIGHEST.*'mxfp4' sets the precision"):

@@ -77,6 +77,7 @@ def test_the_answer_is_the_last_match(text, pattern, answer):
   "settings, words",
   [
     (TaskSettings("chain_sums"), "no generator of reasoning-gym; it has chain_sum"),
+    (TaskSettings("test_tasks.few"), "a function of your own is test_tasks:few"),
     (TaskSettings("chain_sum", "terms=2"), "unexpected keyword argument 'terms'"),
     (TaskSettings("chain_sum", "min_terms=0"), "min_terms"),
     (TaskSettings("chain_sum", "2 terms"), "not a list such as"),
@@ -96,3 +97,11 @@ def test_too_few_questions_are_refused_with_their_numbers():
     Problems(few, held_out=11)
   with pytest.raises(ValueError, match="leaves no question to train on"):
     Problems(few, held_out=10).train(0, 0, 1)
+
+
+def test_held_out_problems_are_told_by_all_that_they_say():
+  first = Problems(few, held_out=5).sha256
+  assert first == Problems(few, held_out=5).sha256
+  for change in ({"answer": "other"}, {"example": "4"}, {"question": "Else?"}):
+    other = lambda i, c=change: few(i)._replace(**c) if i == 3 else few(i)  # noqa: E731
+    assert Problems(other, held_out=5).sha256 != first

@@ -51,6 +51,16 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end(straight, corpus_f
   assert_same_logs(tmp_path, straight)
 
 
+def test_a_finished_run_without_its_rows_is_refused(straight, corpus_file, tmp_path):
+  shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+  (tmp_path / "runs/bf16-0/metrics.jsonl").unlink()
+  recipes_of = configs.Names(["bf16", "mxfp4_rht_sr"])
+  with pytest.raises(
+    ValueError, match=r"bf16-0 is finished, but its metrics.jsonl is gone: remove"
+  ):
+    run(small(**{"data.path": corpus_file, "recipes": recipes_of}), tmp_path)
+
+
 @pytest.mark.slow
 def test_another_corpus_is_refused(tmp_path, command, corpus_file):
   text = tmp_path / "text.txt"

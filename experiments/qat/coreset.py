@@ -6,8 +6,9 @@ Every `reselect` epochs each window of the pool gets two scores, means over its 
     DS  = |p_S - p_T|           the disagreement with the teacher
 
 (Euclidean norms, from 0 to sqrt(2)), which the epoch t of E weighs as c EVS + (1 - c) DS with
-c = cos(pi t / 2 E), the paper's schedule; its code has (1 + cos(pi t / E)) / 2. The windows with the largest are the coreset until the next selection. The
-paper selects images, as many of each class; text has no classes.
+c = cos(pi t / 2 E), as the paper says; its code has (1 + cos(pi t / E)) / 2. The windows with the
+largest are the coreset until the next selection. The paper selects images, as many of each class;
+text has no classes.
 """
 
 import functools

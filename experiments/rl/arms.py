@@ -32,7 +32,6 @@ CORRECTIONS = ("mbs", "of", "aqn")
 
 _SOURCE = "arXiv 2605.20402"
 _RCEIL = dataclasses.replace(formats.MXFP4, scale_rule="rceil")
-_BASES = {name.lower(): fmt for name, fmt in formats.FORMATS.items()} | {"mxfp4": _RCEIL}
 _BF16 = Operand(jnp.bfloat16)
 
 
@@ -62,7 +61,7 @@ def arm_of(name: str, alpha: float = 0.5) -> Arm:
   numerics, _, path = name.partition("@")
   base, *corrections = numerics.split("+")
   base, *parts = base.split(".")
-  _check(name, "base", [base], [*_BASES, "bf16"])
+  _check(name, "base", [base], [*_bases(), "bf16"])
   _check(name, "part of the error", parts, PARTS)
   _check(name, "correction", corrections, CORRECTIONS)
   _check(name, "path", [path] if "@" in name else [], PATHS)
@@ -93,17 +92,22 @@ def arm_of_any_parts(base: str) -> Arm:
   """An arm of no certain part or path: the states of its quantizers say how much of each part every
   operand of every GEMM gets. Without any of it an operand is read as it is."""
   name = f"{base}.parts"
-  _check(name, "base", [base], _BASES)
-  any_parts = ErrorParts(Operand(_BASES[base]), None)
+  _check(name, "base", [base], _bases())
+  any_parts = ErrorParts(Operand(_bases()[base]), None)
   forward = _recipe(name, any_parts, any_parts, "original")
   backward = _backward(name, any_parts, any_parts)
   return Arm(name, forward, dataclasses.replace(backward, fprop=forward.fprop))
 
 
+def _bases() -> dict[str, Format]:
+  """By their names in arms: as they are now, for a format of one's own may have been added."""
+  return {name.lower(): fmt for name, fmt in formats.FORMATS.items()} | {"mxfp4": _RCEIL}
+
+
 def _formats(name: str, base: str, macro: bool) -> tuple[Format, Format]:
   """Of activations and weights. Macro blocks are those of the paper's hybrid (arXiv 2603.08713):
   a searched factor for weights, the maximum's own for activations."""
-  fmt = _BASES[base]
+  fmt = _bases()[base]
   if not macro:
     return fmt, fmt
   if getattr(fmt, "scale_dtype", None) != formats.E8M0:
@@ -148,6 +152,8 @@ def _check(name: str, what: str, given: list[str], allowed) -> None:
   for item in given:
     if item not in allowed:
       near = difflib.get_close_matches(item, allowed, cutoff=0.5) or list(allowed)
+      if what == "base" and item in recipes.RECIPES:
+        near = [f"recipe={item}"]
       raise ValueError(f"arm {name!r}: no {what} {item!r}; did you mean {' or '.join(near)}?")
   if repeated := sorted({item for item in given if given.count(item) > 1}):
     raise ValueError(f"arm {name!r} names {repeated[0]!r} twice")

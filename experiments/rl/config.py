@@ -70,7 +70,10 @@ class RLExperiment(Comparison):
   """Arms compared in reinforcement learning: from the same policy, on the same problems."""
 
   ARMS: ClassVar[str] = "arms"
-  KEPT: ClassVar[Mapping[str, str]] = {"start.sha256": "policy"}
+  KEPT: ClassVar[Mapping[str, str]] = {
+    "start.sha256": "policy",
+    "problems.sha256": "held-out problems",
+  }
 
   arms: Names = DEFAULT_ARMS  # see `experiments.rl.arms`
   samples_kept: int = 4  # answers written down at an evaluation

@@ -45,6 +45,7 @@ from experiments.rl.start import start_params
 from experiments.rl.train import flip_shares
 from experiments.step_cost import describe_source
 from experiments.train import quantized_policy
+from experiments.workdir import check_same
 from fp4jax import recipes
 from fp4jax.models import LanguageModel, Policy
 from fp4jax.models.language_model import States
@@ -68,6 +69,11 @@ def part_rows(
   to route."""
   model, arm = setting.model, arm_of_any_parts(base)
   answers, said = setting.learner(config, "bf16").collect(params, seed, 0)
+  if not said["groups/mixed"]:
+    raise ValueError(
+      f"all answers to each of the {config.rollout.prompts} questions are worth the same: there is"
+      " no gradient; raise rollout.prompts or rollout.group"
+    )
   yield {"path": "sampled", "base": base, "answers": len(answers.rewards)} | said
   ways = replays if model.is_mixture else (False,)
 
@@ -160,14 +166,17 @@ def _distance(
 
 
 def policy_of_run(folder: Path, config: RLExperiment, setting: Setting, run: str | None) -> Any:
-  """Raises ValueError where the workdir has no such policy yet."""
+  """Raises ValueError where the workdir has no such policy yet, or is of another config."""
+  if (folder / "config.json").exists():
+    check_same(folder, config, "start", "task", "model")
   if run is None:
     if config.start.teaching.steps and not (folder / POLICY).is_dir():
       raise ValueError(f"{folder} has no policy yet: its runs have not begun")
     return start_params(folder / POLICY, config, setting.source, setting.problems, _too_early)
   with contextlib.closing(Checkpoints(folder / "runs" / run / "checkpoints", keep=1)) as kept:
-    learner, params = setting.learner(config, "bf16"), setting.source.params
-    restored = kept.restore_latest(jax.eval_shape(lambda: learner.trainer.init(params())))
+    shapes = jax.eval_shape(setting.source.params)
+    like = setting.learner(config, "bf16").trainer.init.eval_shape(shapes)
+    restored = kept.restore_latest(like)
   if restored is None:
     raise ValueError(f"{folder} has no checkpoint of a run {run!r}")
   return restored[1].params

@@ -82,6 +82,7 @@ def run(
   environment = describe_environment(commit) | {
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(setting.model))),
     "start": {"sha256": setting.source.sha256, "tokens": setting.source.text.vocab_size},
+    "problems": {"sha256": setting.problems.sha256},
   }
   answers = config.rollout.prompts * config.rollout.group
   learners = functools.cache(lambda arm: setting.learner(config, arm))
