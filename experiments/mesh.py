@@ -1,7 +1,8 @@
 """The mesh of a training run, and where its state lies on it: one table by path.
 
 Axes are those of `fp4jax.models.over_mesh`: all divide the batch, `fsdp` also each matrix, `expert`
-also the experts. A GEMM computes where its tokens are, after the matrix has been gathered there.
+also the experts. A GEMM computes where its tokens are, after the matrix has been gathered there: of
+the experts in codes and scales, of others in the values that the GEMM reads.
 """
 
 import dataclasses
@@ -21,6 +22,8 @@ BATCH = P(AXES)
 # Of parameters, and of what an optimizer keeps in their shape, by the end of their path; the first
 # match wins. Blocks have an axis of layers in front. What is in no line is on every device.
 TABLE = (
+  ("*/experts.*/ema", P(None, "expert", None, "fsdp")),  # of Q-EMA's state
+  ("*/ema", P(None, None, "fsdp")),
   ("*feed_forward/w13", P(None, "expert", None, "fsdp")),  # (layer, e, d, 2 f)
   ("*feed_forward/w2", P(None, "expert", None, "fsdp")),  # (layer, e, f, d)
   ("*/w13", P(None, None, "fsdp")),  # dense and shared: (layer, d, 2 f)
@@ -126,6 +129,8 @@ def shardings(state: Any, mesh: Mesh) -> Any:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     for pattern, spec in TABLE:
       if fnmatch.fnmatchcase(name, pattern) and len(spec) == leaf.ndim:
+        # An optimizer may keep one number for a matrix, (layer, 1, 1).
+        spec = P(*(None if n == 1 else along for n, along in zip(leaf.shape, spec, strict=True)))
         _check(name, leaf.shape, spec, mesh)
         return NamedSharding(mesh, spec)
     return NamedSharding(mesh, P())

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float32, Int32, PyTree
 from experiments.config import Experiment, Quantize
 from experiments.mesh import BATCH, OnMesh, shardings
 from experiments.optimizers import make_optimizer
+from experiments.programs import compiled
 from fp4jax import operands
 from fp4jax.implementation import Implementation
 from fp4jax.models import LanguageModel, LayerRule, Policy
@@ -215,18 +216,18 @@ def make_trainer(
     places = shardings(jax.eval_shape(init, jnp.int32(0)), mesh)
     params, everywhere = places.params, NamedSharding(mesh, PartitionSpec())
 
-  def compiled(function, out, **options):
+  def on_mesh(function, out, jit=compiled, **options):
     if mesh is None:
-      return jax.jit(function, **options)
-    return OnMesh(jax.jit(function, out_shardings=out, **options), mesh)
+      return jit(function, **options)
+    return OnMesh(jit(function, out_shardings=out, **options), mesh)
 
   return Trainer(
     policy,
-    compiled(init, places),
-    compiled(step, (places, everywhere), donate_argnums=0),
-    compiled(gradients, params),
-    compiled(evaluate, everywhere),
-    compiled(probe, everywhere),
+    on_mesh(init, places, jax.jit),
+    on_mesh(step, (places, everywhere), donate_argnums=0),
+    on_mesh(gradients, params),
+    on_mesh(evaluate, everywhere),
+    on_mesh(probe, everywhere),
     saved_bytes,
     adopt,
   )

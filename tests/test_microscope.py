@@ -11,6 +11,7 @@ from flax import nnx
 from rl_cases import small_rl
 
 from experiments.checkpoints import Checkpoints
+from experiments.programs import compiled
 from experiments.rl.arms import PARTS, arm_of, arm_of_any_parts
 from experiments.rl.microscope import (
   SUBSETS,
@@ -20,7 +21,6 @@ from experiments.rl.microscope import (
   policy_of_run,
   states_of,
 )
-from experiments.rl.programs import compiled
 from experiments.rl.run import Setting
 from experiments.tasks import Problem, TaskSettings
 from experiments.train import quantized_policy

@@ -10,8 +10,8 @@ from flax import nnx
 from rl_cases import SMALL, small_rl
 
 from experiments.config import Quantize
+from experiments.programs import compiled
 from experiments.rl.arms import arm_of
-from experiments.rl.programs import compiled
 from experiments.rl.rollouts import answers_of, make_sampler, packed, padded_prompts
 from experiments.text import Bytes
 from experiments.train import quantized_policy

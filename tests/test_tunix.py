@@ -12,9 +12,9 @@ from flax import nnx
 from rl_cases import SMALL, letters
 
 from experiments.config import Quantize
+from experiments.programs import compiled
 from experiments.rl.arms import arm_of
 from experiments.rl.config import RolloutSettings
-from experiments.rl.programs import compiled
 from experiments.rl.rollouts import make_sampler, padded_prompts
 from experiments.text import Bytes
 from experiments.train import quantized_policy

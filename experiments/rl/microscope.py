@@ -35,10 +35,10 @@ from experiments import command_line, logs
 from experiments.checkpoints import Checkpoints
 from experiments.config import Quantize
 from experiments.environment import COMMIT
+from experiments.programs import compiled
 from experiments.rl import grpo
 from experiments.rl.arms import PARTS, arm_of_any_parts
 from experiments.rl.config import RLExperiment
-from experiments.rl.programs import compiled
 from experiments.rl.rollouts import Rollout
 from experiments.rl.run import POLICY, Setting
 from experiments.rl.start import start_params

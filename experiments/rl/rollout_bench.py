@@ -22,8 +22,8 @@ from flax import nnx
 from experiments import command_line, logs
 from experiments.config import Quantize
 from experiments.environment import COMMIT
+from experiments.programs import compiled
 from experiments.rl.config import RLExperiment, Start
-from experiments.rl.programs import compiled
 from experiments.rl.start import source_of
 from experiments.step_cost import compile_all, describe_source
 from experiments.train import quantized_policy

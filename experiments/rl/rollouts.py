@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32
 
+from experiments.programs import compiled
 from experiments.rl.config import RLExperiment, RolloutSettings
 from experiments.rl.noise import with_noise
-from experiments.rl.programs import compiled
 from experiments.tasks import Problems
 from experiments.text import Text
 from fp4jax.models import LanguageModel, Policy, can_pack, generate, pack_model

@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from experiments.optimizers import make_optimizer
+from experiments.programs import compiled
 from experiments.rl import grpo
 from experiments.rl.config import RLExperiment
-from experiments.rl.programs import compiled
 from experiments.train import Scalars, TrainState, matrices
 from fp4jax import operands
 from fp4jax.models import LanguageModel, Policy

@@ -13,7 +13,7 @@
     GRPOLearner(cluster, GRPOConfig(num_generations=8, beta=0.0), reward).train(prompts)
 
 Set XLA_FLAGS=--xla_allow_excess_precision=false: tunix compiles the trainer's passes itself, and
-without it they round otherwise than the rollout (see `experiments.rl.programs`). A small policy in
+without it they round otherwise than the rollout (see `experiments.programs`). A small policy in
 mxfp4 on both sides then says 0.013 nats a token of a difference that is 0 with it.
 
 What tunix 0.1.7 does not do: replay the routing of a rollout, or give keys to a trainer that rounds
@@ -36,8 +36,8 @@ from jaxtyping import Array, Bool, Float32, Int
 from tunix.rl import common
 from tunix.rl.rollout import base_rollout
 
+from experiments.programs import compiled
 from experiments.rl.noise import with_noise
-from experiments.rl.programs import compiled
 from experiments.text import Text
 from fp4jax.models import LanguageModel, Policy, can_pack, generate, pack_model
 from fp4jax.models.kv_cache import align_left

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from fp4jax.moe_ffn import moe_ffn
+from fp4jax.operands import init_state
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
 
@@ -41,7 +42,8 @@ def moe_ffn_over_mesh(
 ) -> Any:
   """`moe_ffn` of all tokens and all experts, computed where they are; packed on one device.
 
-  A tap holds the mean of the devices' rows, the next state of a quantizer the largest of theirs.
+  A tap holds the mean of the devices' rows, the next state of a quantizer the largest of theirs, or
+  their sum, the gradient, of one that it learns.
 
   Raises:
     ValueError: tokens, parts or experts that the devices do not divide; packed weights over several
@@ -60,14 +62,18 @@ def moe_ffn_over_mesh(
   weight_axis = FSDP if FSDP in axes and mesh.shape[FSDP] > 1 else None
   tokens, of_experts = P(axes), P(expert_axis, None, weight_axis)
   taps = jax.tree.map(lambda tap: jnp.broadcast_to(tap / devices, (devices, *tap.shape)), taps)
-  copies, specs = jax.tree.map(lambda s: devices, states), jax.tree.map(lambda s: tokens, states)
-  if expert_axis is not None:
-    others = tuple(a for a in axes if a != EXPERT)
-    is_stack = lambda s: s.ndim == 3 and len(s) == len(w13)  # noqa: E731
-    specs = jax.tree.map(lambda s: P(others, EXPERT) if is_stack(s) else tokens, states)
-    fewer = devices // mesh.shape[EXPERT]
-    copies = jax.tree.map(lambda s: fewer if is_stack(s) else devices, states)
-  states = jax.tree.map(_copies_of_state, copies, states)
+  others = tuple(a for a in axes if a != expert_axis)
+  fewer = math.prod(mesh.shape[a] for a in others)
+  states = tuple(state or {} for state in states)
+  learned = tuple(
+    {role: jax.tree.map(lambda _, r=role: _is_learned(recipe, r), own) for role, own in s.items()}
+    for s in states
+  )
+  pairs = zip(states, (w13, w2), strict=True)
+  of_each = tuple(_of_each_expert(recipe, state, x, w) for state, w in pairs)
+  specs = jax.tree.map(lambda each: P(others, expert_axis) if each else tokens, of_each)
+  copies = jax.tree.map(lambda each: fewer if each else devices, of_each)
+  states = jax.tree.map(_copies_of_state, copies, learned, states)
 
   def on_device(x, w13, w2, experts, weights, keys, taps, states):
     own = {"taps": taps, "states": states}
@@ -89,18 +95,46 @@ def moe_ffn_over_mesh(
   return (out[0], jnp.sum(out[1])) if bounded else out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _copies_of_state(copies, state):
-  """For each device one; the next state is the largest of theirs, as that of an amax is."""
+def where_tokens_are(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+  """x, and its gradient, with the first axis divided among all devices of the mesh around the call.
+
+  Of a GEMM with weights in parts, XLA may otherwise bring all tokens to each part of the weights.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(a for a in AXES if a in mesh.axis_names and a in mesh.auto_axes)
+  devices = math.prod(mesh.shape[a] for a in axes)
+  if devices == 1 or len(x) % devices:
+    return x
+  return jax.lax.with_sharding_constraint(x, P(axes))
+
+
+def _is_learned(recipe, role):
+  return getattr(recipe.operand(role), "learns_state", False)
+
+
+def _of_each_expert(recipe, state, x, w):
+  """Of each leaf of a state whether its first axis is that of the experts."""
+
+  def shapes(experts):
+    return jax.eval_shape(lambda: init_state(recipe, x.shape, (experts, *w.shape[1:])))
+
+  of_one, of_two = shapes(1), shapes(2)
+  return jax.tree.map(lambda s, a, b: a.shape != b.shape, state, of_one, of_two)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _copies_of_state(copies, learned, state):
+  """For each device one; the next state is the largest of theirs, as that of an amax is, and a
+  gradient their sum."""
   return jnp.broadcast_to(state, (copies, *state.shape))
 
 
-def _copies_fwd(copies, state):
-  return _copies_of_state(copies, state), None
+def _copies_fwd(copies, learned, state):
+  return _copies_of_state(copies, learned, state), None
 
 
-def _copies_bwd(copies, _, following):
-  return (jnp.max(following, axis=0),)
+def _copies_bwd(copies, learned, _, following):
+  return (jnp.sum(following, axis=0) if learned else jnp.max(following, axis=0),)
 
 
 _copies_of_state.defvjp(_copies_fwd, _copies_bwd)

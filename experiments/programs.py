@@ -1,9 +1,10 @@
-"""How the passes of a rollout and of its trainer are compiled: to round where the code does.
+"""How training and rollouts are compiled: to round where the code does.
 
 By itself XLA keeps float32 between operations that it fuses where bfloat16 is asked for, and fuses
-a decoding step and a pass over whole sequences differently. In bf16 that sets their logits a few
-units in the last place apart; an operand in 4 bits turns such a difference into one of a whole step
-of its grid, and the same arm on both sides looks like two.
+one program unlike another: a decoding step and a pass over whole sequences, a step on one device
+and on four. That sets their activations a few units in the last place apart; an operand in 4 bits
+turns such a difference into a whole step of its grid. The same arm in rollout and trainer then
+looks like two, and a gradient depends on the mesh by a tenth.
 """
 
 import functools
