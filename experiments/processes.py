@@ -8,10 +8,13 @@ meet in JAX.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import queue
+import re
 import socket
+import struct
 import sys
 import threading
 import time
@@ -21,13 +24,13 @@ from multiprocessing import connection
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from experiments.checks import address_of, validate_distributed
 from experiments.comparison import Distributed
 
-_HELLO_SECONDS = 10  # that a process which has connected may take to say which one it is
+_HELLO_SECONDS = 2  # that a process which has connected may take to say which one it is
+_WORD = b"fp4jax"
+_HELLO = struct.Struct(f"!{len(_WORD)}sII")  # and its number, and how many it counts
 
 
 class Group:
@@ -78,15 +81,21 @@ class Group:
       reason = f"{type(error).__name__}: {reason}"
     self._end(reason, f"process {self.index}: {reason}")
 
-  def _end(self, line: str, told: str) -> None:
+  def stopped(self, number: int) -> None:
+    """Tells the others that signal `number` ends this process at once: so it does them."""
+    for process in self._connections:
+      told = f"process {self.index} was stopped by signal {number}"
+      self._send(process, {"end": told, "status": 128 + number})
+
+  def _end(self, line: str, told: str, status: int = 1) -> None:
     self._ending.acquire()  # for good: a second reason waits until the process has ended
     for process in self._connections:
-      self._send(process, {"end": told})
+      self._send(process, {"end": told, "status": status})
     if self.index == 0:
       time.sleep(0.5)  # JAX aborts what is still there when process 0 ends
     sys.stdout.flush()
     print(f"error: {line}", file=sys.stderr, flush=True)
-    os._exit(1)  # sys.exit would let JAX wait for the others
+    os._exit(status)  # sys.exit would let JAX wait for the others
 
   def _send(self, process: int, message: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # _receive tells of a process that has ended
@@ -110,7 +119,7 @@ class Group:
         elif message["end"] is None:
           del numbers[ready]
         else:
-          self._end(message["end"], message["end"])
+          self._end(message["end"], message["end"], message["status"])
 
 
 @contextlib.contextmanager
@@ -118,7 +127,7 @@ def joined(settings: Distributed, environment: Mapping[str, str]) -> Iterator[Gr
   """All processes of this run, which JAX then takes for one system; alone without settings.
 
   To be entered before JAX touches a device, and by every process. Under Slurm, in a step of
-  several tasks, the settings are what jax.distributed finds. With several processes an exception
+  several tasks, the settings are those of `slurm_settings`. With several processes an exception
   within ends them all.
 
   Raises:
@@ -126,17 +135,14 @@ def joined(settings: Distributed, environment: Mapping[str, str]) -> Iterator[Gr
     OSError: the others were not there within `initialization_timeout`.
   """
   validate_distributed(settings)
+  if settings.coordinator is None and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    settings = dataclasses.replace(settings, **slurm_settings(environment))
   if settings.coordinator is not None:
     index, count = settings.process_id, settings.num_processes
     host, port = address_of(settings.coordinator)
     group = meet(index, count, host, port, settings.initialization_timeout)
     port = group.gather(_free_port(host) if index == 0 else None)[0]
     _join_jax(settings, f"{host}:{port}", count, index)
-  elif int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-    _join_jax(settings)
-    host, port = _told_by_first()
-    index, count = jax.process_index(), jax.process_count()
-    group = meet(index, count, host, port, settings.initialization_timeout)
   else:
     group = Group()
   try:
@@ -146,6 +152,18 @@ def joined(settings: Distributed, environment: Mapping[str, str]) -> Iterator[Gr
     if group.count == 1:
       raise
     group.fail(error)
+
+
+def slurm_settings(environment: Mapping[str, str]) -> dict[str, Any]:
+  """Of this task of a step: all meet on its first node, at a port that the job's number gives."""
+  nodes = environment["SLURM_STEP_NODELIST"]  # "node[03-07,11],other2"
+  first = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
+  port = 61440 + int(environment["SLURM_JOB_ID"]) % 4096
+  return {
+    "coordinator": f"{first[1]}{first[2] or ''}:{port}",
+    "num_processes": int(environment["SLURM_STEP_NUM_TASKS"]),
+    "process_id": int(environment["SLURM_PROCID"]),
+  }
 
 
 def meet(index: int, count: int, host: str, port: int, timeout: int) -> Group:
@@ -165,9 +183,8 @@ def meet(index: int, count: int, host: str, port: int, timeout: int) -> Group:
       if time.monotonic() > deadline:
         raise OSError(f"process {index} met no process 0 at {where}: {error}") from error
       time.sleep(0.1)
-  to_first = _connection(found)
-  to_first.send_bytes(json.dumps([index, count]).encode())
-  return Group(index, count, {0: to_first})
+  found.sendall(_HELLO.pack(_WORD, index, count))
+  return Group(index, count, {0: _connection(found)})
 
 
 def _accept(
@@ -183,12 +200,17 @@ def _accept(
     with server:
       while len(met) < count - 1:
         server.settimeout(max(deadline - time.monotonic(), 0.1))
-        connected.append(_connection(server.accept()[0]))
-        if not connected[-1].poll(_HELLO_SECONDS):
-          raise OSError(f"who connects to {host}:{port} does not say which process it is")
-        index, theirs = json.loads(connected[-1].recv_bytes())
+        found, _ = server.accept()
+        hello = _hello(found, deadline)
+        if hello is None:  # a stranger: of a port scan, say
+          found.close()
+          continue
+        connected.append(_connection(found))
+        index, theirs = hello
         if theirs != count:
           raise OSError(f"process {index} counts {theirs} processes, process 0 counts {count}")
+        if not 0 < index < count:
+          raise OSError(f"process {index} is not from 1 to {count - 1}")
         if index in met:
           raise OSError(f"two processes are distributed.process_id={index}")
         met[index] = connected[-1]
@@ -199,8 +221,22 @@ def _accept(
     reason = late if isinstance(error, TimeoutError) else str(error)
     for each in connected:
       with contextlib.suppress(OSError):
-        each.send_bytes(json.dumps({"end": reason}).encode())
+        each.send_bytes(json.dumps({"end": reason, "status": 1}).encode())
     raise OSError(reason) from error
+
+
+def _hello(found: socket.socket, deadline: float) -> tuple[int, int] | None:
+  """Which process connects, and how many it counts; None where it does not say so in time."""
+  said, until = b"", min(time.monotonic() + _HELLO_SECONDS, deadline)
+  with contextlib.suppress(OSError):
+    while len(said) < _HELLO.size:
+      found.settimeout(max(until - time.monotonic(), 0.01))
+      if not (more := found.recv(_HELLO.size - len(said))):
+        break
+      said += more
+  if len(said) < _HELLO.size or not said.startswith(_WORD):
+    return None
+  return _HELLO.unpack(said)[1:]
 
 
 def _connection(found: socket.socket) -> connection.Connection:
@@ -217,14 +253,6 @@ def _join_jax(settings: Distributed, *found: Any) -> None:
     initialization_timeout=settings.initialization_timeout,
     heartbeat_timeout_seconds=settings.heartbeat_timeout,
   )
-
-
-def _told_by_first() -> tuple[str, int]:
-  """Where process 0 is going to listen, told through JAX."""
-  told = f"{socket.gethostname()}:{_free_port('')}".encode()
-  padded = np.frombuffer(told.ljust(512, b"\0"), np.uint8)
-  first = multihost_utils.broadcast_one_to_all(padded).tobytes().rstrip(b"\0").decode()
-  return address_of(first)
 
 
 def _free_port(host: str) -> int:

@@ -63,6 +63,7 @@ def run(
   """
   stop = stop or StopSignals()
   group = group or Group()
+  stop.before_exit = group.stopped
   choose(config.implementation, device_obstacle())  # before what "mosaic" asks of other settings
   validate(config)
   config = with_token_parts(config, Path(workdir), len(meshes.all_devices()))

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -19,6 +19,7 @@ class StopSignals:
 
   def __init__(self):
     self.number: int | None = None  # of the first that came `after_step`
+    self.before_exit: Callable[[int], None] = lambda number: None  # is told the signal's number
     self._after_step = False
 
   def listen(self) -> "StopSignals":
@@ -44,5 +45,7 @@ class StopSignals:
       print(f"\n{'stopping after this step' if self._after_step else 'stopped'}", file=sys.stderr)
       if not self._after_step:
         sys.stderr.flush()
+        with contextlib.suppress(Exception):
+          self.before_exit(number)
         os._exit(128 + number)
       self.number = self.number or number

@@ -117,7 +117,10 @@ class WorkDir:
     """Raises ValueError, alike in all processes, where one of them would train something else."""
     kept = [name.partition(".")[0] for name in self._config.KEPT]
     facts = {name: environment[name] for name in (*kept, "versions", "git_commit")}
-    mine = {"config": self._config.to_dict(), self._config.ARMS: self._definitions} | facts
+    settings = dataclasses.asdict(self._config)
+    del settings["distributed"]
+    mine = {"config": settings, self._config.ARMS: self._definitions} | facts
+    mine["workdir"] = str(self.path.resolve())
     first, *others = group.gather(mine)
     for process, theirs in enumerate(others, 1):
       words = "in process 0", f"in process {process}"

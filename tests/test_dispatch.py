@@ -274,7 +274,6 @@ def test_what_arrives_is_what_is_kept():
   assert widths == sorted([D // 2, D // 32, F, 2 * F // 32])  # of x, and of h
 
 
-@pytest.mark.slow
 def test_a_payload_of_codes_has_a_gradient():
   """The trap: autodiff through what is sent gives zero for bytes, and casts gradients to E4M3."""
   x = inputs()[0].astype(jnp.float32)

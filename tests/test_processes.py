@@ -92,7 +92,7 @@ def test_all_miss_a_process_that_ends(ended):
       with contextlib.suppress(ConnectionRefusedError):
         found = socket.create_connection(("localhost", port))
         with contextlib.closing(connection.Connection(found.detach())) as first:
-          return first.send_bytes(b"[2, 3]")
+          return os.write(first.fileno(), processes._HELLO.pack(b"fp4jax", 2, 3))
 
   stay = [functools.partial(processes.meet, i, 3, "localhost", port, 10) for i in (0, 1)]
   groups = in_threads(*stay, goes_again)
@@ -112,6 +112,7 @@ def test_all_say_why_one_fails(ended):
   [
     ([(1, 3), (1, 3)], "two processes are distributed.process_id=1"),
     ([(1, 2)], "process 1 counts 2 processes, process 0 counts 3"),
+    ([(7, 3)], "process 7 is not from 1 to 2"),
   ],
 )
 def test_processes_that_do_not_fit_together(ended, others, message):
@@ -120,6 +121,70 @@ def test_processes_that_do_not_fit_together(ended, others, message):
   with pytest.raises(OSError, match=message):
     in_threads(*calls, lambda: processes.meet(0, 3, "localhost", port, 10))
   assert [ended() for _ in others] == [f"error: {message}"] * len(others)
+
+
+@pytest.mark.parametrize(
+  "said", [b"GET / HTTP/1.0\r\n\r\n", b"fp4", b""], ids=["other", "part", "none"]
+)
+def test_a_stranger_is_not_waited_for(monkeypatch, said):
+  monkeypatch.setattr(processes, "_HELLO_SECONDS", 0.5)
+  port = free_port()
+
+  def stranger():
+    while True:
+      with contextlib.suppress(ConnectionRefusedError):
+        found = socket.create_connection(("localhost", port))
+        found.sendall(said)
+        return found
+
+  calls = [functools.partial(processes.meet, i, 2, "localhost", port, 20) for i in (0, 1)]
+  found, first, second = in_threads(stranger, calls[0], lambda: (time.sleep(0.2), calls[1]())[1])
+  assert (
+    in_threads(*[functools.partial(g.gather, g.index) for g in (first, second)]) == [[0, 1]] * 2
+  )
+  in_threads(first.leave, second.leave)
+  found.close()
+
+
+def test_strangers_do_not_extend_the_time(monkeypatch):
+  monkeypatch.setattr(processes, "_HELLO_SECONDS", 60)
+  port, began = free_port(), time.monotonic()
+
+  def stranger():
+    with contextlib.suppress(OSError):
+      time.sleep(0.3)
+      with socket.create_connection(("localhost", port)) as found:
+        found.recv(1)
+
+  def first():
+    with pytest.raises(OSError, match=r"1 of 2 processes met at .* within 2 s; missing: 1"):
+      processes.meet(0, 2, "localhost", port, 2)
+
+  in_threads(stranger, first)
+  assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+  "nodes, host",
+  [("localhost", "localhost"), ("gpu[03-07,11],cpu2", "gpu03"), ("a-1,b", "a-1"), ("n7", "n7")],
+)
+def test_tasks_of_slurm_meet_on_the_first_node(nodes, host):
+  environment = {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "4097"}
+  environment |= {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}
+  assert processes.slurm_settings(environment) == {
+    "coordinator": f"{host}:61441",
+    "num_processes": 8,
+    "process_id": 3,
+  }
+
+
+def test_a_signal_that_stops_one_at_once_stops_all(ended, monkeypatch):
+  statuses = queue.SimpleQueue()
+  monkeypatch.setattr(os, "_exit", lambda code: (statuses.put(code), threading.Event().wait()))
+  groups = meet([0, 1, 2], count=3)
+  groups[1].stopped(15)
+  assert {ended() for _ in groups} == {"error: process 1 was stopped by signal 15"}
+  assert {statuses.get(timeout=TIMEOUT) for _ in groups} == {128 + 15}
 
 
 def test_a_port_in_use_is_named():
@@ -250,7 +315,6 @@ def of_two(corpus_file, tmp_path_factory):
 METRICS = "runs/bf16-0/metrics.jsonl"
 
 
-@pytest.mark.slow
 def test_two_processes_train_what_one_does(job, of_two, tmp_path):
   finish_all(job.start(tmp_path, devices=[4]))
   mine, other = (rows_of(workdir, "metrics") for workdir in (of_two, tmp_path))
@@ -266,6 +330,20 @@ def test_two_processes_train_what_one_does(job, of_two, tmp_path):
   names = [{p.relative_to(w).parts[:3] for p in w.rglob("*")} for w in (of_two, tmp_path)]
   assert names[0] == names[1]
   assert len(list((of_two / "runs/bf16-0/tensorboard").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_fp4_as_one_device_does(job, tmp_path):
+  """Two devices each, against one device: losses to their last bits."""
+  arguments = "--config.recipes=mxfp4,mxfp4_rht_sr", "--config.mesh.token_parts=4"
+  started = [job.start(tmp_path / "two", *arguments)]
+  started += [job.start(tmp_path / "one", *arguments, devices=[1])]
+  for each in started:
+    finish_all(each)
+  one, two = (rows_of(tmp_path / name, "metrics") for name in ("one", "two"))
+  losses = [[row["loss"] for row in rows if row["split"] == "train"] for rows in (one, two)]
+  assert len(losses[0]) == 2 * 8
+  np.testing.assert_allclose(*losses, rtol=0, atol=8 * 2.0**-21)  # ulps of numbers from 4 to 8
 
 
 @pytest.mark.slow
@@ -303,9 +381,14 @@ def test_stopped_and_killed_it_goes_on_bit_for_bit(job, of_two, tmp_path):
       {"process_1": ["--config.steps=9"]},
       "processes differ: config.steps: 8 in process 0, 9 in process 1",
     ),
+    (
+      {"process_0": ["--config.mesh.fsdp=4"], "process_1": ["--config.mesh.data=4"]},
+      "processes differ: config.mesh.data: None in process 0, 4 in process 1; config.mesh.fsdp: 4",
+    ),
     ({"process_1": ["--config.steps=0"], "slurm": True}, "steps=0 is not from 1"),
     ({"only": [0]}, "1 of 2 processes met at localhost:"),
     ({"only": [1]}, "process 1 met no process 0 at localhost:"),
+    ({"only": [0], "slurm": True}, "1 of 2 processes met at localhost:"),
   ],
 )
 def test_what_one_process_can_not_do_ends_all_with_one_line(job, tmp_path, own, message):
