@@ -47,15 +47,14 @@ import jax.numpy as jnp
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
+from flax import nnx
 from IPython.display import Markdown
 from plotly.subplots import make_subplots
 
 import experiments.run
-from experiments.checkpoints import Checkpoints
 from experiments.config import Data, Experiment, Names, Optimizer, Quantize
+from experiments.load import load_run
 from experiments.summary import BASELINE, last_probe_rows, read_records
-from experiments.train import make_trainer, policy_of
-from experiments.workdir import read_config
 from fp4jax import (
   FP8_BLOCK,
   MXFP4,
@@ -582,21 +581,9 @@ if not (WORKDIR / "runs" / f"{RECIPE}-0" / "finished.json").exists():
   jax.config.update("jax_disable_most_optimizations", False)
 
 records = read_records(WORKDIR)
-(environment,) = records.environments.values()
-print(f"{WORKDIR}: {', '.join(records.arms)}, {read_config(WORKDIR, Experiment).steps} steps")
-
-# %% [markdown]
-# Its configuration is in `config.json`, its last state in the newest checkpoint.
-
-# %%
-config = read_config(WORKDIR, Experiment)
+config, model = load_run(WORKDIR, f"{RECIPE}-0")  # as its newest checkpoint has it
 recipe = recipes.by_name(RECIPE)
-vocab_size = environment["corpus"]["vocab_size"]
-trainer = make_trainer(config, vocab_size, policy_of(recipe, config))
-
-checkpoints = Checkpoints(WORKDIR / "runs" / f"{RECIPE}-0" / "checkpoints", keep=1)
-step, state, _ = checkpoints.restore_latest(jax.eval_shape(trainer.init, jnp.int32(0)))
-checkpoints.close()
+print(f"{WORKDIR}: {', '.join(records.arms)}, {config.steps} steps")
 
 # %% [markdown]
 # Every weight matrix, whether the recipe quantizes it or not, in blocks along the axis that the
@@ -607,7 +594,7 @@ checkpoints.close()
 
 # %%
 weights = {}
-for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model))):
   name = jax.tree_util.keystr(path, simple=True, separator=".")
   if name.split(".")[-1].startswith("w"):
     leaf = leaf.astype(config.model.dtype)
@@ -628,7 +615,7 @@ bars = [
 ]
 figure = go.Figure(bars).add_vline(1, line={"dash": "dash", "color": FAINT, "width": 1})
 figure.update_layout(
-  xaxis_title=f"share of squared error, {fmt.name}, after {step} steps",
+  xaxis_title=f"share of squared error, {fmt.name}, after {config.steps} steps",
   yaxis_autorange="reversed",
   height=110 + 24 * len(of_weights),
   margin_l=190,
@@ -647,7 +634,7 @@ WEIGHT = {
   "experts.w2": "feed_forward.w2",
 }
 rows = last_probe_rows(records.probes, RECIPE)
-probed = rows.query("seed == 0 and step == @step and gemm == 'fprop' and operand == 'rhs'")
+probed = rows.query("seed == 0 and step == @config.steps and gemm == 'fprop' and operand == 'rhs'")
 probed = probed[probed.module.isin(list(WEIGHT))]
 for row in probed.itertuples():
   own = of_weights[WEIGHT[row.module], row.layer]
