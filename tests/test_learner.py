@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rl_cases import SMALL, GRPOSettings, learner_of, small_rl
@@ -125,6 +126,39 @@ def test_a_stochastic_recipe_has_a_key_in_every_pass():
   answers, _ = learner.collect(params, 0, 0)
   _, said = learner.update(state, answers, params, 0, 0)
   assert np.isfinite([*said.values()]).all()
+
+
+@pytest.mark.slow
+def test_gradients_through_the_model_are_those_of_differences():
+  """Of the loss with old policy, reference and truncated weights, along random directions, in
+  float32. A central difference of step h is off by some h^2, and by the loss's 2^-24 / h.
+  """
+  model = dataclasses.replace(SMALL, num_layers=1, num_experts=0, dtype="float32")
+  config = small_rl(model=model, grpo=GRPOSettings(iterations=2, beta=0.5))
+  config.quantize.scores = config.quantize.head = True  # all GEMMs run the recipe
+  learner, params = learner_of(config, "recipe=fp32")
+  trainer, key, h = learner.trainer, jax.random.key(0), 1e-3
+
+  def direction(seed):
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params))))
+    return jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape) * jnp.std(x), params)
+
+  def moved(x, along, h):
+    return jax.tree.map(lambda a, b: a + h * b, x, along)
+
+  answers, _ = learner.collect(params, 0, 0)
+  sampled = learner._sampled(params, answers, moved(params, direction(1), 0.1), key)
+  here = moved(params, direction(2), 0.02)  # where no ratio is 1
+  gradient = trainer.gradients(trainer.init(here), answers.rollout, sampled, key)
+
+  def loss(x):
+    return float(trainer.update(trainer.init(x), answers.rollout, sampled, key)[1]["loss"])
+
+  for seed in range(3, 6):
+    along = direction(seed)
+    found = (loss(moved(here, along, h)) - loss(moved(here, along, -h))) / (2 * h)
+    expected = float(sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, along))))
+    assert abs(expected) > 0.01 and abs(found - expected) < 3e-4
 
 
 def test_groups_that_teach_nothing_are_replaced():

@@ -91,7 +91,7 @@ class RLExperiment(Comparison):
       warmup_steps=0,
       final_fraction=1.0,
       weight_decay=0.0,
-      load_balance_weight=0.0,
+      load_balance_weight=0.0,  # of all positions of the rows, padding too; so is the next
       router_z_weight=0.0,
     )
   )
