@@ -6,7 +6,9 @@ logits, routing = model(tokens, policy)  # under any policy
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -15,10 +17,10 @@ from experiments.checkpoints import Checkpoints
 from experiments.comparison import Comparison
 from experiments.config import Experiment
 from experiments.rl.config import RLExperiment
-from experiments.rl.microscope import policy_of_run
-from experiments.rl.run import Setting
+from experiments.rl.run import POLICY, Setting
+from experiments.rl.start import start_params
 from experiments.train import make_trainer, schedule_of
-from experiments.workdir import read_config, read_settings
+from experiments.workdir import check_same, read_config, read_settings
 from fp4jax.models import LanguageModel
 
 
@@ -50,3 +52,27 @@ def load_run(workdir: str | Path, run: str) -> tuple[Comparison, LanguageModel]:
     raise ValueError(f"{folder} has no checkpoint of a run {run!r}")
   model = nnx.eval_shape(lambda: LanguageModel(config.model, vocab_size, nnx.Rngs(0)))
   return config, nnx.merge(nnx.split(model)[0], restored[1].params)
+
+
+def policy_of_run(folder: Path, config: RLExperiment, setting: Setting, run: str | None) -> Any:
+  """Of reinforcement learning: the weights of a run or, for None, those that all runs begin with.
+
+  Raises ValueError where the workdir has no such policy yet, or is of another config.
+  """
+  if (folder / "config.json").exists():
+    check_same(folder, config, "start", "task", "model")
+  if run is None:
+    if config.start.teaching.steps and not (folder / POLICY).is_dir():
+      raise ValueError(f"{folder} has no policy yet: its runs have not begun")
+    return start_params(folder / POLICY, config, setting.source, setting.problems, _too_early)
+  with contextlib.closing(Checkpoints(folder / "runs" / run / "checkpoints", keep=1)) as kept:
+    learner = setting.learner(config, run.rpartition("-")[0])
+    shapes = jax.eval_shape(setting.source.params)
+    restored = kept.restore_latest(learner.trainer.init.eval_shape(shapes))
+  if restored is None:
+    raise ValueError(f"{folder} has no checkpoint of a run {run!r}")
+  return restored[1].params
+
+
+def _too_early(step: int, loss: float) -> None:
+  raise ValueError("the workdir's policy has not been taught to the end")

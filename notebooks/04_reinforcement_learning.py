@@ -50,9 +50,10 @@ import plotly.io as pio
 from IPython.display import Markdown
 
 from configs import rl_demo
+from experiments.load import policy_of_run
 from experiments.rl import grpo
 from experiments.rl.arms import arm_of_any_parts
-from experiments.rl.microscope import SUBSETS, distance, part_rows, policy_of_run
+from experiments.rl.microscope import SUBSETS, distance, part_rows
 from experiments.rl.run import POLICY, Setting
 from experiments.rl.start import start_params
 

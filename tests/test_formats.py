@@ -11,6 +11,7 @@ import pytest
 
 import fp4jax
 from fp4jax import formats
+from fp4jax.formats.grids import TableGrid
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -195,3 +196,11 @@ def test_what_is_no_grid_is_told_what_it_lacks():
     dataclasses.replace(fp4jax.MXFP4, element_dtype=small)
   tensor = dataclasses.replace(fp4jax.FP8_BLOCK, element_dtype=small, name="small")
   assert abs(float(fp4jax.fake_quantize(jnp.full(128, 1e38), tensor)[0]) / 1e38 - 1) < 2.0**-22
+  for field, given, known in (
+    ("element_dtype", "fp4", "float4_e2m1fn, .*nor a Grid"),
+    ("scale_dtype", "e8m0", "float8_e8m0fnu, .*nor a ScaleCodec"),
+  ):
+    with pytest.raises(TypeError, match=f"{field}='{given}' is none of {known}"):
+      dataclasses.replace(fp4jax.MXFP4, **{field: given})
+  with pytest.raises(TypeError, match=r"mine: magnitudes=\[0, 1\] is a list"):
+    TableGrid("mine", [0, 1])

@@ -1,5 +1,8 @@
 """A model is loaded as its run left it."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from small_runs import small
 
 from experiments.checkpoints import Checkpoints
 from experiments.comparison import Names
-from experiments.load import load_run
+from experiments.load import load_run, policy_of_run
 from experiments.rl.run import Setting
 from experiments.train import make_trainer, policy_of
 from experiments.workdir import WorkDir
@@ -51,3 +54,34 @@ def test_a_policy_has_the_weights_of_its_run(tmp_path):
   np.testing.assert_array_equal(model.embedding.embedding[...], params["embedding"]["embedding"])
   with pytest.raises(FileNotFoundError, match="not the workdir of a run"):
     load_run(tmp_path / "runs", "mxfp4-1")
+
+
+def test_a_workdir_without_a_policy_is_refused_before_any_is_taught(tmp_path):
+  config = small_rl(**{"start.teaching.steps": 3, "start.teaching.warmup_steps": 1})
+  with pytest.raises(ValueError, match="typo has no policy yet: its runs have not begun"):
+    policy_of_run(tmp_path / "typo", config, Setting.of(config), None)
+  assert not (tmp_path / "typo").exists()
+
+
+def test_a_policy_is_that_of_the_workdirs_own_config(tmp_path):
+  config = small_rl()
+  WorkDir(tmp_path, config).begin({})
+  other = small_rl(**{"model": dataclasses.replace(config.model, num_layers=1)})
+  with pytest.raises(ValueError, match=r"another config\n  config\.model\.num_layers: 2 there, 1"):
+    policy_of_run(tmp_path, other, Setting.of(other), None)
+  same = small_rl(**{"rollout.prompts": 7})
+  assert policy_of_run(tmp_path, same, Setting.of(same), None)
+
+
+def test_a_policy_is_that_which_a_run_left(tmp_path):
+  config = small_rl()
+  setting = Setting.of(config)
+  params = setting.source.params()
+  WorkDir(tmp_path, config).begin({})
+  with pytest.raises(ValueError, match="no checkpoint of a run 'bf16-0'"):
+    policy_of_run(tmp_path, config, setting, "bf16-0")
+  trained = jax.tree.map(lambda x: x + 1, params)
+  state = setting.learner(config, "mxfp4").trainer.init(trained)
+  save(tmp_path, "mxfp4-0", 3, state)
+  found = policy_of_run(tmp_path, config, setting, "mxfp4-0")
+  jax.tree.map(np.testing.assert_array_equal, found, trained)

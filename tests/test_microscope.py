@@ -1,16 +1,11 @@
 """Parts of the error on single paths: what is measured, against NumPy."""
 
-import contextlib
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from rl_cases import small_rl
 
-from experiments.checkpoints import Checkpoints
 from experiments.programs import compiled
 from experiments.rl.arms import PARTS, arm_of, arm_of_any_parts
 from experiments.rl.microscope import (
@@ -18,13 +13,11 @@ from experiments.rl.microscope import (
   distance,
   gradient_error,
   part_rows,
-  policy_of_run,
   states_of,
 )
 from experiments.rl.run import Setting
 from experiments.tasks import Problem, TaskSettings
 from experiments.train import quantized_policy
-from experiments.workdir import WorkDir
 from fp4jax import recipes
 
 KL = {"kl", "entropy", "entropy_gap", "token_mult_prob_error"}
@@ -127,36 +120,6 @@ def test_the_error_of_a_gradient():
     {"gradient_error": 4 / 5, "cosine": 3 / 5, "gradient_ratio": 3 / 5}
   )
   assert gradient_error(g, g)["gradient_error"] == 0
-
-
-def test_a_workdir_without_a_policy_is_refused_before_any_is_taught(tmp_path):
-  config = small_rl(**{"start.teaching.steps": 3, "start.teaching.warmup_steps": 1})
-  with pytest.raises(ValueError, match="typo has no policy yet: its runs have not begun"):
-    policy_of_run(tmp_path / "typo", config, Setting.of(config), None)
-  assert not (tmp_path / "typo").exists()
-
-
-def test_a_policy_is_that_of_the_workdirs_own_config(tmp_path):
-  config = small_rl()
-  WorkDir(tmp_path, config).begin({})
-  other = small_rl(**{"model": dataclasses.replace(config.model, num_layers=1)})
-  with pytest.raises(ValueError, match=r"another config\n  config\.model\.num_layers: 2 there, 1"):
-    policy_of_run(tmp_path, other, Setting.of(other), None)
-  same = small_rl(**{"rollout.prompts": 7})
-  assert policy_of_run(tmp_path, same, Setting.of(same), None)
-
-
-def test_a_policy_is_that_which_a_run_left(tmp_path):
-  config, setting, params = case()
-  WorkDir(tmp_path, config).begin({})
-  with pytest.raises(ValueError, match="no checkpoint of a run 'bf16-0'"):
-    policy_of_run(tmp_path, config, setting, "bf16-0")
-  trained = jax.tree.map(lambda x: x + 1, params)
-  state = setting.learner(config, "mxfp4").trainer.init(trained)
-  with contextlib.closing(Checkpoints(tmp_path / "runs/mxfp4-0/checkpoints", keep=1)) as kept:
-    kept.save(3, state, {})
-  found = policy_of_run(tmp_path, config, setting, "mxfp4-0")
-  jax.tree.map(np.testing.assert_array_equal, found, trained)
 
 
 def test_answers_that_are_all_worth_the_same_have_no_gradient():

@@ -17,7 +17,6 @@ nothing else, a row for each part and path says
   does either way.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -32,20 +31,18 @@ from absl import app, flags
 from flax import nnx
 
 from experiments import command_line, logs
-from experiments.checkpoints import Checkpoints
 from experiments.config import Quantize
 from experiments.environment import COMMIT
+from experiments.load import policy_of_run
 from experiments.programs import compiled
 from experiments.rl import grpo
 from experiments.rl.arms import PARTS, arm_of_any_parts
 from experiments.rl.config import RLExperiment
 from experiments.rl.rollouts import Rollout
-from experiments.rl.run import POLICY, Setting
-from experiments.rl.start import start_params
+from experiments.rl.run import Setting
 from experiments.rl.train import flip_shares
 from experiments.step_cost import describe_source
 from experiments.train import quantized_policy
-from experiments.workdir import check_same
 from fp4jax import recipes
 from fp4jax.models import LanguageModel, Policy
 from fp4jax.models.language_model import States
@@ -163,27 +160,6 @@ def _distance(
   if model.is_mixture and not replay:
     told |= flip_shares(rollout.routing, experts, mask)
   return told
-
-
-def policy_of_run(folder: Path, config: RLExperiment, setting: Setting, run: str | None) -> Any:
-  """Raises ValueError where the workdir has no such policy yet, or is of another config."""
-  if (folder / "config.json").exists():
-    check_same(folder, config, "start", "task", "model")
-  if run is None:
-    if config.start.teaching.steps and not (folder / POLICY).is_dir():
-      raise ValueError(f"{folder} has no policy yet: its runs have not begun")
-    return start_params(folder / POLICY, config, setting.source, setting.problems, _too_early)
-  with contextlib.closing(Checkpoints(folder / "runs" / run / "checkpoints", keep=1)) as kept:
-    shapes = jax.eval_shape(setting.source.params)
-    like = setting.learner(config, "bf16").trainer.init.eval_shape(shapes)
-    restored = kept.restore_latest(like)
-  if restored is None:
-    raise ValueError(f"{folder} has no checkpoint of a run {run!r}")
-  return restored[1].params
-
-
-def _too_early(step: int, loss: float) -> None:
-  raise ValueError("the workdir's policy has not been taught to the end")
 
 
 def main(_) -> None:

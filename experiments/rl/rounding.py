@@ -20,10 +20,10 @@ from flax import nnx
 
 from experiments import command_line, logs
 from experiments.environment import COMMIT
+from experiments.load import policy_of_run
 from experiments.programs import compiler
 from experiments.rl import grpo
 from experiments.rl.config import RLExperiment
-from experiments.rl.microscope import policy_of_run
 from experiments.rl.rollouts import Rollout, make_sampler, padded_prompts
 from experiments.rl.run import Setting
 from experiments.rl.train import Scored, flip_shares, make_policy_trainer

@@ -79,7 +79,7 @@ class BlockFormat:
     ):
       value = getattr(self, field)
       if not isinstance(value, kind):
-        dtype = _as_dtype(field, value, kind)
+        dtype = _as_dtype(field, value, kind, allowed)
         _check(field, dtype, allowed)
         object.__setattr__(self, field, dtype)  # A name equals its dtype, but has another hash.
     if type(self.codec) is PowerOfTwo and self.grid.max < 2:
@@ -233,10 +233,13 @@ def _is_block_shape(shape):
   return all(isinstance(n, int | np.integer) and n > 0 for n in shape) and shape[-1] % 2 == 0
 
 
-def _as_dtype(field, value, kind):
+def _as_dtype(field, value, kind, allowed):
   try:
     return jnp.dtype(value)
   except TypeError:
+    if isinstance(value, str):
+      names = ", ".join(str(dtype) for dtype in allowed)
+      raise TypeError(f"{field}={value!r} is none of {names}, nor a {kind.__name__}") from None
     asked = [*kind.__annotations__, *(name for name in vars(kind) if name[0] != "_")]
     missing = sorted({name for name in asked if not hasattr(value, name)})
     raise TypeError(

@@ -120,6 +120,9 @@ class TableGrid:
   mantissa_bits: int = 0
 
   def __post_init__(self):
+    for field in ("magnitudes", "midpoints"):
+      if isinstance(value := getattr(self, field), list):
+        raise TypeError(f"{self.name}: {field}={value} is a list; formats are hashed, give a tuple")
     m, mid = self.magnitudes, self._midpoints
     if m[0] != 0 or list(m) != sorted(set(m)):
       raise ValueError(f"{self.name}: magnitudes {m} do not rise from 0")
