@@ -4,7 +4,7 @@ By itself XLA keeps float32 between operations that it fuses where bfloat16 is a
 one program unlike another: a decoding step and a pass over whole sequences, a step on one device
 and on four. That sets their activations a few units in the last place apart; an operand in 4 bits
 turns such a difference into a whole step of its grid. The same arm in rollout and trainer then
-looks like two, and a gradient depends on the mesh by a tenth.
+looks like two, and a gradient depends on the mesh by more than the order of sums.
 """
 
 import functools
