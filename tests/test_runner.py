@@ -25,6 +25,7 @@ class Frame:
   def train(self, run, progress):
     self.trained.append(run.name)
     run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "metrics.jsonl").touch()
     run.finish(100, diverged=False)
 
   def report(self):
