@@ -7,8 +7,8 @@ the tokens to other experts.
 Command: make rl-demo
 Cost: 12 runs of 30 steps with 256 answers each, after 600 steps of teaching; 6 to 8 minutes on 2
 CPU cores, half of it compiling.
-Expected: held-out reward of BF16 rises from 0.26 to 0.94; docs/reinforcement_learning.md has the
-table of one run.
+Expected: held-out reward of BF16 rises by more than 0.5, from 0.26 to 0.94 and from 0.19 to 0.75 in
+the two tables of docs/reinforcement_learning.md; the policy that is taught differs by processor.
 """
 
 import random

@@ -182,6 +182,7 @@ def _number(x: float | None, form: str) -> str:
 
 _TABLES = {
   "rl_demo": arms_table,
+  "rl_demo_again": arms_table,
   "rl_demo_parts": parts_table,
   "rl_demo_part_arms": arms_table,
   "rl_rounding": rounding_table,
