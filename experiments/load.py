@@ -46,12 +46,8 @@ def load_run(workdir: str | Path, run: str) -> tuple[Comparison, LanguageModel]:
     policy = [policy for start, policy in schedule_of(config, recipe) if start <= step][-1]
     return make_trainer(config, vocab_size, policy).init.eval_shape(jnp.int32(0))
 
-  with contextlib.closing(Checkpoints(folder / "runs" / run / "checkpoints", keep=1)) as kept:
-    restored = kept.restore_latest(state_of)
-  if restored is None:
-    raise ValueError(f"{folder} has no checkpoint of a run {run!r}")
   model = nnx.eval_shape(lambda: LanguageModel(config.model, vocab_size, nnx.Rngs(0)))
-  return config, nnx.merge(nnx.split(model)[0], restored[1].params)
+  return config, nnx.merge(nnx.split(model)[0], _saved_params(folder, run, state_of))
 
 
 def policy_of_run(folder: Path, config: RLExperiment, setting: Setting, run: str | None) -> Any:
@@ -65,10 +61,15 @@ def policy_of_run(folder: Path, config: RLExperiment, setting: Setting, run: str
     if config.start.teaching.steps and not (folder / POLICY).is_dir():
       raise ValueError(f"{folder} has no policy yet: its runs have not begun")
     return start_params(folder / POLICY, config, setting.source, setting.problems, _too_early)
+  learner = setting.learner(config, run.rpartition("-")[0])
+  shapes = jax.eval_shape(setting.source.params)
+  return _saved_params(folder, run, learner.trainer.init.eval_shape(shapes))
+
+
+def _saved_params(folder: Path, run: str, abstract_state: Any) -> Any:
+  """Of the run's newest checkpoint, whose state is that of `Checkpoints.restore_latest`."""
   with contextlib.closing(Checkpoints(folder / "runs" / run / "checkpoints", keep=1)) as kept:
-    learner = setting.learner(config, run.rpartition("-")[0])
-    shapes = jax.eval_shape(setting.source.params)
-    restored = kept.restore_latest(learner.trainer.init.eval_shape(shapes))
+    restored = kept.restore_latest(abstract_state)
   if restored is None:
     raise ValueError(f"{folder} has no checkpoint of a run {run!r}")
   return restored[1].params

@@ -195,14 +195,13 @@ class WorkDir:
     if not first:
       return now
     kept, by_arm = self._config.KEPT, self._config.BY_ARM
+    groups = {path.partition(".")[0] for path in kept}
+    # An earlier version did not keep all of them: taken to be as now.
+    first = {group: now[group] for group in groups} | first
     for path, what in kept.items():
-      group = path.partition(".")[0]
-      # An earlier version did not keep all of them: taken to be as now.
-      was, is_now = (_at(path, each) for each in ({group: now[group]} | first, now))
+      was, is_now = (_at(path, each) for each in (first, now))
       if was != is_now:
         raise ValueError(f"{self.path} began with the {what} {was}, not {is_now}")
-    groups = {path.partition(".")[0] for path in kept}
-    first = {group: now[group] for group in groups} | first
     again = {name: value for name, value in now.items() if name not in (*groups, *by_arm)}
     resumed = {"resumed": [*first.get("resumed", []), again]}
     return first | resumed | {name: first.get(name, {}) | now.get(name, {}) for name in by_arm}

@@ -187,6 +187,19 @@ def test_a_signal_that_stops_one_at_once_stops_all(ended, monkeypatch):
   assert {statuses.get(timeout=TIMEOUT) for _ in groups} == {128 + 15}
 
 
+def test_who_stops_at_once_says_so_before():
+  program = """
+import os, signal, threading
+from experiments.stop_signals import StopSignals
+stop = StopSignals().listen()
+stop.before_exit = lambda number: print("told", number, flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+threading.Event().wait(60)
+"""
+  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+  assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, f"told {int(signal.SIGTERM)}\n")
+
+
 def test_a_port_in_use_is_named():
   with socket.create_server(("localhost", 0)) as server:
     port = server.getsockname()[1]
