@@ -158,7 +158,7 @@ class MosaicGemms:
       return ops.Tensor.of(x)
     from pallas_kernels import mxfp4
 
-    codes, scales = mxfp4.quantize_mxfp4(x, scale_rule=fmt.scale_rule)
+    codes, scales = _made_once(mxfp4.quantize_mxfp4(x, scale_rule=fmt.scale_rule))
     return ops.Tensor(x, QuantizedArray(codes, scales, None, fmt, -1), x.shape)
 
   def keep_weights(self, w: Float[Array, "e k n"]) -> ops.Tensor:
@@ -175,7 +175,8 @@ class MosaicGemms:
   def fprop(self, x: ops.Tensor | Scaled, w: ops.Tensor, rows: Int[Array, " m"] | None = None):
     """Permutes codes, not values: a row is quantized once however often it is chosen."""
     if not self._fp8("fprop.lhs"):
-      return self._bf16_product(take_rows(x.original, rows), w, "fprop", False), Forward()
+      product = self._bf16_product(take_rows(x.original, rows), w, "fprop", False)
+      return _made_once(product), Forward()
     if isinstance(x, Scaled):
       lhs = x
     elif self.recipe.fprop.lhs.source == "residual":
@@ -189,7 +190,8 @@ class MosaicGemms:
       if rows is not None:
         lhs = Scaled(take_rows(lhs.codes, rows), take_rows(lhs.scales.T, rows).T)
     codes, scales = self._weights(w, "fprop.rhs", transposed=True)
-    return self._product(lhs, Scaled(codes, scales.swapaxes(1, 2))), Forward()
+    product = self._product(lhs, Scaled(codes, scales.swapaxes(1, 2)))
+    return _made_once(product), Forward()
 
   def gradient(self, dy: BFloat16[Array, "m n"]) -> Gradient:
     dgrad, wgrad = self._fp8("dgrad.lhs"), self._fp8("wgrad.rhs")
@@ -292,6 +294,13 @@ class MosaicGemms:
     from pallas_kernels import grouped_matmul
 
     return grouped_matmul.grouped_matmul(*lhs, *rhs, self.group_sizes)
+
+
+def _made_once(results):
+  """What a kernel made, of which a part may be kept for the backward pass. In a loop over layers
+  XLA otherwise runs the kernel twice, into the array that is kept and for what reads its results
+  (`xla_gpu_enable_dynamic_slice_fusion`)."""
+  return lax.optimization_barrier(results)
 
 
 def _hidden(h, source):
