@@ -101,8 +101,11 @@ def fake_kernels() -> dict[str, types.SimpleNamespace]:
     return wgrad(lhs.T, ones[0], rhs.T, ones[1], group_sizes, out_dtype)
 
   def few_rows(x, codes, scales):
-    assert x.shape[0] <= 128 and x.shape[1] % 64 == codes.shape[1] % 128 == 0
-    w = dequantize(fp4jax.QuantizedArray(codes, scales, None, fp4jax.MXFP4, -2), jnp.float32)
+    fp8 = scales.dtype == jnp.float32
+    most, step = (64, 128) if fp8 else (128, 64)
+    assert x.shape[0] <= most and x.shape[1] % step == codes.shape[1] % 128 == 0
+    fmt = fp4jax.FP8_BLOCK_2D if fp8 else fp4jax.MXFP4
+    w = dequantize(fp4jax.QuantizedArray(codes, scales, None, fmt, -2), jnp.float32)
     product = jnp.matmul(x.astype(jnp.float32), w, precision="highest")
     return product.astype(jnp.bfloat16)
 

@@ -1,6 +1,7 @@
 """Few rows times packed weights: what reaches the kernel, or a stand-in for it."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ _OF_KEPT = Operand(BF16, source="residual")
 KEPT = recipes.BF16.replace(
   {"fprop.rhs": _OF_KEPT, "dgrad.rhs": _OF_KEPT, "residual.rhs": RCEIL, "name": "kept"}
 )
+W8A16 = recipes.BF16.replace({"fprop.rhs": Operand(fp4jax.FP8_BLOCK_2D), "name": "w8a16"})
 STOCHASTIC = recipes.MXFP4.replace({"dgrad.lhs.rounding": "stochastic", "name": "sr"})
 MATMUL = (((1,), (0,)), ((), ()))
 
@@ -48,8 +50,14 @@ def assert_near(actual, expected, x, w):
 
 
 @either
-@pytest.mark.parametrize("recipe", [W4A16, KEPT, recipes.MXFP4], ids=lambda r: r.name)
-@pytest.mark.parametrize("shape", [(1, 128), (128, 128), (3, 8, 192)])
+@pytest.mark.parametrize(
+  ("recipe", "shape"),
+  [
+    *itertools.product((W4A16, KEPT, recipes.MXFP4), ((1, 128), (128, 128), (3, 8, 192))),
+    *itertools.product((W8A16, recipes.FP8_POW2), ((1, 128), (64, 128), (3, 8, 384))),
+  ],
+  ids=lambda value: getattr(value, "name", None),
+)
 def test_a_product_is_that_of_xla(recipe, shape, device):
   x, w = normal(0, *shape), normal(1, shape[-1], 256)
   packed, dims = pack_weights(w, recipe), (((len(shape) - 1,), (0,)), ((), ()))
@@ -75,7 +83,7 @@ def test_an_axis_in_the_middle_is_contracted(device):
 
 
 @either
-@pytest.mark.parametrize("recipe", [W4A16, recipes.MXFP4], ids=lambda r: r.name)
+@pytest.mark.parametrize("recipe", [W4A16, W8A16, recipes.MXFP4], ids=lambda r: r.name)
 def test_a_gradient_is_that_of_xla(recipe, device):
   x, packed = normal(0, 8, 128), pack_weights(normal(1, 128, 256), recipe)
 
@@ -91,17 +99,20 @@ def test_what_the_kernel_can_not_do_raises_or_is_left_to_xla(hopper, monkeypatch
   packed = pack_weights(w, W4A16)
   scaled = recipes.MXFP4.replace({"fprop.lhs.format": fp4jax.NVFP4, "name": "nvfp4"})
   stacked, batched = pack_weights(normal(1, 2, 128, 128), W4A16), (((2,), (1,)), ((0,), (0,)))
-  fp8 = pack_weights(w, recipes.FP8)
+  nvfp4 = W4A16.replace({"fprop.rhs.format": fp4jax.NVFP4, "name": "weights"})
+  w8, fp8 = pack_weights(w, W8A16), pack_weights(w, recipes.FP8)
   two = {"fprop.rhs": OutlierFallback(W4A16.fprop.rhs), "name": "of"}
   two = W4A16.replace(two | {"dgrad.rhs.source": "fprop"})
   of_quantize = fp4jax.quantize(w, RCEIL, axis=-2, implementation="xla")
   calls = {
-    "multiplies 1 to 128 rows, not 129": (W4A16, normal(0, 129, 128), packed),
+    r"in MXFP4\[rceil\] multiplies 1 to 128 rows, not 129": (W4A16, normal(0, 129, 128), packed),
+    "in FP8_BLOCK_2D multiplies 1 to 64 rows, not 65": (W8A16, normal(0, 65, 128), w8),
     "k=96 is not a multiple of 64": (W4A16, x[:, :96], pack_weights(w[:96], W4A16)),
     "n=192 is not a multiple of 128": (W4A16, x, pack_weights(w[:, :192], W4A16)),
     "the kernels take bfloat16; lhs is float32": (W4A16, x.astype(jnp.float32), packed),
     "take no batch axes": (W4A16, normal(0, 2, 8, 128), stacked, batched),
-    "reads them in MXFP4, not recipe 'fp8'": (recipes.FP8, x, fp8),
+    "MXFP4 or FP8 of 128 x 128, not recipe 'weights'": (nvfp4, x, pack_weights(w, nvfp4)),
+    "lhs in bf16, MXFP4 or FP8_BLOCK_POW2, not recipe 'fp8'": (recipes.FP8, x, fp8),
     "reads fprop.lhs in bf16 or MXFP4, not recipe 'nvfp4'": (scaled, x, pack_weights(w, scaled)),
     "reads them in one term, not recipe 'of'": (two, x, pack_weights(w, two)),
     "not of fp4jax.quantize": (W4A16, x, of_quantize),
@@ -129,7 +140,7 @@ def test_what_the_kernel_can_not_do_raises_or_is_left_to_xla(hopper, monkeypatch
 
 @pytest.mark.slow
 @either
-@pytest.mark.parametrize("recipe", [W4A16, recipes.FP8], ids=lambda r: r.name)
+@pytest.mark.parametrize("recipe", [W4A16, W8A16, recipes.FP8], ids=lambda r: r.name)
 def test_a_rollout_takes_the_kernel_where_it_serves(recipe, device):
   sizes = dict(d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=128)
   config = ModelConfig(num_layers=1, num_experts=0, **sizes)
@@ -146,4 +157,4 @@ def test_a_rollout_takes_the_kernel_where_it_serves(recipe, device):
   # Steps of bf16 in logits of a few units.
   np.testing.assert_allclose(found.logprobs[:, :2], expected.logprobs[:, :2], atol=0.1)
   if device is not None:  # each of four products of the step is traced, none of the prompts'
-    assert device.count("few_rows_matmul") == (4 if recipe is W4A16 else 0)
+    assert device.count("few_rows_matmul") == (0 if recipe is recipes.FP8 else 4)

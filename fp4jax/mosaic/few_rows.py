@@ -1,4 +1,4 @@
-"""A few rows times weights packed in MXFP4 on Hopper: the products of a decoding step."""
+"""A few rows times weights packed in MXFP4 or FP8 on Hopper: the products of a decoding step."""
 
 import functools
 import math
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float
 
+from fp4jax import formats
 from fp4jax import quantization as qz
 from fp4jax.implementation import device_obstacle, dtype_obstacle
 from fp4jax.mosaic.quantize import MXFP4
@@ -17,8 +18,7 @@ from fp4jax.quantizers import Operand
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import mesh_obstacle
 
-MAX_ROWS = 128
-_MULTIPLES = {"k": 64, "n": 128}
+_FP8 = [formats.FP8_BLOCK_2D, formats.FP8_BLOCK_POW2_2D]
 _BF16 = jnp.dtype(jnp.bfloat16)
 
 
@@ -43,9 +43,10 @@ def obstacle(
   if dtype != jnp.bfloat16:
     return f"the kernels return bfloat16, not {jnp.dtype(dtype).name}"
   rows = math.prod(size for axis, size in enumerate(lhs.shape) if axis not in contracted)
-  if not 1 <= rows <= MAX_ROWS:
-    return f"the kernel of packed weights multiplies 1 to {MAX_ROWS} rows, not {rows}"
-  for (name, multiple), size in zip(_MULTIPLES.items(), rhs.shape, strict=True):
+  most, step = (64, 128) if rhs.fmt in _FP8 else (128, 64)
+  if not 1 <= rows <= most:
+    return f"the kernel of weights packed in {rhs.fmt.name} multiplies 1 to {most} rows, not {rows}"
+  for name, multiple, size in zip("kn", (step, 128), rhs.shape, strict=True):
     if size % multiple or not size:
       return f"{name}={size} is not a multiple of {multiple}"
   if any(w is not None for w in watched):
@@ -64,14 +65,19 @@ def _recipe_obstacle(recipe):
     return f"the kernel of packed weights reads them in one term, {name}"
   # Weights that are kept in a format come as its values; what else is done to them, XLA does.
   original = pair.rhs.source == "original"
-  if (pair.rhs.format if original else kept) not in MXFP4:
-    return f"the kernel of packed weights reads them in MXFP4, {name}"
+  packed = pair.rhs.format if original else kept
+  if packed not in (*MXFP4, *_FP8):
+    return f"the kernel of packed weights reads them in MXFP4 or FP8 of 128 x 128, {name}"
   if not original and pair.rhs.format != _BF16:
     return f"the kernel of packed weights multiplies their values in bf16, {name}"
   lhs = pair.lhs
   plain = isinstance(lhs, Operand) and lhs.transform is None and lhs.source == "original"
-  if not plain or lhs.format not in (_BF16, *MXFP4):
-    return f"the kernel of packed weights reads fprop.lhs in bf16 or MXFP4, {name}: it is {lhs}"
+  # Of what bf16 holds, in blocks that divide the kernel's steps of k.
+  of_rows, names = [_BF16, *MXFP4], "bf16 or MXFP4"
+  if packed in _FP8:
+    of_rows, names = [*of_rows, formats.FP8_BLOCK_POW2], "bf16, MXFP4 or FP8_BLOCK_POW2"
+  if not plain or lhs.format not in of_rows:
+    return f"the kernel of packed weights reads fprop.lhs in {names}, {name}: it is {lhs}"
   return None
 
 
