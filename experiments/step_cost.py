@@ -67,7 +67,7 @@ def measure_step(
   told = describe_step(config, len(devices)) | parameter_counts(config, corpus.vocab_size)
   limits = _of_memory(devices, "bytes_limit")
   row = {"recipe": recipe, "remat": config.model.remat} | planned_bytes(step)
-  row["limit_bytes"] = None if None in limits else min(limits)
+  row["limit_bytes"] = None if None in limits else min(limits) or None  # cuda_async says 0
   try:
     times, dropped = _run(trainer, step, batches, rounds)
   except jax.errors.JaxRuntimeError as error:

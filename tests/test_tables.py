@@ -140,20 +140,23 @@ def test_what_is_computed_again_by_recipe():
     row | {"remat": "everything", "recipe": "bf16"},
     row | {"remat": "everything", "recipe": "fp8", "dropped": 0.0296},
     {k: v for k, v in row.items() if k in ("git_dirty", "git_commit", "device", "limit_bytes")}
-    | {"remat": "none", "recipe": "bf16", "oom": True, "oom_bytes": 5, "temp_bytes": 7},
+    | {"remat": "none", "recipe": "bf16", "oom": True, "oom_bytes": 5}
+    | {"argument_bytes": 30_000_000_000, "temp_bytes": 61_200_000_000},
     row | {"remat": "none", "recipe": "fp8", "peak_bytes": 68_750_000_000},
   ]
   assert tables.recompute_table(rows).splitlines() == [
     "| computed again | `bf16` | `fp8` |",
     "|---|---|---|",
     "| everything | 12,346 / 54.7 | 12,346 / 54.7 |",
-    "| attention+norm+experts |  |  |",
-    "| attention+norm |  |  |",
-    "| none | OOM | 12,346 / 68.8 |",
+    "| none | OOM / 91.2 | 12,346 / 68.8 |",
     "",
-    "Tokens per GPU and second / peak memory in GB, of 78.6 that a process may have."
-    " Dropped: 3.0 to 3.1 % of the choices. Device: d. Commit 000000000.",
+    "Tokens per GPU and second / peak memory in GB; OOM: what the compiler planned."
+    " A process may have 78.6 GB. Dropped: 3.0 to 3.1 % of the choices."
+    " Device: d. Commit 000000000.",
   ]
+  unknown = {"argument_bytes": None, "temp_bytes": None, "limit_bytes": None}
+  found = tables.recompute_table([row | rows[0], rows[2] | unknown])
+  assert "| none | OOM |" in found and "may have" not in found
 
 
 def test_a_picture_of_seeds_has_a_line_for_each_and_one_for_their_mean(tmp_path):
