@@ -47,6 +47,7 @@ MOE_WIDE = Shape(
   values=32 * 128,
   scores=2 * 32 * 128,
   head=4096 * 256,
+  unrolled=True,
 )
 STEPS = ("moe_wide_512_step_time", "moe_wide_4096_step_time", "scaling", "recompute")
 PEAKS = ("moe_wide_4096_memory", "recompute")

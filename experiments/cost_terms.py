@@ -37,6 +37,7 @@ class Shape:
   dense: int = 0  # weights of dense and shared feed-forward blocks, of all layers
   head: int  # weights, as many as the embedding's
   quantized_attention: bool = False
+  unrolled: bool = False  # no loop over the layers
 
   @property
   def expert_weights(self) -> int:
@@ -67,6 +68,7 @@ def shape_of(c: ModelConfig, quantized_attention: bool = False) -> Shape:
     dense=3 * c.d_model * c.d_ff_shared * c.num_layers,
     head=c.d_model * BYTES,
     quantized_attention=quantized_attention,
+    unrolled=c.unroll,
   )
 
 
@@ -307,14 +309,15 @@ def kept_bytes(shape: Shape, recipe: Recipe, run: Run) -> float:
 
 
 def memory_bytes(shape: Shape, recipe: Recipe, run: Run, constants: Constants) -> dict[str, float]:
-  """Of a device, by part, as `experiments.step_memory` counts it."""
+  """Of a device, by part, as `experiments.step_memory` counts it, when the backward pass begins: a
+  loop over the layers has room for all gradients then, else there are those of one layer."""
   _check(shape, run)
   local = shape.expert_layers * shape.expert_weights // run.expert + shape.other_weights
   row = shape.d + 3 * shape.f  # values: x, the two halves of h, and a
   transient = of_recipe(constants.transient_bytes, recipe)
   return {
     "state": STATE_BYTES * local,
-    "gradients": GRADIENT_BYTES * local,
+    "gradients": GRADIENT_BYTES * local / (shape.layers if shape.unrolled else 1),
     "kept": shape.layers * kept_bytes(shape, recipe, run),
     "transient": transient * row * run.rows_held(shape),
   }
