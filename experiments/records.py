@@ -77,7 +77,11 @@ def read(columns: Mapping[str, Columns], arms: str, *workdirs: str | os.PathLike
   for label, workdir in _labels(workdirs).items():
     config = read_settings(workdir)
     if arms not in config:
-      raise ValueError(f"{workdir} is of another kind of experiment: its config.json has no {arms}")
+      other = "experiments.rl.report" if arms == "recipes" else "experiments.report"
+      raise ValueError(
+        f"{workdir} is of another kind of experiment: its config.json has no {arms};"
+        f" try python -m {other}"
+      )
     configs[label] = config
     environments[label] = logs.read_json(workdir / "environment.json") or {}
     own = {log: _read_rows(workdir, log, columns[log].needed) for log in columns}
