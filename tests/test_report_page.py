@@ -177,5 +177,5 @@ def test_a_page_of_its_own_has_the_frame_of_all_reports(tmp_path):
 
 def test_the_workdir_of_another_kind_of_experiment_is_refused(tmp_path):
   workdir = make_workdir(tmp_path / "w", REWARDS)
-  with pytest.raises(ValueError, match="has no recipes; try python -m experiments.rl.report"):
+  with pytest.raises(ValueError, match=r"has no recipes; try python -m experiments\.rl\.report"):
     summary.summarize(workdir)

@@ -1,6 +1,7 @@
 """Answers of a policy against a pass over each row alone, and how they lie."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from experiments.rl.arms import arm_of
 from experiments.rl.rollouts import answers_of, make_sampler, packed, padded_prompts
 from experiments.text import Bytes
 from experiments.train import quantized_policy
-from fp4jax.models import LanguageModel
+from fp4jax.models import LanguageModel, ModelConfig
 
 TEXT = Bytes()
 QUESTIONS = ["12 ab", "3 fedcb", "", "45 c"]
@@ -102,6 +103,31 @@ def test_weights_are_packed_where_the_arm_only_rounds_them():
   assert not packed(settings, policy("mxfp4.deadzone"), model)
   assert not packed(settings, policy("mxfp4", first_bf16=1), model)
   assert packed(settings, policy("mxfp4+mbs"), model)  # w2 has 32 rows, a macro block 128
+
+
+def copied(program: str, shape: tuple[int, ...]) -> list[str]:
+  """Instructions of a compiled program that make one layer's weights of those of all."""
+  of_layer, computation, found = f"bf16[1,{','.join(map(str, shape))}]", "", []
+  for line in program.splitlines():
+    if started := re.match(r"(?:ENTRY )?%([\w.-]+) \(", line):
+      computation = started[1]
+    makes = re.match(r"\s+(?:ROOT )?%[\w.-]+ = (.*?) (?:fusion|fusion-start|copy)\(", line)
+    if makes and of_layer in makes[1] and "fus" not in computation:
+      found.append(line.strip()[:100])
+  return found
+
+
+@pytest.mark.gpu
+def test_a_token_is_made_without_a_copy_of_the_weights():
+  sizes = dict(d_model=512, num_heads=8, num_kv_heads=4, head_dim=64, d_ff=2048)
+  config = small_rl(model=ModelConfig(num_layers=4, num_experts=0, **sizes))
+  graph, params = nnx.split(LanguageModel(config.model, 256, nnx.Rngs(0)))
+  params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), nnx.to_pure_dict(params))
+  policy = quantized_policy(arm_of("bf16").rollout, Quantize(), None)
+  sample = make_sampler(graph, policy, config.rollout, TEXT)
+  prompts = padded_prompts(QUESTIONS, TEXT, config.rollout.max_prompt_tokens)
+  program = sample.lower(params, *prompts, jax.random.key(3), 0.0).compile().as_text()
+  assert copied(program, (512, 4096)) == copied(program, (2048, 512)) == []
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_its_length():

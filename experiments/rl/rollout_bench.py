@@ -22,7 +22,7 @@ from flax import nnx
 from experiments import command_line, logs
 from experiments.config import Quantize
 from experiments.environment import COMMIT
-from experiments.programs import compiled
+from experiments.programs import decoding
 from experiments.rl.config import RLExperiment, Start
 from experiments.rl.start import source_of
 from experiments.step_cost import compile_all, describe_source
@@ -72,7 +72,7 @@ def time_rollouts(
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params_of[name]))
     found[name] = {"weight_bytes": size, "seconds": []}
     program = functools.partial(_rollout, graph, policy, new)
-    lowered.append(compiled(program).lower(params_of[name], prompts, lengths))
+    lowered.append(decoding(program).lower(params_of[name], prompts, lengths))
   rollouts = dict(zip(found, compile_all(lowered), strict=True))
   for i in range(rounds + 1):
     for name, rollout in rollouts.items():

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32
 
-from experiments.programs import compiled
+from experiments.programs import decoding
 from experiments.rl.config import RLExperiment, RolloutSettings
 from experiments.rl.noise import with_noise
 from experiments.tasks import Problems
@@ -42,7 +42,7 @@ def make_sampler(
   settings: RolloutSettings,
   text: Text,
   temperature: float = 1.0,
-  compiled: Callable[..., Callable] = compiled,
+  compiled: Callable[..., Callable] = decoding,
 ) -> Sampler:
   """`sample(params, prompts, prompt_lengths, key, noise)`, compiled. `noise` is the standard
   deviation of what the weights of the norms get; every row has its own numbers of `key`."""

@@ -37,7 +37,7 @@ def gaps(
   """Between the arm's rollout of one step's answers and its trainer's pass over them, in each way
   to compile; then between the trainer's pass and the same with nudged params."""
   for excess_precision in (True, False):
-    rollout, score = _both(config, setting, params, arm, compiler(excess_precision))
+    rollout, score = _both(config, setting, params, arm, excess_precision)
     found = score(params)
     where = {"excess_precision": excess_precision, "nudged": False}
     yield where | _divergence(rollout, rollout.logprobs, rollout.routing, found)
@@ -46,7 +46,7 @@ def gaps(
   yield where | _divergence(rollout, found.logprobs, found.routing, other)
 
 
-def _both(config, setting, params, arm, jit) -> tuple[Rollout, Callable[[Any], Scored]]:
+def _both(config, setting, params, arm, excess) -> tuple[Rollout, Callable[[Any], Scored]]:
   """The rollout, and the trainer's pass over it as a function of the params."""
   model, own = setting.model, config.rollout
   recipes = config.arm(arm)
@@ -54,13 +54,14 @@ def _both(config, setting, params, arm, jit) -> tuple[Rollout, Callable[[Any], S
     quantized_policy(recipe, config.quantize, config.implementation)
     for recipe in (recipes.rollout, recipes.trainer)
   ]
+  jit = compiler(excess, decodes=True)
   sample = make_sampler(nnx.split(model)[0], sides[0], own, setting.source.text, compiled=jit)
   problems = setting.problems.train(0, 0, own.prompts)
   questions = [problem.question for problem in problems for _ in range(own.group)]
   prompts = padded_prompts(questions, setting.source.text, own.max_prompt_tokens)
   key = jax.random.key(0)
   rollout = sample(params, *prompts, key, 0.0)
-  trainer = make_policy_trainer(config, model, sides[1], jit)
+  trainer = make_policy_trainer(config, model, sides[1], compiler(excess))
   return rollout, lambda params: trainer.score(params, rollout, None, key)
 
 

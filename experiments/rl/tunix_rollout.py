@@ -36,7 +36,7 @@ from jaxtyping import Array, Bool, Float32, Int
 from tunix.rl import common
 from tunix.rl.rollout import base_rollout
 
-from experiments.programs import compiled
+from experiments.programs import compiled, decoding
 from experiments.rl.noise import with_noise
 from experiments.text import Text
 from fp4jax.models import LanguageModel, Policy, can_pack, generate, pack_model
@@ -245,7 +245,7 @@ def _quantized(graph, policy, is_packed, clean, key, sigmas, updates):
   return nnx.state(pack_model(model, policy) if is_packed else model), updates + 1
 
 
-@functools.partial(compiled, static_argnums=(0, 1, 2))
+@functools.partial(decoding, static_argnums=(0, 1, 2))
 def _sample(graph, policy, settings, weights, prompts, lengths, key, call):
   max_new_tokens, temperature, stops = settings
   answer_key, numerics_key = jax.random.split(jax.random.fold_in(key, call))
