@@ -105,20 +105,20 @@ def test_weights_are_packed_where_the_arm_only_rounds_them():
   assert packed(settings, policy("mxfp4+mbs"), model)  # w2 has 32 rows, a macro block 128
 
 
-def copied(program: str, shape: tuple[int, ...]) -> list[str]:
-  """Instructions of a compiled program that make one layer's weights of those of all."""
-  of_layer, computation, found = f"bf16[1,{','.join(map(str, shape))}]", "", []
+def made_in_loops(program: str, shape: tuple[int, ...], by: str) -> list[str]:
+  """Instructions of the loops of a compiled program that make an array of `shape`."""
+  array, in_loop, found = f"bf16[{','.join(map(str, shape))}]", False, []
   for line in program.splitlines():
     if started := re.match(r"(?:ENTRY )?%([\w.-]+) \(", line):
-      computation = started[1]
-    makes = re.match(r"\s+(?:ROOT )?%[\w.-]+ = (.*?) (?:fusion|fusion-start|copy)\(", line)
-    if makes and of_layer in makes[1] and "fus" not in computation:
+      in_loop = started[1].startswith("region")
+    makes = re.match(rf"\s+(?:ROOT )?%[\w.-]+ = (.*?) (?:{by})\(", line)
+    if in_loop and makes and array in makes[1]:
       found.append(line.strip()[:100])
   return found
 
 
 @pytest.mark.gpu
-def test_a_token_is_made_without_a_copy_of_the_weights():
+def test_a_token_is_made_without_a_copy_of_the_weights_or_the_cache():
   sizes = dict(d_model=512, num_heads=8, num_kv_heads=4, head_dim=64, d_ff=2048)
   config = small_rl(model=ModelConfig(num_layers=4, num_experts=0, **sizes))
   graph, params = nnx.split(LanguageModel(config.model, 256, nnx.Rngs(0)))
@@ -127,7 +127,10 @@ def test_a_token_is_made_without_a_copy_of_the_weights():
   sample = make_sampler(graph, policy, config.rollout, TEXT)
   prompts = padded_prompts(QUESTIONS, TEXT, config.rollout.max_prompt_tokens)
   program = sample.lower(params, *prompts, jax.random.key(3), 0.0).compile().as_text()
-  assert copied(program, (512, 4096)) == copied(program, (2048, 512)) == []
+  for layer in (1, 512, 4096), (1, 2048, 512):
+    assert made_in_loops(program, layer, "fusion|fusion-start|copy") == []
+  slots = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens - 1
+  assert made_in_loops(program, (4, len(QUESTIONS), slots, 4, 64), "copy") == []
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_its_length():

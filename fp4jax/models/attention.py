@@ -66,13 +66,13 @@ class Attention(nnx.Module):
 
   def decode(
     self, x: Float[Array, "b t d"], cache: KVCache, numerics: Numerics
-  ) -> tuple[Float[Array, "b t d"], KVCache]:
-    """Of the next t tokens of each row, which attend to those in `cache`, and one with them."""
+  ) -> tuple[Float[Array, "b t d"], Float[Array, "b t h e"], Float[Array, "b t h e"]]:
+    """Of the next t tokens of each row, which attend to those in `cache`; their keys and values."""
     t = x.shape[1]
     q, k, v = self._heads(x, numerics, cache.positions(t))
     cache = cache.write(k, v)
     values = attend(q, cache.k, cache.v, numerics, cache.visible(t))
-    return self._output(values, numerics), cache
+    return self._output(values, numerics), k, v
 
   def _heads(self, x, numerics, positions=None):
     """q of each group of heads, k and v."""

@@ -32,9 +32,11 @@ class KVCache(NamedTuple):
     # Padding sees itself: a softmax over nothing would be NaN.
     return (is_token & (slot <= own)) | (slot == own)
 
-  def write(self, k: Float[Array, "b t h d"], v: Float[Array, "b t h d"]) -> "KVCache":
-    """One layer's, with the keys and values of the next t tokens; `filled` is left as it is."""
-    start = (0, self.filled, 0, 0)
+  def write(
+    self, k: Float[Array, "*layer b t h d"], v: Float[Array, "*layer b t h d"]
+  ) -> "KVCache":
+    """With the keys and values of the next t tokens; `filled` is left as it is."""
+    start = (*[0] * (k.ndim - 3), self.filled, 0, 0)
     return self._replace(
       k=lax.dynamic_update_slice(self.k, k.astype(self.k.dtype), start),
       v=lax.dynamic_update_slice(self.v, v.astype(self.v.dtype), start),

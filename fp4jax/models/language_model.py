@@ -102,16 +102,16 @@ class Block(nnx.Module):
     cache: KVCache | None = None,
     experts: Int[Array, "b t k"] | None = None,
   ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
-    """What follows the tokens, and what is said of them: "k" and "v" of `cache` with theirs, and of
-    a mixture of experts the routing, which `experts` prescribe where they are given."""
+    """What follows the tokens, and what is said of them: with a `cache` their "k" and "v", and of a
+    mixture of experts the routing, which `experts` prescribe where they are given."""
     said = {}
     with jax.named_scope("attention"):
       normed = apply_norm(self.attention_norm, x)
       if cache is None:
         x = x + self.attention(normed, numerics)
       else:
-        out, cache = self.attention.decode(normed, cache, numerics)
-        x, said = x + out, {"k": cache.k, "v": cache.v}
+        out, said["k"], said["v"] = self.attention.decode(normed, cache, numerics)
+        x = x + out
     with jax.named_scope("feed_forward"):
       normed = checkpoint_name(apply_norm(self.feed_forward_norm, x), "feed_forward.x")
       if not isinstance(self.feed_forward, moe.MoE):
@@ -253,8 +253,9 @@ class LanguageModel(nnx.Module):
     )
     with jax.named_scope("head"):
       logits = head.matmul(HEAD, x[:, -1], self.head_weights).astype(jnp.float32)
-    cache = cache._replace(k=said["k"], v=said["v"], filled=cache.filled + t)
-    return logits, cache, said.get("experts")
+    # Of all layers at once: a scan that took and returned the cache would copy it for each token.
+    cache = cache.write(said["k"], said["v"])
+    return logits, cache._replace(filled=cache.filled + t), said.get("experts")
 
   def _hidden(
     self, tokens, policy, key, taps, states, routing=None, return_routing=False, cache=None
