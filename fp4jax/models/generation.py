@@ -69,8 +69,9 @@ def generate(
     prompts: tokens, padded on the left with anything.
     prompt_lengths: how many tokens at the end of each row are the prompt.
     policy: the recipe of each GEMM. After the prompts `implementation=None` means "xla", for the
-      kernels multiply tiles of 128 rows; but where weights are packed in MXFP4, up to 128 prompts
-      are multiplied by the kernel of few rows, which reads the codes as they lie in memory.
+      kernels multiply tiles of 128 rows; but where weights are packed in MXFP4, or in FP8 with
+      scales of 128 x 128, up to 128 or 64 prompts are multiplied by the kernel of few rows, which
+      reads the codes as they lie in memory.
     key: row i draws its j-th token by `fold_in(fold_in(key, i), j)`.
     temperature: divides the logits, 1e-6 or more; 0 takes the likeliest token.
     top_p: of the probabilities at that temperature, see `sampling.nucleus`.
@@ -97,11 +98,12 @@ def generate(
   )
   _check_settings(settings, model)
   graph, params = nnx.split(model)
-  draws = key, numerics_key
-  return _generate(graph, policy, settings, params, prompts, prompt_lengths, *draws, states)
+  arguments = params, prompts, prompt_lengths, key, numerics_key, states
+  traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
+  run = _part_of_a_program if traced else _program
+  return run(graph, policy, settings, *arguments)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(graph, policy, settings, params, prompts, prompt_lengths, key, numerics_key, states):
   model = nnx.merge(graph, params)
   b, p = prompts.shape
@@ -150,6 +152,14 @@ def _generate(graph, policy, settings, params, prompts, prompt_lengths, key, num
     routing = jnp.concatenate([routing, later], axis=2)
   lengths = jnp.sum(is_live, axis=1, dtype=jnp.int32)
   return Generated(tokens, logprobs, entropy, lengths, routing if settings.return_routing else None)
+
+
+_part_of_a_program = jax.jit(_generate, static_argnums=(0, 1, 2))
+# On a GPU cuBLAS reads a layer's weights where they lie among those of all layers. XLA's own GEMMs,
+# by Triton, read a copy of them that is made for each token anew: three times the bytes.
+_program = jax.jit(
+  _generate, static_argnums=(0, 1, 2), compiler_options={"xla_gpu_enable_triton_gemm": False}
+)
 
 
 def _check_prompts(prompts, lengths, vocab):
