@@ -12,16 +12,16 @@ from collections.abc import Callable
 
 import jax
 
+from fp4jax.models.generation import COMPILER_OPTIONS
+
 
 def compiler(excess_precision: bool = False, decodes: bool = False) -> Callable[..., Callable]:
   """jax.jit that rounds where the code does or, with `excess_precision`, as XLA does by itself.
 
-  `decodes`: for a program that makes one token after the other. Its GEMMs are cuBLAS's on a GPU,
-  which read a layer's weights where they lie among those of all layers. XLA's own, by Triton, read
-  a copy of them that is made for each token anew: three times the bytes.
+  `decodes`: with the options that `generate` has by itself, too.
   """
   options = {"xla_allow_excess_precision": excess_precision}
-  options |= {"xla_gpu_enable_triton_gemm": False} if decodes else {}
+  options |= COMPILER_OPTIONS if decodes else {}
   return functools.partial(jax.jit, compiler_options=options)
 
 

@@ -18,6 +18,11 @@ from fp4jax.models.language_model import LanguageModel, States
 from fp4jax.models.policy import Policy
 from fp4jax.models.sampling import sample
 
+# For a program that makes one token after the other. On a GPU cuBLAS reads a layer's weights where
+# they lie among those of all layers. XLA's own GEMMs, by Triton, read a copy of them that is made
+# for each token anew: three times the bytes.
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
 
 class Generated(NamedTuple):
   """What followed each prompt."""
@@ -155,11 +160,7 @@ def _generate(graph, policy, settings, params, prompts, prompt_lengths, key, num
 
 
 _part_of_a_program = jax.jit(_generate, static_argnums=(0, 1, 2))
-# On a GPU cuBLAS reads a layer's weights where they lie among those of all layers. XLA's own GEMMs,
-# by Triton, read a copy of them that is made for each token anew: three times the bytes.
-_program = jax.jit(
-  _generate, static_argnums=(0, 1, 2), compiler_options={"xla_gpu_enable_triton_gemm": False}
-)
+_program = jax.jit(_generate, static_argnums=(0, 1, 2), compiler_options=COMPILER_OPTIONS)
 
 
 def _check_prompts(prompts, lengths, vocab):
