@@ -86,6 +86,19 @@ def test_moe_is_the_weighted_sum_of_each_tokens_experts(d_ff_shared):
   np.testing.assert_allclose(out.reshape(-1, 32), expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_tokens_are_routed_in_float32_whatever_the_weights_are_kept_in():
+  """As a rollout without a trainer keeps them."""
+  moe = MoE(32, 16, 4, 2, 0, 1.0, nnx.Rngs(0))
+  nnx.update(moe, jax.tree.map(lambda w: w.astype(jnp.bfloat16), nnx.state(moe)))
+  x = normal(1, 3, 7, 32).astype(jnp.bfloat16)
+  _, routing = moe(x, Numerics(Policy()))
+  logits = np.float64(x).reshape(-1, 32) @ np.float64(moe.w_router[...])
+  p = np.exp(np.take_along_axis(logits, np.asarray(routing.experts), 1))
+  np.testing.assert_array_equal(routing.experts, np.argsort(-logits, axis=1)[:, :2])
+  # bf16 logits would be off by up to 2^-9 of themselves
+  np.testing.assert_allclose(routing.weights, p / p.sum(1, keepdims=True), rtol=1e-5)
+
+
 def test_permuting_experts_changes_nothing():
   moe = MoE(32, 16, 4, 2, 0, 1.0, nnx.Rngs(0))
   x = normal(1, 3, 7, 32)

@@ -5,7 +5,9 @@
 Numerics take turns, a whole rollout each, so that a busy machine slows them alike. `w4a16` has
 weights alone in MXFP4, `w4a4` activations too; `packed` weights are codes and scales in memory,
 the others are quantized by the pass of every token. On a Hopper GPU a kernel multiplies packed
-MXFP4, but where `XLA` stands. Prompts and answers all have full length.
+weights, but where `XLA` stands. `w8a16` has weights in FP8 with scales that are powers of two:
+bfloat16 holds these values, and multiplies the prompts. Values under float32 scales are float32
+there. Prompts and answers all have full length.
 """
 
 import dataclasses
@@ -47,7 +49,8 @@ def numerics() -> dict[str, tuple[Recipe, bool, Implementation | None]]:
   w4a4 = w4a16.replace({"fprop.lhs": Operand(_MXFP4), "name": "w4a4"})
   return {
     "bf16": (recipes.BF16, False, None),
-    "w8a16 packed": (weights_in(formats.FP8_BLOCK_2D, "w8a16"), True, None),
+    "w8a16 packed": (weights_in(formats.FP8_BLOCK_POW2_2D, "w8a16"), True, None),
+    "w8a16 packed, float32 scales": (weights_in(formats.FP8_BLOCK_2D, "w8a16"), True, None),
     "w4a16 packed": (w4a16, True, None),
     "w4a16 packed, XLA": (w4a16, True, "xla"),
     "w4a4 packed": (w4a4, True, None),

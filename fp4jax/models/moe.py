@@ -124,8 +124,8 @@ class MoE(nnx.Module):
     """With `experts` tokens go to those, whatever the router would choose."""
     tokens = x.reshape(-1, x.shape[-1])
     logits = numerics.dot_general("router.logits")(
-      tokens, self.w_router[...], (((1,), (0,)), ((), ()))
-    )  # float32, for the weights are
+      tokens, self.w_router[...].astype(jnp.float32), (((1,), (0,)), ((), ()))
+    )  # float32, whatever the weights are kept in
     logits = checkpoint_name(logits, "router.logits")
     experts = None if experts is None else experts.reshape(-1, self.top_k)
     routing = route(logits, self.top_k, self.norm_topk_prob, experts)
