@@ -49,8 +49,9 @@ MOE_WIDE = Shape(
   head=4096 * 256,
   unrolled=True,
 )
-STEPS = ("moe_wide_512_step_time", "moe_wide_4096_step_time", "scaling", "recompute")
-PEAKS = ("moe_wide_4096_memory", "recompute")
+_RECOMPUTED = ("recompute", "recompute_32")
+STEPS = ("moe_wide_512_step_time", "moe_wide_4096_step_time", "scaling", *_RECOMPUTED)
+PEAKS = ("moe_wide_4096_memory", *_RECOMPUTED)
 SOURCES = (
   "kernel_bench",
   "moe_ffn",

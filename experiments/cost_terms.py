@@ -207,6 +207,7 @@ def step_seconds(shape: Shape, recipe: Recipe, run: Run, constants: Constants) -
     "other": other,
     "optimizer": OPTIMIZER_BYTES * local / c.memory,
     "gradients' all-reduce": reduced_bytes(shape, run) / c.reduce,
+    "loop over the layers": looped_bytes(shape, recipe, run) / c.memory,
   }
   if run.remat != "none":  # the forward pass, a third, of attention and of what is left
     parts["computed again"] = (dense + scores + other) / 3
@@ -276,6 +277,16 @@ def reduced_bytes(shape: Shape, run: Run) -> float:
   return sum(GRADIENT_BYTES * weights * 2 * (n - 1) / n for weights, n in sizes)
 
 
+def looped_bytes(shape: Shape, recipe: Recipe, run: Run) -> float:
+  """What XLA moves so that a loop over the layers has one array of all: it fills the array, copies
+  each layer's part in, and of what is kept copies it out again before the backward pass reads it.
+  """
+  if shape.unrolled:
+    return 0.0
+  local = shape.expert_layers * shape.expert_weights // run.expert + shape.other_weights
+  return 5 * shape.layers * kept_bytes(shape, recipe, run) + 3 * GRADIENT_BYTES * local
+
+
 def _runs_experts_again(recipe, remat):
   packed = None not in (recipe.residual.lhs, recipe.residual.hidden)
   return remat == "everything" or (remat == "attention+norm+experts" and not packed)
@@ -310,15 +321,18 @@ def kept_bytes(shape: Shape, recipe: Recipe, run: Run) -> float:
 
 def memory_bytes(shape: Shape, recipe: Recipe, run: Run, constants: Constants) -> dict[str, float]:
   """Of a device, by part, as `experiments.step_memory` counts it, when the backward pass begins: a
-  loop over the layers has room for all gradients then, else there are those of one layer."""
+  loop over the layers has room for all gradients then, else there are those of one layer; and one
+  layer has again what its policy does not keep."""
   _check(shape, run)
   local = shape.expert_layers * shape.expert_weights // run.expert + shape.other_weights
   row = shape.d + 3 * shape.f  # values: x, the two halves of h, and a
   transient = of_recipe(constants.transient_bytes, recipe)
+  kept = kept_bytes(shape, recipe, run)
   return {
     "state": STATE_BYTES * local,
     "gradients": GRADIENT_BYTES * local / (shape.layers if shape.unrolled else 1),
-    "kept": shape.layers * kept_bytes(shape, recipe, run),
+    "kept": shape.layers * kept,
+    "computed again": kept_bytes(shape, recipe, dataclasses.replace(run, remat="none")) - kept,
     "transient": transient * row * run.rows_held(shape),
   }
 

@@ -206,8 +206,8 @@ def _recompute_cell(row):
 def dispatch_table(rows: list[Row]) -> str:
   """What rows to their experts and back cost, and a whole layer: each beside bf16's by NCCL."""
   lines = [
-    "| experts | | by | bf16 | FP8 | MXFP4 |",
-    "|---|---|---|---|---|---|",
+    "| experts | GPUs | | by | bf16 | FP8 | MXFP4 |",
+    "|---" * 7 + "|",
   ]
   how = {"xla": "NCCL", "mosaic": "kernels"}
   parts = {
@@ -216,19 +216,25 @@ def dispatch_table(rows: list[Row]) -> str:
     ("exchange", "combine"): "results back, in bf16",
     ("layer", None): "the layer, forward and backward",
   }
-  for experts in dict.fromkeys(row["experts"] for row in rows):
-    own = [row for row in rows if row["experts"] == experts]
+  for of_run, own in _by_run(rows).items():
     for (kind, part), name in parts.items():
       of_part = [row for row in own if (row["kind"], row.get("part")) == (kind, part)]
       base = next(row["time_us"] for row in of_part if row["payload"].startswith("bf"))
       for exchange in dict.fromkeys(row["exchange"] for row in of_part):
         cells = [_time_cell(r, base) for r in of_part if r["exchange"] == exchange]
         cells = " | ".join(cells * 3 if part == "combine" else cells)
-        lines.append(f"| {experts} | {name} | {how[exchange]} | {cells} |")
-  shape = "{tokens:,} tokens of width {d} on each of {devices} devices, top-{top_k}.".format(
-    **rows[0]
-  )
-  return "\n".join(lines) + f"\n\n{shape} {told_source(rows[0])}"
+        lines.append(f"| {of_run} | {name} | {how[exchange]} | {cells} |")
+  shape = "{tokens:,} tokens of width {d} on each GPU, top-{top_k}.".format(**rows[0])
+  sources = dict.fromkeys(map(told_source, rows))
+  return "\n".join(lines) + f"\n\n{shape} {' '.join(sources)}"
+
+
+def _by_run(rows):
+  """By the cells that tell how many experts and GPUs there were."""
+  found = {}
+  for row in rows:
+    found.setdefault(f"{row['experts']} | {row['devices']}", []).append(row)
+  return found
 
 
 def _time_cell(row, base):
@@ -240,17 +246,17 @@ def _time_cell(row, base):
 def layer_bytes_table(rows: list[Row]) -> str:
   """GB of a device that a layer sends to the others, and keeps for the backward pass."""
   recipes = "`bf16` | `fp8_dispatch` | `hopper_fp4_dispatch`"
-  lines = [f"| experts | | by | {recipes} |", "|---|---|---|---|---|---|"]
+  lines = [f"| experts | GPUs | | by | {recipes} |", "|---" * 7 + "|"]
   how = {"xla": "NCCL, in padded buffers", "mosaic": "kernels"}
   layers = [row for row in rows if row["kind"] == "layer"]
-  for experts in dict.fromkeys(row["experts"] for row in layers):
-    for exchange in dict.fromkeys(row["exchange"] for row in layers):
-      own = [r for r in layers if (r["experts"], r["exchange"]) == (experts, exchange)]
+  for of_run, of_any in _by_run(layers).items():
+    for exchange in dict.fromkeys(row["exchange"] for row in of_any):
+      own = [row for row in of_any if row["exchange"] == exchange]
       for field, name in (("bytes_sent", "sent"), ("bytes_kept", "kept")):
         if field == "bytes_sent" or exchange == "xla":  # what is kept is the same
           cells = " | ".join(f"{row[field] / 1e9:.2f}" for row in own)
           by = how[exchange] if field == "bytes_sent" else ""
-          lines.append(f"| {experts} | {name} | {by} | {cells} |")
+          lines.append(f"| {of_run} | {name} | {by} | {cells} |")
   return "\n".join(lines)
 
 
@@ -268,7 +274,11 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
   rows = lambda name: logs.read_rows(results / f"{name}.jsonl")  # noqa: E731
   over_gpus = {
     name: table(rows(name))
-    for name, table in (("scaling", scaling_table), ("recompute", recompute_table))
+    for name, table in {
+      "scaling": scaling_table,
+      "recompute": recompute_table,
+      "recompute_32": recompute_table,
+    }.items()
     if (results / f"{name}.jsonl").exists()
   }
   bench, moe_ffn, few_rows = map(rows, ("kernel_bench", "moe_ffn", "few_rows"))

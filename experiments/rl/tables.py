@@ -191,7 +191,6 @@ _TABLES = {
   "rl_smollm2_parts": parts_table,
   "rl_moe": arms_table,
   "rl_moe_replay": arms_table,
-  "rl_moe_replay_same": arms_table,
   "rl_moe_parts": parts_table,
   "rl_rollout": rollout_table,
   "qat": qat_table,
