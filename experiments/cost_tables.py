@@ -194,7 +194,7 @@ def constants_table(results: Path) -> str:
     for name, (latency, speed) in h100.wire.items()
   )
   busy = cost_constants.imbalances(results)
-  hidden = "hidden" if math.isinf(h100.reduce) else f"{h100.reduce / 1e9:.0f} GB/s"
+  reduce = ["hidden" if math.isinf(c.reduce) else f"{c.reduce / 1e9:.0f}" for c in (h100, h200)]
   rows = {
     "experts' GEMMs, bf16 / FP8": (
       f"{tera(*h100.experts_flops.values())} TFLOP/s",
@@ -227,7 +227,10 @@ def constants_table(results: Path) -> str:
       f"{busy[2]:.2f} / {busy[4]:.2f} of the mean",
       "routing of moe_wide's runs at step 100",
     ),
-    "all-reduce, H100": (hidden, "BF16 in data parallel; without rows as fast as the exchange"),
+    "all-reduce, H100 / H200": (
+      f"{' / '.join(reduce)} GB/s",
+      "`step_time`: BF16 in data parallel; without rows as fast as the exchange",
+    ),
     "transient memory": (
       f"bytes of a row's value: {each(h100.transient_bytes, '.1f')}",
       "`step_memory`: the peak less its parts",

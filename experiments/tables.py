@@ -273,14 +273,12 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
   """Each page's tables by the name of their place; rows that are not measured yet have none."""
   rows = lambda name: logs.read_rows(results / f"{name}.jsonl")  # noqa: E731
   over_gpus = {
-    name: table(rows(name))
-    for name, table in {
-      "scaling": scaling_table,
-      "recompute": recompute_table,
-      "recompute_32": recompute_table,
-    }.items()
+    name: recompute_table(rows(name))
+    for name in ("recompute", "recompute_32")
     if (results / f"{name}.jsonl").exists()
   }
+  if (results / "scaling.jsonl").exists():
+    over_gpus["scaling"] = scaling_table(rows("moe_wide_512_step_time") + rows("scaling"))
   bench, moe_ffn, few_rows = map(rows, ("kernel_bench", "moe_ffn", "few_rows"))
   return {
     "README.md": {"demo": losses_table(rows("demo"))},
