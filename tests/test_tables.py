@@ -159,6 +159,29 @@ def test_what_is_computed_again_by_recipe():
   assert "| none | OOM |" in found and "may have" not in found
 
 
+def test_rows_sent_to_experts_stand_by_experts_and_gpus():
+  """Each beside bf16's by NCCL of its own run."""
+  source = {"git_dirty": None, "git_commit": "0" * 40, "device": "d"}
+  shape = {"tokens": 16384, "d": 7168, "top_k": 8}
+
+  def run(experts, devices, bf16):
+    own = {"experts": experts, "devices": devices, "exchange": "xla"} | shape | source
+    parts = [("exchange", part) for part in ("dispatch", "wire", "combine")] + [("layer", None)]
+    for kind, part in parts:
+      payloads = ["bfloat16"] if part == "combine" else ["bf16", "fp8", "mxfp4"]
+      for i, payload in enumerate(payloads):
+        yield own | {"kind": kind, "part": part, "payload": payload, "time_us": bf16 / 2**i}
+
+  lines = tables.dispatch_table([*run(64, 4, 4000.0), *run(256, 2, 1000.0)]).splitlines()
+  assert lines[0] == "| experts | GPUs | | by | bf16 | FP8 | MXFP4 |"
+  sent = [line for line in lines if "sent alone" in line]
+  assert sent == [
+    "| 64 | 4 | sent alone | NCCL | 4,000 us, 1.00 | 2,000 us, 0.50 | 1,000 us, 0.25 |",
+    "| 256 | 2 | sent alone | NCCL | 1,000 us, 1.00 | 500 us, 0.50 | 250 us, 0.25 |",
+  ]
+  assert len(lines) == 2 + 2 * 4 + 2
+
+
 def test_a_picture_of_seeds_has_a_line_for_each_and_one_for_their_mean(tmp_path):
   curve = {0: 2.0, 10: 1.0, 20: 0.9}
   runs = {(recipe, seed): curve for recipe in ("bf16", "fp8", "mxfp4") for seed in (0, 1, 2)}
