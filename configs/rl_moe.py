@@ -14,6 +14,7 @@ of these two at once, 60 runs took ten minutes on one GPU.
 Expected: the taught policy names any of three numbers, and begins with a reward of 0.22.
 """
 
+from configs.rl_smollm2 import ARMS
 from experiments.comparison import Names
 from experiments.rl.config import RLExperiment
 from experiments.tasks import TaskSettings
@@ -22,20 +23,7 @@ from fp4jax.models import ModelConfig
 
 def get_config() -> RLExperiment:
   config = RLExperiment(
-    arms=Names(
-      (
-        "bf16",
-        "mxfp4",
-        "mxfp4+mbs",
-        "mxfp4+of",
-        "mxfp4+aqn",
-        "mxfp4+mbs+of",
-        "mxfp4+mbs+of+aqn",
-        "nvfp4",
-        "hif4",
-        "mxfp4@rollout",
-      )
-    ),
+    arms=Names((*ARMS, "mxfp4@rollout")),
     steps=60,
     eval_every=15,
     probe_every=30,

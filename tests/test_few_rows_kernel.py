@@ -238,8 +238,13 @@ def test_scales_of_every_size_on_hopper(m):
 
 
 @gpu
-@pytest.mark.parametrize("make", [functools.partial(operands, scales=(0, 255)), fp8_operands])
-@pytest.mark.parametrize("m", [8, 64])
+@pytest.mark.parametrize(
+  ("make", "m"),
+  [
+    *((functools.partial(operands, scales=(0, 255)), m) for m in (8, 64, 128)),
+    *((fp8_operands, m) for m in (8, 64)),
+  ],
+)
 def test_repeats_are_the_same_bits_on_hopper(make, m):
   """Where most CTAs share k, each of several workers."""
   args = [jnp.asarray(a) for a in make(m, 2048, 256)]
