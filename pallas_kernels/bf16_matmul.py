@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
 
 from pallas_kernels.ring import count_sms
+from pallas_kernels.tracing import traced_once
 
 TUNING = {
   "matmul": dict(block_m=128, block_n=192, block_k=64, max_concurrent_steps=4, grid_block_n=8),
@@ -21,6 +22,7 @@ TUNING = {
 _SWIZZLE = 128  # bytes
 
 
+@traced_once("transpose_rhs")
 def grouped_matmul(lhs, rhs, group_sizes, *, transpose_rhs=False):
   """Rows of lhs in consecutive groups, each times its rhs; what lies past them is unspecified.
 
@@ -47,6 +49,12 @@ def grouped_wgrad(lhs, rhs, group_sizes, *, out_dtype=jnp.bfloat16):
     out_dtype: float32 or bfloat16.
   """
   _check(lhs, rhs)
+  _check_sizes(group_sizes, len(lhs), TUNING["wgrad"]["block_k"])
+  return _grouped_wgrad(lhs, rhs, group_sizes, out_dtype=out_dtype)
+
+
+@traced_once("out_dtype")
+def _grouped_wgrad(lhs, rhs, group_sizes, *, out_dtype):
   if jnp.dtype(out_dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
     raise TypeError(f"out_dtype is {jnp.dtype(out_dtype)}, not float32 or bfloat16")
   tuning = TUNING["wgrad"]
@@ -56,7 +64,6 @@ def grouped_wgrad(lhs, rhs, group_sizes, *, out_dtype=jnp.bfloat16):
     raise ValueError(f"lhs has {m=}, rhs has m={rhs_m}")
   if k % tile_m or n % tile_n:
     raise ValueError(f"{k=} or {n=} is not a multiple of {tile_m} or {tile_n}")
-  _check_sizes(group_sizes, m, tile_k)
   tiles = k // tile_m, n // tile_n
 
   def kernel(lhs, rhs, first, steps, out, staging):

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import blocks as bl
 from pallas_kernels import packed as pk
 from pallas_kernels.mxfp4 import ScaleRule
+from pallas_kernels.tracing import traced_once
 from pallas_kernels.widen import mxfp4_to_fp8_columns, mxfp4_to_fp8_rows
 
 __all__ = ["fp8_to_mxfp4", "mxfp4_to_fp8_columns", "mxfp4_to_fp8_rows"]
@@ -111,6 +112,7 @@ def _interleave(low, high):
   return bits[0]
 
 
+@traced_once("scale_rule")
 def fp8_to_mxfp4(codes, scales, *, scale_rule: ScaleRule = "floor"):
   """MXFP4 of FP8 values by integer arithmetic alone.
 

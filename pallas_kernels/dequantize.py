@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks as bl
+from pallas_kernels.tracing import traced_once
 
 # Runs of 32 blocks that a CTA takes.
 TUNING = {
@@ -14,6 +15,7 @@ TUNING = {
 }
 
 
+@traced_once()
 def dequantize_mxfp4(codes, scales):
   """The values of an MXFP4 tensor; NaN in blocks whose scale is 255.
 

@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks as bl
 from pallas_kernels.mxfp4 import ScaleRule, quantize_blocks
+from pallas_kernels.tracing import traced_once
 
 # CTAs of an SM, and rows that a CTA has on the way, at most.
 TUNING = {
@@ -39,6 +40,7 @@ _LONGEST = 256  # elements along an axis of a copy
 _ALIGNED = 128  # bytes: copies begin at multiples of it in SMEM
 
 
+@traced_once("slots", "axis")
 def send(arrays, slot_of_token, slots: int, axis: str):
   """Rows of tokens into the inboxes of the devices along `axis`.
 
@@ -99,6 +101,7 @@ def send(arrays, slot_of_token, slots: int, axis: str):
   return [inbox.reshape(peers * slots, -1) for inbox in inboxes]
 
 
+@traced_once("slots", "axis", "scale_rule")
 def send_mxfp4(x, slot_of_token, slots: int, axis: str, *, scale_rule: ScaleRule = "floor"):
   """`send` of what `quantize_mxfp4` makes of x, which is quantized on its way.
 
@@ -154,6 +157,7 @@ def quantizes(x) -> bool:
   return x.dtype == jnp.bfloat16 and x.shape[1] % _RUN == 0 and x.shape[1] <= 32 * _LONGEST
 
 
+@traced_once("axis", "dtype")
 def collect(rows, slot_of_token, axis: str, dtype=jnp.bfloat16):
   """For each token the sum of the rows that the devices along `axis` have for it.
 

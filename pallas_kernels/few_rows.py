@@ -31,6 +31,7 @@ from pallas_kernels import few_rows_weights as wt
 from pallas_kernels import packed as pk
 from pallas_kernels.few_rows_weights import BLOCK, COLUMNS, STEP, TILE
 from pallas_kernels.ring import count_sms
+from pallas_kernels.tracing import traced_once
 
 MAX_ROWS = {"mxfp4": 128, "fp8": 64}  # a thread holds as many sums, of FP8 twice
 _MAX_CLUSTER = 8  # that every Hopper grants
@@ -85,6 +86,7 @@ def own_sums(warp, lane, rows: int):
         yield row + (8 * eight + odd), column + 64 * half, (first, first + 2)
 
 
+@traced_once("config")
 def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
   """x @ w of a matrix w in MXFP4 or in FP8, accumulated in float32.
 

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks as bl
+from pallas_kernels.tracing import traced_once
 
 # Runs of 8 rows that a CTA of the row quantizer takes.
 TUNING = {
@@ -22,6 +23,7 @@ TILE = 128
 _ROUNDED = 64  # rows of a float32 tile that a warpgroup rounds at once
 
 
+@traced_once("power_of_two")
 def quantize_fp8_rows(x, *, power_of_two: bool = False):
   """Quantizes x in blocks of 1 x 128.
 
@@ -57,6 +59,7 @@ def quantize_fp8_rows(x, *, power_of_two: bool = False):
   return codes.reshape(m, k), scales
 
 
+@traced_once("power_of_two")
 def quantize_fp8_columns(x, *, power_of_two: bool = False):
   """Quantizes x in blocks of 128 x 1, transposed: codes (k, m), scales (m / 128, k).
 
@@ -66,12 +69,14 @@ def quantize_fp8_columns(x, *, power_of_two: bool = False):
   return _tiles(x[None], power_of_two, rows=False, columns=True, square=False)
 
 
+@traced_once("power_of_two")
 def quantize_fp8_both(x, *, power_of_two: bool = False):
   """`quantize_fp8_rows` and `quantize_fp8_columns` in one read of x: four arrays."""
   _check_dtype("quantize_fp8_both", x, (jnp.bfloat16,))
   return _tiles(x[None], power_of_two, rows=True, columns=True, square=False)
 
 
+@traced_once("power_of_two", "rows", "columns")
 def quantize_fp8_weights(w, *, power_of_two: bool = False, rows: bool = True, columns: bool = True):
   """Quantizes w in blocks of 128 x 128.
 

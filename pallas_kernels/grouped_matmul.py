@@ -39,6 +39,7 @@ from pallas_kernels.ring import (
   unless_idle,
   zeros,
 )
+from pallas_kernels.tracing import traced_once
 from pallas_kernels.wgmma import BLOCK, WAVE, issue, wait
 
 ALIGNMENT = 8  # rows of one swizzle pattern, which TMA copies whole
@@ -111,6 +112,13 @@ def grouped_matmul(
   the last group, but no output depends on those: they may be NaN.
   """
   _check_operands(lhs, rhs, group_sizes)
+  _check_sizes(group_sizes, len(lhs))
+  options = dict(out_dtype=out_dtype, config=config or TUNING["matmul"], interpret=interpret)
+  return _grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, group_sizes, **options)
+
+
+@traced_once("out_dtype", "config", "interpret")
+def _grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, group_sizes, *, out_dtype, config, interpret):
   _check_result(out_dtype)
   (m, k), (e, n, rhs_k) = lhs.shape, rhs.shape
   if k != rhs_k:
@@ -120,8 +128,6 @@ def grouped_matmul(
   _check("lhs_scales", lhs_scales, (k // BLOCK, m), jnp.float32)
   _check("rhs_scales", rhs_scales, (e, n // BLOCK, k // BLOCK), jnp.float32)
   _check("group_sizes", group_sizes, (e,), jnp.int32)
-  _check_sizes(group_sizes, m)
-  config = config or TUNING["matmul"]
   tile_m, k_steps = config.tile_m, k // BLOCK
   num_sms = count_sms(interpret) // config.cluster
 
@@ -218,6 +224,13 @@ def grouped_wgrad(
   end of a group is zeros. Tiles past the last group are never read; an empty group gives zeros.
   """
   _check_operands(lhs, rhs, group_sizes)
+  _check_sizes(group_sizes, lhs.shape[1], tile=BLOCK)
+  options = dict(out_dtype=out_dtype, config=config or TUNING["wgrad"], interpret=interpret)
+  return _grouped_wgrad(lhs, lhs_scales, rhs, rhs_scales, group_sizes, **options)
+
+
+@traced_once("out_dtype", "config", "interpret")
+def _grouped_wgrad(lhs, lhs_scales, rhs, rhs_scales, group_sizes, *, out_dtype, config, interpret):
   _check_result(out_dtype)
   (k, t), (n, rhs_t), (e,) = lhs.shape, rhs.shape, group_sizes.shape
   if t != rhs_t:
@@ -227,8 +240,6 @@ def grouped_wgrad(
   _check("lhs_scales", lhs_scales, (t // BLOCK, k), jnp.float32)
   _check("rhs_scales", rhs_scales, (t // BLOCK, n), jnp.float32)
   _check("group_sizes", group_sizes, (e,), jnp.int32)
-  _check_sizes(group_sizes, t, tile=BLOCK)
-  config = config or TUNING["wgrad"]
   tile_m, num_sms = config.tile_m, count_sms(interpret) // config.cluster
   k_tiles = pl.cdiv(k, tile_m)
   n_tiles = pl.cdiv(n, BLOCK * config.cluster)

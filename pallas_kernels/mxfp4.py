@@ -24,6 +24,7 @@ from jaxlib.mlir.dialects import arith, vector
 from pallas_kernels import blocks as bl
 from pallas_kernels import e2m1
 from pallas_kernels import transpose as tr
+from pallas_kernels.tracing import traced_once
 
 ScaleRule = Literal["floor", "even", "rceil", "oas"]
 
@@ -159,6 +160,13 @@ def quantize_mxfp4(
     A block with a NaN or an infinity has the scale 255 and codes 0.
   """
   _check(x, scale_rule, seed, signs)
+  seed = None if seed is None else jnp.asarray(seed, jnp.uint32)
+  signs = None if signs is None else jnp.asarray(signs, jnp.float32)
+  return _quantize(x, seed, signs, scale_rule=scale_rule)
+
+
+@traced_once("scale_rule")
+def _quantize(x, seed, signs, *, scale_rule):
   m, k = x.shape
   count = m * k // 32
   kind = "hadamard" if signs is not None else "nearest" if seed is None else "stochastic"
@@ -199,13 +207,14 @@ def quantize_mxfp4(
     compiler_params=bl.WARPGROUP,
   )(
     x.reshape(count, 4, 8),
-    *(() if signs is None else (jnp.asarray(signs, jnp.float32).reshape(4, 8),)),
-    *(() if seed is None else (jnp.asarray(seed, jnp.uint32),)),
+    *(() if signs is None else (signs.reshape(4, 8),)),
+    *(() if seed is None else (seed,)),
   )
   codes = lax.bitcast_convert_type(codes, jnp.uint8)  # four bytes a word: no data moves
   return codes.reshape(m, k // 2), scales.reshape(m, k // 32)
 
 
+@traced_once("scale_rule")
 def quantize_mxfp4_both(x, *, scale_rule: ScaleRule = "floor"):
   """`quantize_mxfp4` of x and of its transpose in one read of x, rounding to nearest.
 

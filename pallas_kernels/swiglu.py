@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks as bl
 from pallas_kernels import transpose as tr
+from pallas_kernels.tracing import traced_once
 
 TILE = tr.TILE
 # Runs of 8 rows that a CTA takes; warpgroups that share a tile, 96 KiB of SMEM.
@@ -20,6 +21,7 @@ TUNING = {
 }
 
 
+@traced_once("power_of_two")
 def swiglu_fp8_rows(h, *, power_of_two: bool = False):
   """`quantize_fp8_rows(silu(gate) * up)`; gate and up are the halves of h's last axis.
 
@@ -57,6 +59,7 @@ def swiglu_fp8_rows(h, *, power_of_two: bool = False):
   return codes.reshape(m, f), scales
 
 
+@traced_once("power_of_two")
 def swiglu_backward_fp8(h, g, after, *, power_of_two: bool = False):
   """What the backward pass needs of a = silu(gate) * up, given the gradient g of its result.
 

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks as bl
 from pallas_kernels import packed as pk
+from pallas_kernels.tracing import traced_once
 
 TILE = 128
 # A CTA takes so many tiles of so many rows of 128 values, or of 128 x 128.
@@ -126,6 +127,7 @@ def _byte(word, i):
   return word.permute(word & 0, i + 0x4440)
 
 
+@traced_once()
 def mxfp4_to_fp8_rows(codes, scales):
   """FP8 of MXFP4 values, exact while the scales of 128 values lie within 14 binades.
 
@@ -193,6 +195,7 @@ def mxfp4_to_fp8_rows(codes, scales):
   return lax.bitcast_convert_type(out, bl.E4M3).reshape(m, k), out_scales
 
 
+@traced_once()
 def mxfp4_to_fp8_columns(codes, scales):
   """The FP8 operand of wgrad: transposed, in blocks of 128 x 1, from rows quantized 1 x 32.
 

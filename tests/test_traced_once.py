@@ -1,0 +1,56 @@
+"""Kernels are traced once for arguments alike, so that JAX lowers one for many layers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from experiments import sanitize
+from pallas_kernels import bf16_matmul, exchange
+
+
+def kernels(jaxpr):
+  """The kernels that a program calls, in order."""
+  found = []
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "mpmd_map":
+      found += eqn.params["jaxprs"]
+    else:
+      found += [k for inner in jaxprs_in_params(eqn.params) for k in kernels(inner)]
+  return found
+
+
+def traced(program, arguments):
+  """As a program of its own: JAX knows no trace of it."""
+  return kernels(jax.make_jaxpr(lambda *a: program(*a))(*arguments).jaxpr)
+
+
+def assert_traced_once(program, *arguments):
+  first, second = (traced(program, arguments) for _ in range(2))
+  assert first and all(a is b for a, b in zip(first, second, strict=True))
+
+
+def test_every_kernel_of_one_device():
+  for _, kernel, arguments in sanitize.launches():
+    assert_traced_once(kernel, *arguments)
+
+
+def test_bf16_products():
+  x, sizes = jnp.ones((256, 256), jnp.bfloat16), jnp.array([256], jnp.int32)
+  assert_traced_once(bf16_matmul.grouped_matmul, x, x[None], sizes)
+  assert_traced_once(bf16_matmul.grouped_wgrad, x, x, sizes)
+
+
+def test_exchanges():
+  mesh = jax.make_mesh((2,), ("all",), axis_types=(AxisType.Auto,))
+  over = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("all"), out_specs=P("all"))
+  x, slots = jnp.ones((256, 1024), jnp.bfloat16), jnp.zeros((4, 128), jnp.int32)
+  for program in (
+    lambda x, slots: exchange.send([x], slots, 128, "all"),
+    lambda x, slots: exchange.send_mxfp4(x, slots, 128, "all"),
+    lambda x, slots: exchange.collect(jnp.concatenate([x, x]), slots, "all"),
+  ):
+    assert_traced_once(over(program), x, slots)
