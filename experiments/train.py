@@ -16,6 +16,7 @@ from jaxtyping import Array, Float32, Int32, PyTree
 from experiments.config import Experiment, Quantize
 from experiments.mesh import BATCH, OnMesh, shardings
 from experiments.optimizers import make_optimizer
+from experiments.optimizers.norms import norm_of
 from experiments.programs import compiled
 from fp4jax import operands
 from fp4jax.implementation import Implementation
@@ -99,7 +100,8 @@ def make_trainer(
   make_model = functools.partial(LanguageModel, config.model, vocab_size)
   model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
   graph, _ = nnx.split(model)
-  optimizer = make_optimizer(config.optimizer, config.steps, matrices(model))
+  norm_of_grads = norm_of(config.model.unroll)
+  optimizer = make_optimizer(config.optimizer, config.steps, matrices(model), norm_of_grads)
   taps = jax.tree.map(jnp.zeros_like, jax.eval_shape(model.new_taps))
 
   def init(seed):
@@ -174,7 +176,7 @@ def make_trainer(
     tokens = divided(tokens)
     (loss, routing), grads, quantizers = mean_gradients(state, tokens, _key(seed, state.step))
     with jax.named_scope("optimizer"):
-      norm = optax.tree.norm(grads)
+      norm = norm_of_grads(grads)
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
       new = TrainState(state.step + 1, params, opt_state, quantizers)

@@ -8,11 +8,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from experiments.config import Experiment, Optimizer, StableSpam
 from experiments.optimizers import OPTIMIZERS, learning_rate, make_optimizer
+from experiments.optimizers.norms import norm_of
 from experiments.optimizers.stable_spam import scale_by_stable_spam
 from experiments.train import make_trainer, matrices
+from fp4jax import recipes
 from fp4jax.models import LanguageModel, ModelConfig, Policy
 
 STEPS = 30
@@ -117,12 +120,13 @@ def test_stable_spam_is_the_published_code_tensor_by_tensor(final_scale):
     assert moved > 0.02
 
 
-def test_adamw_is_the_published_algorithm():
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_adamw_is_the_published_algorithm(unrolled):
   """Loshchilov and Hutter, arXiv 1711.05101, behind a clip of the norm of all gradients."""
   config = Optimizer(
     learning_rate=0.01, warmup_steps=3, weight_decay=0.3, b1=0.8, b2=0.9, clip_norm=100.0
   )
-  optimizer = make_optimizer(config, STEPS, nested(DECAYED))
+  optimizer = make_optimizer(config, STEPS, nested(DECAYED), norm_of(unrolled))
   rng = np.random.default_rng(0)
   weights = {p: rng.standard_normal(shape) for p, (shape, _) in SHAPES.items()}
   params = jax.tree.map(jnp.float32, nested(weights))
@@ -161,6 +165,26 @@ def test_the_learning_rate_warms_up_and_falls_to_its_floor():
 def test_the_first_step_moves_the_weights():
   for warmup in (0, 5):
     assert learning_rate(Optimizer(warmup_steps=warmup), 20)(0) > 0
+
+
+def summed_shapes(jaxpr):
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "reduce_sum":
+      yield eqn.invars[0].aval.shape
+    for inner in jaxprs_in_params(eqn.params):
+      yield from summed_shapes(inner)
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_a_step_sums_no_gradients_of_all_unrolled_layers(unrolled):
+  model = ModelConfig(
+    num_layers=3, d_model=32, num_heads=1, num_kv_heads=1, head_dim=32, d_ff=64, unroll=unrolled
+  )
+  trainer = make_trainer(Experiment(model=model), 64, Policy(recipes.BF16))
+  state = jax.eval_shape(trainer.init, jnp.int32(0))
+  step = trainer.step.trace(state, jax.ShapeDtypeStruct((2, 17), jnp.int32), jnp.int32(0))
+  stacked = {leaf.shape for leaf in jax.tree.leaves(state.params["blocks"])}
+  assert stacked.isdisjoint(summed_shapes(step.jaxpr.jaxpr)) == unrolled
 
 
 @pytest.mark.parametrize("num_experts", [0, 4])

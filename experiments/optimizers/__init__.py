@@ -1,8 +1,8 @@
 """Optimizers by name, `--config.optimizer.name=stable_spam`.
 
-Each is a function of the settings, the learning rate of each step, the number of steps, and which
-parameters weight decay shrinks. It may use elementwise operations and reductions over single
-tensors alone: these work under any sharding.
+Each is a function of the settings, the learning rate of each step, the number of steps, which
+parameters weight decay shrinks, and how the norm of all gradients is taken. It may use elementwise
+operations and reductions over single tensors alone: these work under any sharding.
 """
 
 import optax
@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from experiments.config import Optimizer
 from experiments.optimizers.adamw import adamw
+from experiments.optimizers.norms import Norm
 from experiments.optimizers.stable_spam import stable_spam
 
 OPTIMIZERS = {"adamw": adamw, "stable_spam": stable_spam}
@@ -22,10 +23,10 @@ def check_name(config: Optimizer) -> None:
 
 
 def make_optimizer(
-  config: Optimizer, steps: int, decayed: PyTree[bool]
+  config: Optimizer, steps: int, decayed: PyTree[bool], norm: Norm = optax.tree.norm
 ) -> optax.GradientTransformation:
   check_name(config)
-  return OPTIMIZERS[config.name](config, learning_rate(config, steps), steps, decayed)
+  return OPTIMIZERS[config.name](config, learning_rate(config, steps), steps, decayed, norm)
 
 
 def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:

@@ -4,15 +4,16 @@ import optax
 from jaxtyping import PyTree
 
 from experiments.config import Optimizer
+from experiments.optimizers.norms import Norm, clip_by_norm
 
 
 def adamw(
-  config: Optimizer, schedule: optax.Schedule, steps: int, decayed: PyTree[bool]
+  config: Optimizer, schedule: optax.Schedule, steps: int, decayed: PyTree[bool], norm: Norm
 ) -> optax.GradientTransformation:
   """Clipped AdamW."""
   del steps
   return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
+    clip_by_norm(config.clip_norm, norm),
     optax.adamw(
       schedule,
       b1=config.b1,

@@ -27,6 +27,7 @@ import optax
 from jaxtyping import Array, Int32, PyTree
 
 from experiments.config import Optimizer, StableSpam
+from experiments.optimizers.norms import Norm
 
 
 class State(NamedTuple):
@@ -42,9 +43,10 @@ class State(NamedTuple):
 
 
 def stable_spam(
-  config: Optimizer, schedule: optax.Schedule, steps: int, decayed: PyTree[bool]
+  config: Optimizer, schedule: optax.Schedule, steps: int, decayed: PyTree[bool], norm: Norm
 ) -> optax.GradientTransformation:
   """Stable-SPAM with AdamW's weight decay; the global norm is not clipped."""
+  del norm
   return optax.chain(
     scale_by_stable_spam(config.stable_spam, steps),
     optax.add_decayed_weights(config.weight_decay, decayed),

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from experiments.optimizers import make_optimizer
+from experiments.optimizers.norms import norm_of
 from experiments.programs import compiled
 from experiments.rl import grpo
 from experiments.rl.config import RLExperiment
@@ -48,7 +49,8 @@ def make_policy_trainer(
   """Functions that train the weights of `model` under `policy`; nothing is compiled before."""
   graph, _ = nnx.split(model)
   updates = config.steps * config.grpo.iterations * config.grpo.minibatches
-  optimizer = make_optimizer(config.optimizer, updates, matrices(model))
+  norm_of_grads = norm_of(config.model.unroll)
+  optimizer = make_optimizer(config.optimizer, updates, matrices(model), norm_of_grads)
   taps = jax.tree.map(jnp.zeros_like, jax.eval_shape(model.new_taps))
   replay = config.rollout.replay_routing and model.is_mixture
 
@@ -92,7 +94,7 @@ def make_policy_trainer(
     run = jax.value_and_grad(total_loss, argnums=(0, 1), has_aux=True)
     found = run(state.params, state.quantizers, rollout, sampled, key)
     (_, (loss, said)), (grads, quantizers) = found
-    norm = optax.tree.norm(grads)
+    norm = norm_of_grads(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = TrainState(
       state.step + 1, optax.apply_updates(state.params, updates), opt_state, quantizers
