@@ -123,6 +123,7 @@ class Experiment(Comparison):
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   quantize: Quantize = dataclasses.field(default_factory=Quantize)
+  weights_once: bool = False  # float32 experts are read once a step, not twice; see `moe_ffn`
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
 
   def recipes_of(self, run: str) -> tuple[tuple[int, Recipe], ...]:

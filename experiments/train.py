@@ -65,6 +65,7 @@ def policy_of(recipe: Recipe, config: Experiment) -> Policy:
     token_parts=mesh.token_parts or 1,
     capacity_factor=mesh.capacity_factor,
     exchange=mesh.exchange,
+    weights_once=config.weights_once,
   )
 
 

@@ -72,12 +72,13 @@ def _read_hidden(h, source, dtype):
 
 
 def make_gemms(
-  recipe, implementation, order, keys, tapped, states, dtypes, weight_axis
+  recipe, implementation, order, keys, tapped, states, dtypes, weight_axis, weights_once=False
 ) -> tuple[Gemms, Gemms]:
   """Of GEMM 1 and GEMM 2."""
   if implementation == "mosaic":
     return tuple(
-      mosaic.MosaicGemms(recipe, order.expert_sizes, dtype, weight_axis) for dtype in dtypes
+      mosaic.MosaicGemms(recipe, order.expert_sizes, dtype, weight_axis, weights_once)
+      for dtype in dtypes
     )
   rows = order.choice_of_row.size
   tile = order.rows_per_tile or TILE

@@ -86,6 +86,7 @@ def moe_ffn(
   implementation: Implementation | None = None,
   exchange: Implementation | None = None,
   few_rows: bool = False,
+  weights_once: bool = False,
 ) -> Float[Array, "token d"] | tuple[Float[Array, "token d"], Int32[Array, ""]]:
   """sum_j weights[t, j] * (swiglu(x[t] @ w13[experts[t, j]]) @ w2[experts[t, j]]), in x's dtype.
 
@@ -124,6 +125,9 @@ def moe_ffn(
     few_rows: "xla" multiplies tiles of as many rows as each expert has evenly, not of 128: for a
       decoding step, which has no backward pass. The numbers are the same up to the order of float32
       sums.
+    weights_once: where fprop and dgrad read the weights alike in FP8, "mosaic" quantizes them for
+      both in one read and keeps the codes of dgrad, a byte a value; otherwise the backward pass
+      reads the weights again. The numbers are the same.
   Returns:
     The sum; with a capacity_factor also how many choices this device dropped.
   Raises:
@@ -151,7 +155,7 @@ def moe_ffn(
   if known:
     _check_experts(np.asarray(experts), len(w13) * mesh.peers)
   keys = tuple(mesh.keys(key, w) for key, w in zip(keys, (w13, w2), strict=True))
-  options = recipe, implementation, exchange, known, few_rows, mesh
+  options = recipe, implementation, exchange, known, few_rows, weights_once, mesh
   operands, states = (x, w13, w2, weights, experts), tuple(state or {} for state in states)
   keys = keys if recipe.is_stochastic else (None, None)
   out, dropped = spread(_moe_ffn, options, (*operands, keys), (taps, states), (spec_of(x), P()))
@@ -164,6 +168,7 @@ def _moe_ffn(
   exchange,
   known,
   few_rows,
+  weights_once,
   mesh,
   x,
   w13,
@@ -203,7 +208,8 @@ def _moe_ffn(
   if not recipe.is_stochastic or mesh.expert_axis is None:
     choices = None  # not needed again, or made again from their number alone
   where = _Rows(dispatch, order, choices, valid)
-  out = _ffn(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, states)
+  options = recipe, implementation, mesh, weights_once
+  out = _ffn(*options, x, w13, w2, weights, where, keys, taps, states)
   return out, dropped
 
 
@@ -224,13 +230,16 @@ class _Rows(NamedTuple):
   valid: Bool[Array, ""] | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _ffn(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, states):
-  return _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, states)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _ffn(recipe, implementation, mesh, weights_once, *operands):
+  del weights_once  # no backward pass will read them again
+  return _fwd(recipe, implementation, mesh, False, *operands)[0]
 
 
-@one_program(3)
-def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, states):
+@one_program(4)
+def _fwd(
+  recipe, implementation, mesh, weights_once, x, w13, w2, weights, where, keys, taps, states
+):
   dispatch, order, _, valid = where
   operands = x, w13, w2, weights, order
   taps, states = refuse_shared("taps", taps, operands), refuse_shared("states", states, operands)
@@ -238,7 +247,7 @@ def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, s
   dtypes = w13.dtype, w2.dtype
   drawing = mesh.with_ids(recipe, order, where.choices, weights.shape)
   first, second = make_gemms(
-    recipe, implementation, drawing, keys, tapped, states, dtypes, mesh.weight_axis
+    recipe, implementation, drawing, keys, tapped, states, dtypes, mesh.weight_axis, weights_once
   )
   token = order.choice_of_row // weights.shape[1]
   in_13, in_2 = _read_in(recipe, implementation, dtypes, dtype)
@@ -259,7 +268,10 @@ def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, s
 
   def keep_weights(w, tensor, forward):  # as they were passed, not their copy in x's dtype
     tensor = dataclasses.replace(tensor, original=w)
-    return tensor.kept_for(recipe.dgrad.rhs.source, forward.rhs)
+    tensor = tensor.kept_for(recipe.dgrad.rhs.source, forward.rhs)
+    if forward.weights is None:
+      return tensor
+    return dataclasses.replace(tensor, original=None, packed=None, as_read=forward.weights)
 
   kept_h = "original" if residual.hidden is None else "residual"
   as_read = recipe.wgrad.lhs.source == "fprop"
@@ -281,8 +293,9 @@ def _fwd(recipe, implementation, mesh, x, w13, w2, weights, where, keys, taps, s
   return out, (*tensors, *others)
 
 
-@one_program(3)
-def _bwd(recipe, implementation, mesh, saved, dout):
+@one_program(4)
+def _bwd(recipe, implementation, mesh, weights_once, saved, dout):
+  del weights_once
   x, h, a_read, (w13, w2), likes, others, summaries, forwards = saved
   weights, where, keys, states = others
   dispatch, order, _, valid = where

@@ -259,12 +259,14 @@ class Forward(NamedTuple):
   rhs: Read | None = None
   summaries: Summaries | None = None
   states: dict[str, Any] = {}  # noqa: RUF012
+  weights: Any = None  # what dgrad multiplies, where it was made with what fprop does
 
 
 def for_pull(forward: Forward) -> Forward:
   """What of `forward` the backward pass needs: no operands, which `Tensor.kept_for` keeps."""
   only_saved = lambda read: read and Read((), factor=(), saved=read.saved)  # noqa: E731
-  return forward._replace(lhs=only_saved(forward.lhs), rhs=only_saved(forward.rhs))
+  lhs, rhs = only_saved(forward.lhs), only_saved(forward.rhs)
+  return forward._replace(lhs=lhs, rhs=rhs, weights=None)
 
 
 def take_rows(x: Shaped[Array, "t ..."], rows: Int[Array, "*m"] | None) -> Shaped[Array, "..."]:

@@ -182,6 +182,18 @@ def test_weights_in_parts_have_the_numbers_of_whole_ones(name, data, expert):
     np.testing.assert_array_equal(a, b, err_msg=what)  # each gradient is a sum of two
 
 
+def test_parts_of_weights_that_are_read_once_have_the_same_numbers(hopper):
+  arguments = inputs(tokens=64, d=256, f=256, dtype=jnp.bfloat16)
+  options = {"implementation": "mosaic", "exchange": "xla", "expert_axis": None}
+  run = functools.partial(over_mesh, recipes.FP8, make_mesh(2, 1), **options)
+  twice = run()(*arguments)
+  hopper.clear()
+  once = run(of_weights=COLUMNS, weight_axis="data", weights_once=True)(*arguments)
+  assert hopper.count("quantize_fp8_weights") == 2
+  for what, a, b in zip(NAMES, once, twice, strict=True):
+    np.testing.assert_array_equal(np.float32(a), np.float32(b), err_msg=what)
+
+
 def gathered(recipe):
   """Dtypes of what a layer gathers, but for its plan."""
   run = over_mesh(recipe, make_mesh(2, 2), of_weights=COLUMNS, weight_axis="data")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fp4jax
+import pallas_kernels
 from fp4jax import grouped_dot, implementation, moe_ffn, operands, recipes
 from fp4jax.dispatch import Choices, Order
 from fp4jax.swiglu import swiglu
@@ -295,6 +296,53 @@ def test_mosaic_computes_what_xla_computes(recipe, hopper):
   if recipe is not recipes.BF16:
     assert counts["quantize_fp8_both"] == counts["swiglu_backward_fp8"] == 1
     assert counts.get("quantize_mxfp4", 0) == (0 if recipe.residual.lhs is None else 2)
+
+
+APART = recipes.FP8.replace({"dgrad.rhs.format": fp4jax.FP8_BLOCK_POW2_2D, "name": "apart"})
+KEPT_AND_READ = ALL[-1].replace({"fprop.rhs.source": "residual", "name": "kept_and_read"})
+
+
+@pytest.mark.parametrize(
+  "recipe", [recipes.FP8, HOPPER, APART, KEPT_AND_READ], ids=lambda r: r.name
+)
+def test_weights_are_read_once_to_the_same_numbers(recipe, hopper):
+  arguments = inputs(40, 128, 128, 3, dtype=jnp.bfloat16)
+  twice = run(recipe, *arguments, implementation="mosaic")
+  assert hopper.count("quantize_fp8_weights") == 4
+  hopper.clear()
+  once = run(recipe, *arguments, implementation="mosaic", weights_once=True)
+  assert hopper.count("quantize_fp8_weights") == (4 if recipe is APART else 2)
+  for name, a, b in zip(NAMES, once, twice, strict=False):
+    np.testing.assert_array_equal(np.float32(a), np.float32(b), err_msg=name)
+
+
+def test_what_is_kept_of_weights_that_are_read_once(hopper):
+  x, *of_experts, experts, weights, _ = inputs(40, 128, 128, 3, dtype=jnp.bfloat16)
+
+  def kept(weights_once):
+    f = functools.partial(moe_ffn, x, recipe=HOPPER, weights_once=weights_once)
+    run = lambda w13, w2: f(w13, w2, experts, weights)  # noqa: E731
+    leaves = jax.tree.leaves(jax.eval_shape(lambda *w: jax.vjp(run, *w)[1], *of_experts))
+    return [leaf for leaf in leaves if leaf.ndim == 3]
+
+  assert all(leaf.dtype == jnp.bfloat16 for leaf in kept(False))  # as they were passed
+  codes = {leaf.shape for leaf in kept(True) if leaf.dtype == jnp.float8_e4m3fn}
+  assert codes == {w.shape for w in of_experts}
+  assert not any(leaf.dtype == jnp.bfloat16 for leaf in kept(True))
+
+
+def test_a_forward_pass_alone_makes_one_orientation(hopper, monkeypatch):
+  found = []
+  quantize = pallas_kernels.fp8.quantize_fp8_weights
+
+  def recorded(w, **options):
+    found.append((options["rows"], options["columns"]))
+    return quantize(w, **options)
+
+  monkeypatch.setattr(pallas_kernels.fp8, "quantize_fp8_weights", recorded)
+  *arguments, _ = inputs(40, 128, 128, 3, dtype=jnp.bfloat16)
+  jax.eval_shape(functools.partial(moe_ffn, recipe=HOPPER, weights_once=True), *arguments)
+  assert found == [(False, True)] * 2
 
 
 def test_none_picks_by_device_recipe_and_shapes(hopper):

@@ -65,6 +65,8 @@ class Policy:
   token_parts: int = 1
   capacity_factor: float | None = None
   exchange: Implementation | None = None
+  # Of `moe_ffn`: whether the weights are read once for both passes.
+  weights_once: bool = False
   # Whether tokens are as few as in a decoding step. An implementation of None then means "xla" but
   # for packed weights: the other kernels multiply tiles of 128 rows.
   few_rows: bool = False
@@ -176,6 +178,7 @@ class Numerics:
       implementation=self._implementation(is_packed=False),  # experts have no kernel of few rows
       exchange=self.policy.exchange,
       few_rows=self.policy.few_rows,
+      weights_once=self.policy.weights_once,
     )
     return out if bounded else (out, None)
 

@@ -6,7 +6,6 @@ plain arrays, codes with scales; the kernels are imported when they are called.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -146,6 +145,7 @@ class MosaicGemms:
   group_sizes: Int[Array, " e"]
   weight_dtype: jnp.dtype  # of dw: bf16 is written as such, anything else as float32
   weight_axis: str | None = None  # see `moe_ffn`
+  weights_once: bool = False  # see `moe_ffn`
 
   def _fp8(self, role: str) -> bool:
     return _reads_fp8(self.recipe, role)
@@ -189,9 +189,10 @@ class MosaicGemms:
       lhs = Scaled(*fp8.quantize_fp8_rows(x.original, **self._pow2("fprop.lhs")))
       if rows is not None:
         lhs = Scaled(take_rows(lhs.codes, rows), take_rows(lhs.scales.T, rows).T)
-    codes, scales = self._weights(w, "fprop.rhs", transposed=True)
+    of_dgrad, own = self._weights(w, "fprop.rhs", rows=self._reads_alike(), columns=True)
+    codes, scales = self._gathered(own, 1)
     product = self._product(lhs, Scaled(codes, scales.swapaxes(1, 2)))
-    return _made_once(product), Forward()
+    return _made_once(product), Forward(weights=of_dgrad)
 
   def gradient(self, dy: BFloat16[Array, "m n"]) -> Gradient:
     dgrad, wgrad = self._fp8("dgrad.lhs"), self._fp8("wgrad.rhs")
@@ -209,8 +210,8 @@ class MosaicGemms:
   def dgrad(self, dy: Gradient, w: ops.Tensor, forward: Forward):
     if not self._fp8("dgrad.rhs"):
       return self._bf16_product(dy.rows, w, "dgrad", True), {}, {}
-    codes, scales = self._weights(w, "dgrad.rhs", transposed=False)
-    return self._product(dy.rows, Scaled(codes, scales)), {}, {}
+    own = w.as_read or self._weights(w, "dgrad.rhs", rows=True, columns=False)[0]
+    return self._product(dy.rows, self._gathered(own, 2)), {}, {}
 
   def swiglu_backward(
     self, h: ops.Tensor, g: BFloat16[Array, "m f"], after: Float32[Array, "m 1"]
@@ -269,19 +270,29 @@ class MosaicGemms:
 
     return Scaled(*fp8.quantize_fp8_columns(a, **self._pow2("wgrad.lhs")))
 
-  def _weights(self, w, role, transposed):
-    """Codes, (e, n, k) where `transposed`, and scales, of w in bf16, to which the kernel rounds."""
+  def _reads_alike(self) -> bool:
+    """Whether what dgrad reads of the weights is made in one read with what fprop does."""
+    return self.weights_once and self.recipe.fprop.rhs == self.recipe.dgrad.rhs
+
+  def _weights(self, w, role, *, rows, columns):
+    """Codes (e, k, n) and (e, n, k), those that are wanted, with scales (e, k / 128, n / 128), of w
+    in bf16, to which the kernel rounds."""
     from pallas_kernels import fp8
 
     values = w.read(self.recipe.operand(role).source)
     values = values if values.dtype == jnp.float32 else values.astype(jnp.bfloat16)
-    wanted = {"rows": not transposed, "columns": transposed}
-    codes, scales = fp8.quantize_fp8_weights(values, **wanted, **self._pow2(role))
-    if self.weight_axis is not None:
-      axis, gather = (1 if transposed else 2), functools.partial(lax.all_gather, tiled=True)
-      codes = gather(codes, self.weight_axis, axis=axis)
-      scales = gather_columns(scales, self.weight_axis)
-    return codes, scales
+    wanted = {"rows": rows, "columns": columns}
+    parts = fp8.quantize_fp8_weights(values, **wanted, **self._pow2(role))
+    *codes, scales = _made_once(parts) if rows and columns else parts
+    codes = iter(codes)
+    return tuple(Scaled(next(codes), scales) if kind else None for kind in (rows, columns))
+
+  def _gathered(self, w: Scaled, axis: int) -> Scaled:
+    """Codes whose `axis` is n, and scales, of all of n."""
+    if self.weight_axis is None:
+      return w
+    codes = lax.all_gather(w.codes, self.weight_axis, axis=axis, tiled=True)
+    return Scaled(codes, gather_columns(w.scales, self.weight_axis))
 
   def _bf16_product(self, lhs, w, gemm, transpose_rhs):
     from pallas_kernels import bf16_matmul
