@@ -191,6 +191,7 @@ class Order:
   ids: DrawIds = DrawIds()  # noqa: RUF009
   # Of the products in XLA; None: what a backward pass needs.
   rows_per_tile: int | None = dataclasses.field(default=None, metadata={"static": True})
+  of_all: bool = dataclasses.field(default=False, metadata={"static": True})  # see `of_all_tokens`
 
   @classmethod
   def of(
@@ -214,6 +215,19 @@ class Order:
     choice = choice.at[row].set(jnp.arange(group.size, dtype=jnp.int32), mode="drop")
     filled = jnp.diff(jnp.minimum(end, rows), prepend=0)
     return cls(choice, row, filled.astype(jnp.int32), num_experts)
+
+  @classmethod
+  def of_all_tokens(cls, choices: Choices, num_experts: int) -> "Order":
+    """Every expert has a row for every token, an empty one where the token did not choose it."""
+    tokens, k = choices.experts.shape
+    expert, token = jnp.arange(num_experts, dtype=jnp.int32), jnp.arange(tokens, dtype=jnp.int32)
+    chosen = choices.experts == expert[:, None, None]  # (expert, token, k)
+    choice = token * k + jnp.argmax(chosen, axis=-1).astype(jnp.int32)
+    choice = jnp.where(jnp.any(chosen, axis=-1), choice, tokens * k)
+    rows = num_experts * tokens
+    row = jnp.minimum(choices.experts * tokens + token[:, None], rows)
+    sizes = jnp.full(num_experts, tokens, jnp.int32)
+    return cls(choice.ravel(), row.ravel(), sizes, num_experts, rows_per_tile=tokens, of_all=True)
 
   def with_ids(self, choices: Choices, experts: Int32[Array, " e"]) -> "Order":
     """`experts`: the numbers of the experts here among all."""

@@ -5,8 +5,9 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax import operands as ops
+from fp4jax.dispatch import Order
 from fp4jax.formats import Format
-from fp4jax.grouped import TILE, Tiles
+from fp4jax.grouped import TILE, EqualGroups, Tiles
 from fp4jax.linear import XlaGemms
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.operands import Forward, Summaries
@@ -80,8 +81,13 @@ def make_gemms(
       mosaic.MosaicGemms(recipe, order.expert_sizes, dtype, weight_axis, weights_once)
       for dtype in dtypes
     )
-  rows = order.choice_of_row.size
-  tile = order.rows_per_tile or TILE
-  tiles = Tiles.of(order.group_sizes, rows, order.experts, order.ids, tile=tile)
   layers = zip(keys, tapped, states, strict=True)
-  return tuple(XlaFfnGemms(recipe, tiles, *layer, weight_axis) for layer in layers)
+  layout = _layout(order)
+  return tuple(XlaFfnGemms(recipe, layout, *layer, weight_axis) for layer in layers)
+
+
+def _layout(order: Order) -> EqualGroups | Tiles:
+  if order.of_all:
+    return EqualGroups(order.ids, order.experts, order.rows_per_tile)
+  tile, rows = order.rows_per_tile or TILE, order.choice_of_row.size
+  return Tiles.of(order.group_sizes, rows, order.experts, order.ids, tile=tile)

@@ -273,6 +273,40 @@ class Tiles:
     return self.rows(out.reshape(-1, out.shape[-1])[self.slot_of_row])
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EqualGroups:
+  """A layout in which every expert has as many rows, in its order: no weights are gathered."""
+
+  ids: ops.DrawIds
+  experts: int = dataclasses.field(metadata={"static": True})
+  each: int = dataclasses.field(metadata={"static": True})  # rows of one
+
+  rows_in = rows_out = valid = None
+  weight_slices = Slices(leading=1)
+
+  @property
+  def slices(self) -> Slices:
+    return Slices(owner=jnp.arange(self.experts * self.each) // self.each, owners=self.experts)
+
+  def rows(self, x: Float[Array, "m c"]) -> Float[Array, "m c"]:
+    return x
+
+  def fprop(self, x: Float[Array, "m k"], w: Float[Array, "e k n"]) -> Float32[Array, "m n"]:
+    groups = x.reshape(self.experts, self.each, -1)
+    return gemm(groups, w, (((2,), (1,)), ((0,), (0,)))).reshape(len(x), -1)
+
+
+def reads_all_experts(tokens: int, k: int, experts: int) -> bool:
+  """Whether a decoding step does best to multiply all tokens by every expert.
+
+  It then reads each expert's weights once, where tiles have those that they read gathered first: a
+  read, a write and a read. Up to some 150 tokens a GPU multiplies them sooner than it reads the
+  weights.
+  """
+  return tokens <= TILE and experts <= 3 * tokens * k
+
+
 def few_rows_per_tile(rows: int, groups: int) -> int:
   """The power of two that holds a group's rows where all groups have as many; at most `TILE`.
 

@@ -45,7 +45,7 @@ from fp4jax.arguments import to_arrays
 from fp4jax.dispatch import AllToAll, Choices, Dispatch, Order, Whole
 from fp4jax.expert_mesh import ExpertMesh
 from fp4jax.ffn_gemms import make_gemms
-from fp4jax.grouped import check_recipe, few_rows_per_tile
+from fp4jax.grouped import check_recipe, few_rows_per_tile, reads_all_experts
 from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import nan_unless
 from fp4jax.mosaic import dispatch as peer_memory
@@ -122,9 +122,9 @@ def moe_ffn(
       "mosaic": kernels that store into the memory of the peers, among the GPUs of one host and one
       process, for GEMMs of "mosaic"; the mesh of `jax.shard_map`, or of `jax.set_mesh`, then says
       which GPUs they are. None: "mosaic" where it can run. The numbers are the same.
-    few_rows: "xla" multiplies tiles of as many rows as each expert has evenly, not of 128: for a
-      decoding step, which has no backward pass. The numbers are the same up to the order of float32
-      sums.
+    few_rows: "xla" multiplies all tokens by every expert, or tiles of as many rows as each expert
+      has evenly, not of 128, whichever reads the weights less: for a decoding step, which has no
+      backward pass. The numbers are the same up to the order of float32 sums.
     weights_once: where fprop and dgrad read the weights alike in FP8, "mosaic" quantizes them for
       both in one read and keeps the codes of dgrad, a byte a value; otherwise the backward pass
       reads the weights again. The numbers are the same.
@@ -199,9 +199,15 @@ def _moe_ffn(
   if mesh.capacity_factor is not None:
     rows = min(rows, math.ceil(mesh.capacity_factor * tokens * k))
   tile = 1 if implementation == "xla" else mosaic.BLOCK
-  order = Order.of(choices, here, tile, rows)
-  if few_rows and implementation == "xla":
-    order = dataclasses.replace(order, rows_per_tile=few_rows_per_tile(rows, order.groups))
+  few_rows = few_rows and implementation == "xla"
+  # Of all tokens an expert has one row each: not of choices that draw apart, or may find no room.
+  apart = recipe.fprop.lhs.needs_key or rows < choices.experts.size or len(choices.part_ids) > 1
+  if few_rows and not apart and reads_all_experts(*choices.experts.shape, here):
+    order = Order.of_all_tokens(choices, here)
+  else:
+    order = Order.of(choices, here, tile, rows)
+    if few_rows:
+      order = dataclasses.replace(order, rows_per_tile=few_rows_per_tile(rows, order.groups))
   dropped = order.dropped(choices) + dispatch.dropped()
   if valid is not None:  # a choice of no expert has no row: it takes one that is NaN
     order = dataclasses.replace(order, row_of_choice=jnp.where(valid, order.row_of_choice, 0))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+import fp4jax
 from fp4jax import moe_ffn, recipes
 
 
@@ -27,25 +28,59 @@ def products(jaxpr):
       yield from products(inner)
 
 
-@pytest.mark.parametrize("recipe", [recipes.FP32, recipes.MXFP4], ids=lambda r: r.name)
-@pytest.mark.parametrize(("tokens", "experts"), [(1, 4), (8, 16), (8, 4), (300, 4)])
+TENSOR_SCALES = dict.fromkeys(("fprop.lhs.format", "fprop.rhs.format"), fp4jax.NVFP4)
+RECIPES = (
+  recipes.FP32,
+  recipes.FP8,
+  recipes.MXFP4,
+  recipes.MXFP4.replace(TENSOR_SCALES | {"name": "nvfp4"}),
+  recipes.MXFP4.replace({"fprop.lhs.rounding": "stochastic", "name": "sr"}),
+)
+OF_ALL = [(1, 4), (8, 16), (8, 4), (33, 4)]  # tokens, experts
+IN_TILES = [(1, 16), (300, 4)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+@pytest.mark.parametrize(("tokens", "experts"), OF_ALL + IN_TILES)
 def test_few_rows_have_the_numbers_of_whole_tiles(recipe, tokens, experts):
-  args = operands_of_experts(tokens, experts)
-  expected = moe_ffn(*args, recipe, implementation="xla")
-  found = moe_ffn(*args, recipe, few_rows=True, implementation="xla")
+  args, keys = operands_of_experts(tokens, experts), tuple(jax.random.split(jax.random.key(7)))
+  expected = moe_ffn(*args, recipe, keys=keys, implementation="xla")
+  found = moe_ffn(*args, recipe, keys=keys, few_rows=True, implementation="xla")
   # Two sums of 32 terms of up to 5 standard deviations, in another order.
   np.testing.assert_allclose(found, expected, rtol=0, atol=2 * 32 * 2.0**-24 * 32)
 
 
-@pytest.mark.parametrize(("tokens", "experts"), [(1, 4), (8, 16), (8, 4), (33, 4)])
-def test_few_rows_are_multiplied_less_than_three_times(tokens, experts):
+def shapes_of_products(args):
+  program = jax.make_jaxpr(lambda *a: moe_ffn(*a, recipes.FP32, few_rows=True))(*args)
+  return list(products(program.jaxpr))
+
+
+@pytest.mark.parametrize(("tokens", "experts"), OF_ALL)
+def test_every_expert_multiplies_all_of_few_tokens(tokens, experts):
+  args = operands_of_experts(tokens, experts)
+  d, f2 = args[1].shape[1:]
+  assert shapes_of_products(args) == [(experts, tokens, f2), (experts, tokens, d)]
+  # No weights are gathered, and nothing is sorted.
+  text = str(jax.make_jaxpr(lambda *a: moe_ffn(*a, recipes.FP32, few_rows=True))(*args))
+  assert f",{d},{f2}] = gather" not in text and " sort[" not in text
+
+
+@pytest.mark.parametrize(("tokens", "experts"), IN_TILES)
+def test_tiles_are_multiplied_less_than_three_times(tokens, experts):
   args = operands_of_experts(tokens, experts)
   d, f2, rows = *args[1].shape[1:], 2 * tokens
-  program = jax.make_jaxpr(lambda *a: moe_ffn(*a, recipes.FP32, few_rows=True))(*args)
-  shapes = list(products(program.jaxpr))
+  shapes = shapes_of_products(args)
   assert [n for *_, n in shapes] == [f2, d]
   for tiles, rows_of_tile, _ in shapes:
     assert tiles * rows_of_tile < 3 * rows and tiles <= 2 * experts
+
+
+@pytest.mark.parametrize("wrong", [-1, 4, 2**31 - 1])
+def test_an_expert_that_does_not_exist_is_nan(wrong):
+  *operands, experts, weights = operands_of_experts(8, 4)
+  run = jax.jit(lambda experts: moe_ffn(*operands, experts, weights, recipes.FP32, few_rows=True))
+  assert np.isfinite(run(experts)).all()
+  assert np.isnan(run(experts.at[3, 1].set(wrong))).all()
 
 
 def test_few_rows_have_no_gradient():
