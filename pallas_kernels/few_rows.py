@@ -88,7 +88,7 @@ def own_sums(warp, lane, rows: int):
 
 @traced_once("config")
 def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
-  """x @ w of a matrix w in MXFP4 or in FP8, accumulated in float32.
+  """x @ w of a matrix w in MXFP4 or in FP8, accumulated in float32; of (e, ...) each by its own.
 
   Args:
     x: (m, k) bfloat16, 1 to 128 rows, of FP8 1 to 64; k a multiple of 64, of FP8 of 128.
@@ -99,7 +99,14 @@ def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
   Returns:
     (m, n) bfloat16, to the bit the same in each call.
   """
-  m, k, n = _check(x, codes, scales)
+  _check(x, codes, scales)
+  if x.ndim == 3:
+    return _matmul(x, codes, scales, config)
+  return _matmul(*(part[None] for part in (x, codes, scales)), config)[0]
+
+
+def _matmul(x, codes, scales, config):
+  (e, m, k), n = x.shape, codes.shape[2]
   fp8 = scales.dtype == jnp.float32
   if config is None:
     config = TUNING["FP8" if fp8 else "up to 64 rows" if m <= 64 else "more"]
@@ -110,20 +117,23 @@ def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
   steps = k // width
   _check_memory(rows, config, fp8)
   if rows != m:  # TMA reads the swizzled x in units of 8 rows
-    x = jnp.pad(x, ((0, rows - m), (0, 0)))
-  ctas, slots, code_rows = _cluster(n, steps, config), wgs * stages, width // (1 if fp8 else 2)
+    x = jnp.pad(x, ((0, 0), (0, rows - m), (0, 0)))
+  ctas, slots, code_rows = _cluster(e * n, steps, config), wgs * stages, width // (1 if fp8 else 2)
+  x, codes, scales = (part.reshape(-1, part.shape[2]) for part in (x, codes, scales))
   swizzled_x, swizzled_codes = bl.swizzled(jnp.bfloat16), bl.swizzled(jnp.uint8)
   sums_layout = plgpu.Layout.WGMMA
   ring = [plgpu.RefType(transforms) for transforms in (swizzled_x, swizzled_codes, ())]
   memory, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT
 
-  @plgpu.inline_mgpu(arg_types=(memory, memory, memory, *ring, memory, scalar, scalar))
-  def load(ctx, x_gmem, codes_gmem, scales_gmem, x, codes, scales, full, step, tile):
-    step, first = step.registers.item(), pk.Word(tile.registers.item()) * COLUMNS
+  @plgpu.inline_mgpu(arg_types=(memory, memory, memory, *ring, memory, scalar, scalar, scalar))
+  def load(ctx, x_gmem, codes_gmem, scales_gmem, x, codes, scales, full, step, matrix, tile):
+    step, matrix = step.registers.item(), matrix.registers.item()
+    first = pk.Word(tile.registers.item()) * COLUMNS
+    of_all = (pk.Word(matrix) * steps + pk.Word(step)).value  # among the steps of all matrices
     copies = [
-      (x_gmem, x, (0, rows), (step, width), swizzled_x),
-      (codes_gmem, codes, (step, code_rows), (first, COLUMNS), swizzled_codes),
-      (scales_gmem, scales, (step, width // BLOCK), (first, COLUMNS), ()),
+      (x_gmem, x, (matrix, rows), (step, width), swizzled_x),
+      (codes_gmem, codes, (of_all, code_rows), (first, COLUMNS), swizzled_codes),
+      (scales_gmem, scales, (of_all, width // BLOCK), (first, COLUMNS), ()),
     ]
     _copy(ctx, copies[:2] if fp8 else copies, full)  # one scale of FP8 is no copy for TMA
 
@@ -152,15 +162,17 @@ def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
     )
     pk.barrier_of_cta()
 
-  @plgpu.inline_mgpu(arg_types=(sums_layout, ring[0], memory, scalar))
-  def store(ctx, sums: fa.FragmentedArray, x, out, tile: fa.FragmentedArray):
+  @plgpu.inline_mgpu(arg_types=(sums_layout, ring[0], memory, scalar, scalar))
+  def store(ctx, sums: fa.FragmentedArray, x, out, matrix, tile):
     del ctx
     parts = pk.address_of(x), stages * rows * width * 2
-    first = pk.Word(tile.registers.item()) * COLUMNS
+    first = pk.Word(matrix.registers.item()) * (m * n) + pk.Word(tile.registers.item()) * COLUMNS
     _store(sums, parts, pk.pointer_to(out), first, (m, n), wgs, ctas)
 
   def kernel(x_gmem, codes_gmem, scales_gmem, out_gmem, ring_x, ring_codes, ring_scales, full):
     wg, tile = lax.axis_index("worker"), lax.axis_index("tile")
+    matrix = lax.div(tile, jnp.int32(n // COLUMNS))
+    tile = tile - matrix * (n // COLUMNS)
     worker = lax.axis_index("cta") * wgs + wg if ctas > 1 else wg
     count = lax.div(steps - 1 - worker + wgs * ctas, jnp.int32(wgs * ctas))
     initialize(full)
@@ -171,13 +183,15 @@ def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
 
     def fill(i):
       step = worker + i * (wgs * ctas)
-      load(x_gmem, codes_gmem, scales_gmem, *slot(i), step, tile)
+      load(x_gmem, codes_gmem, scales_gmem, *slot(i), step, matrix, tile)
 
     def body(i, sums):
       arrived = *slot(i), lax.rem(lax.div(i, jnp.int32(stages)), jnp.int32(2))
       if fp8:
         block = lax.div((worker + i * (wgs * ctas)) * width, jnp.int32(TILE))
-        scale = scales_gmem[block, tile]  # asked for before the codes are waited for
+        scale = scales_gmem[
+          matrix * (k // TILE) + block, tile
+        ]  # asked for before the codes are waited for
         sums += scale * multiply(*arrived, zeros)
       else:
         sums = multiply(*arrived, sums)
@@ -188,13 +202,13 @@ def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
     zeros = plgpu.layout_cast(jnp.zeros((COLUMNS, rows), jnp.float32), sums_layout)
     for i in range(stages):
       pl.when(i < count)(lambda i=i: fill(jnp.int32(i)))
-    store(lax.fori_loop(0, count, body, zeros), ring_x, out_gmem, tile)
+    store(lax.fori_loop(0, count, body, zeros), ring_x, out_gmem, matrix, tile)
 
   cluster = dict(cluster=(ctas,), cluster_names=("cta",)) if ctas > 1 else {}
-  return plgpu.kernel(
+  out = plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
-    grid=(n // COLUMNS,),
+    out_type=jax.ShapeDtypeStruct((e * m, n), jnp.bfloat16),
+    grid=(e * (n // COLUMNS),),
     grid_names=("tile",),
     **cluster,
     num_threads=wgs,
@@ -207,6 +221,7 @@ def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
     ),
     compiler_params=bl.LANE,
   )(x, codes, scales)
+  return out.reshape(e, m, n)
 
 
 def _copy(ctx, copies, full):
@@ -291,8 +306,8 @@ def _store(sums, parts, out, first, shape, wgs, ctas):
   Args:
     sums: (128, rows) of this worker.
     parts: address in shared memory of the first worker's sums, bytes from each to the next.
-    out: pointer to the result (m, n).
-    first: column of the CTA.
+    out: pointer to the results (e, m, n).
+    first: place of the CTA's first column among them.
   """
   (m, n), (base, stride) = shape, parts
   warp, lane = pk.thread_of_warpgroup()
@@ -360,18 +375,20 @@ def _check_memory(rows, config, fp8):
 def _check(x, codes, scales):
   if x.dtype != jnp.bfloat16:
     raise TypeError(f"x is {x.dtype}, not bfloat16")
-  if x.ndim != 2 or codes.ndim != 2:
-    raise ValueError(f"{x.shape=}, {codes.shape=}: not (m, k) and (k / 2, n)")
-  (m, k), n = x.shape, codes.shape[1]
+  if x.ndim not in (2, 3) or codes.ndim != x.ndim:
+    raise ValueError(f"{x.shape=}, {codes.shape=}: not (m, k) and (k / 2, n), or (e, ...) of each")
+  (*e, m, k), n = x.shape, codes.shape[-1]
   fp8 = scales.dtype == jnp.float32
   most, step = MAX_ROWS["fp8" if fp8 else "mxfp4"], TILE if fp8 else STEP
   if not 1 <= m <= most:
     raise ValueError(f"{m=} rows of x are not 1 to {most}")
   if k % step or n % COLUMNS or not k or not n:
     raise ValueError(f"{k=} is not a multiple of {step}, or {n=} not of {COLUMNS}")
-  bl.check_array("codes", codes, (k if fp8 else k // 2, n), jnp.uint8)
+  results = (*e, m, n)
+  if not 0 < math.prod(results) < 2**30:
+    raise ValueError(f"results of shape {results} are none, or 2^30 and more")
+  bl.check_array("codes", codes, (*e, k if fp8 else k // 2, n), jnp.uint8)
   if fp8:
-    bl.check_array("scales", scales, (k // TILE, n // TILE), jnp.float32)
+    bl.check_array("scales", scales, (*e, k // TILE, n // TILE), jnp.float32)
   else:
-    bl.check_array("scales", scales, (k // BLOCK, n), jnp.uint8)
-  return m, k, n
+    bl.check_array("scales", scales, (*e, k // BLOCK, n), jnp.uint8)

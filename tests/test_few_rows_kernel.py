@@ -224,6 +224,31 @@ def test_fp8_products_on_hopper(m, k, n):
   assert_near(y, x, fp8_values(codes, scales))
 
 
+def of_matrices(e, make, *arguments):
+  """Of e calls of `make`, stacked."""
+  return [
+    np.stack(parts) for parts in zip(*(make(*arguments, seed=i) for i in range(e)), strict=True)
+  ]
+
+
+@gpu
+@pytest.mark.parametrize("m", [1, 9, 64])
+@pytest.mark.parametrize(("e", "k", "n"), [(3, 576, 256), (8, 2048, 4096), (5, 1024, 128)])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_every_matrix_has_its_own_rows_on_hopper(e, k, n, m, fp8):
+  k, variants = (k // 128 * 128, kernel.FP8_VARIANTS) if fp8 else (k, kernel.VARIANTS)
+  make = (fp8_operands, m, k, n) if fp8 else (operands, m, k, n, (110, 130))
+  args = of_matrices(e, *make)
+  for config in (None, *variants.values()):
+    y = kernel.few_rows_matmul(*map(jnp.asarray, args), config=config)
+    for own, *of_own in zip(y, *args, strict=True):
+      alone = kernel.few_rows_matmul(*map(jnp.asarray, of_own), config=config)
+      x, codes, scales = of_own
+      w = fp8_values(codes, scales) if fp8 else dequantized(codes, scales)
+      assert_near(own, x, w)
+      assert_near(alone, x, w)
+
+
 @gpu
 @pytest.mark.parametrize("m", [1, 64])
 def test_scales_of_every_size_on_hopper(m):
@@ -254,6 +279,7 @@ def test_repeats_are_the_same_bits_on_hopper(make, m):
 
 def test_what_the_kernel_can_not_take_is_refused():
   x, codes, scales = map(jnp.asarray, operands(8, 128, 128, (0, 255)))
+  two, none = ([jnp.stack([a] * 2)[:e] for a in (x, codes, scales)] for e in (2, 0))
   for error, message, args in (
     (TypeError, "x is float32, not bfloat16", (x.astype(jnp.float32), codes, scales)),
     (
@@ -268,6 +294,13 @@ def test_what_the_kernel_can_not_take_is_refused():
     (ValueError, "m=65 rows of x are not 1 to 64", fp8_operands(65, 128, 128)),
     (ValueError, "k=192 is not a multiple of 128", fp8_operands(8, 192, 128)),
     (ValueError, r"codes have the shape \(64, 128\)", (x, codes, fp8_operands(8, 128, 128)[2])),
+    (ValueError, "not .m, k. and .k / 2, n., or .e, ....", (x[None], codes, scales)),
+    (
+      ValueError,
+      r"scales have the shape \(1, 4, 128\), not \(2, 4, 128\)",
+      (*two[:2], scales[None]),
+    ),
+    (ValueError, r"results of shape \(0, 8, 128\) are none", none),
   ):
     with pytest.raises(error, match=message):
       kernel.few_rows_matmul(*args)
@@ -284,6 +317,15 @@ def test_the_kernel_can_be_lowered_anywhere(m, k, n, config):
     pytest.skip("a schedule of up to 64 rows")
   matmul = jax.jit(functools.partial(kernel.few_rows_matmul, config=config))
   assert matmul.trace(*args).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("m", [1, 64])
+@pytest.mark.parametrize(("k", "n"), SPLIT[:3])
+def test_the_kernel_of_several_matrices_can_be_lowered_anywhere(m, k, n):
+  args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in of_matrices(3, operands, m, k, n, (0, 1))]
+  matmul = jax.jit(kernel.few_rows_matmul)
+  assert matmul.trace(*args).lower(lowering_platforms=("cuda",))
+  assert jax.eval_shape(matmul, *args).shape == (3, m, n)
 
 
 @pytest.mark.parametrize("m", [1, 33, 64])
