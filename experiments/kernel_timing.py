@@ -38,7 +38,8 @@ def tuning() -> dict[str, dict[str, Any]]:
 
 
 def compiled(f: Callable, *arguments):
-  """f, traced anew: a tuning table may have changed since it was last."""
+  """f, traced anew, its kernels too: a tuning table may have changed since it was last."""
+  jax.clear_caches()
   return jax.jit(lambda *a: f(*a)).lower(*arguments).compile()
 
 

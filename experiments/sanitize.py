@@ -43,6 +43,9 @@ def launches() -> Iterator[tuple[str, Callable, tuple]]:
   for name, config in {"as tuned": None, **few_rows.FP8_VARIANTS}.items():
     kernel = functools.partial(few_rows.few_rows_matmul, config=config)
     yield f"few_rows_matmul of FP8, {name}", kernel, _fp8_operands(60 if config is None else 1)
+  for name, operands in {"MXFP4": _packed_operands(9), "FP8": _fp8_operands(9)}.items():
+    three = tuple(jnp.stack([part] * 3) for part in operands)
+    yield f"few_rows_matmul of three matrices in {name}", few_rows.few_rows_matmul, three
 
 
 def _accepts(case: cases.Case, shape: tuple[int, int]) -> bool:

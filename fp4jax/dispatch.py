@@ -181,7 +181,7 @@ class Order:
 
   The rows of each group are filled up to a multiple of `tile`, and so are the rows after the last
   group's to a fixed number. An empty row holds choice `rows * k`, one more than there are: it
-  gathers zeros.
+  gathers zeros. But of `of_all_tokens` each expert's rows are all tokens, in their order.
   """
 
   choice_of_row: Int32[Array, " row"]
@@ -191,7 +191,7 @@ class Order:
   ids: DrawIds = DrawIds()  # noqa: RUF009
   # Of the products in XLA; None: what a backward pass needs.
   rows_per_tile: int | None = dataclasses.field(default=None, metadata={"static": True})
-  of_all: bool = dataclasses.field(default=False, metadata={"static": True})  # see `of_all_tokens`
+  of_all: bool = dataclasses.field(default=False, metadata={"static": True})  # rows for all tokens
 
   @classmethod
   def of(
@@ -218,7 +218,8 @@ class Order:
 
   @classmethod
   def of_all_tokens(cls, choices: Choices, num_experts: int) -> "Order":
-    """Every expert has a row for every token, an empty one where the token did not choose it."""
+    """Every expert has a row for every token, an empty one where the token did not choose it, and
+    one for two choices of the same expert. The expert is a tile of so many rows."""
     tokens, k = choices.experts.shape
     expert, token = jnp.arange(num_experts, dtype=jnp.int32), jnp.arange(tokens, dtype=jnp.int32)
     chosen = choices.experts == expert[:, None, None]  # (expert, token, k)

@@ -1,10 +1,10 @@
 """Grouped matmul for mixture-of-experts: each expert's rows times that expert's weights.
 
-Rows come sorted by expert. They are laid out in tiles of `TILE` rows, of fewer in a decoding step,
-that belong to one expert each, a group's last tile filled up with zeros, so that every GEMM becomes
-a batch of equal products and neither a block along the tokens nor a Hadamard group ever reaches
-into another group's rows. Each row draws by a number of its own, and each expert's weights by
-theirs.
+Rows come sorted by expert. They are laid out in tiles of `TILE` rows that belong to one expert
+each, a group's last tile filled up with zeros: every GEMM becomes a batch of equal products, and
+neither a block along the tokens nor a Hadamard group ever reaches into another group's rows. In a
+decoding step a tile has fewer rows, or each expert all tokens (`EqualGroups`). Each row draws by a
+number of its own, and each expert's weights by theirs.
 """
 
 import dataclasses

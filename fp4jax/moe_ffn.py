@@ -126,8 +126,9 @@ def moe_ffn(
       has evenly, not of 128, whichever reads the weights less: for a decoding step, which has no
       backward pass. The numbers are the same up to the order of float32 sums.
     weights_once: where fprop and dgrad read the weights alike in FP8, "mosaic" quantizes them for
-      both in one read and keeps the codes of dgrad, a byte a value; otherwise the backward pass
-      reads the weights again. The numbers are the same.
+      both in one read and keeps the codes of dgrad, a byte a value, by the name "experts.weights"
+      of `jax.ad_checkpoint`; otherwise the backward pass reads the weights again. The numbers are
+      the same.
   Returns:
     The sum; with a capacity_factor also how many choices this device dropped.
   Raises:
@@ -277,7 +278,8 @@ def _fwd(
     tensor = tensor.kept_for(recipe.dgrad.rhs.source, forward.rhs)
     if forward.weights is None:
       return tensor
-    return dataclasses.replace(tensor, original=None, packed=None, as_read=forward.weights)
+    as_read = checkpoint_name(forward.weights, "experts.weights")
+    return dataclasses.replace(tensor, original=None, packed=None, as_read=as_read)
 
   kept_h = "original" if residual.hidden is None else "residual"
   as_read = recipe.wgrad.lhs.source == "fprop"

@@ -88,16 +88,17 @@ def own_sums(warp, lane, rows: int):
 
 @traced_once("config")
 def few_rows_matmul(x, codes, scales, *, config: TuningConfig | None = None):
-  """x @ w of a matrix w in MXFP4 or in FP8, accumulated in float32; of (e, ...) each by its own.
+  """x @ w of a matrix w in MXFP4 or in FP8, accumulated in float32.
 
   Args:
-    x: (m, k) bfloat16, 1 to 128 rows, of FP8 1 to 64; k a multiple of 64, of FP8 of 128.
+    x: (m, k) bfloat16, 1 to 128 rows, of FP8 1 to 64; k a multiple of 64, of FP8 of 128. Or
+      (e, m, k), and as many matrices, each for its own rows.
     codes: MXFP4: (k / 2, n) uint8, n a multiple of 128: two values of k in a byte, the first in the
       low nibble. FP8: (k, n) uint8, E4M3 without NaN.
     scales: MXFP4: (k / 32, n) uint8, E8M0; NaN where 255. FP8: (k / 128, n / 128) float32.
 
   Returns:
-    (m, n) bfloat16, to the bit the same in each call.
+    (m, n) or (e, m, n) bfloat16, to the bit the same in each call.
   """
   _check(x, codes, scales)
   if x.ndim == 3:
@@ -189,9 +190,8 @@ def _matmul(x, codes, scales, config):
       arrived = *slot(i), lax.rem(lax.div(i, jnp.int32(stages)), jnp.int32(2))
       if fp8:
         block = lax.div((worker + i * (wgs * ctas)) * width, jnp.int32(TILE))
-        scale = scales_gmem[
-          matrix * (k // TILE) + block, tile
-        ]  # asked for before the codes are waited for
+        # Asked for before the codes are waited for.
+        scale = scales_gmem[matrix * (k // TILE) + block, tile]
         sums += scale * multiply(*arrived, zeros)
       else:
         sums = multiply(*arrived, sums)

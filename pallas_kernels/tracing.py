@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import numpy as np
 
 
 def traced_once(*static: str):
@@ -12,4 +13,19 @@ def traced_once(*static: str):
   layer, 0.3 s each, and compile it for every call outside jit. Inlined, the program of a caller is
   what it is without. What else the wrapper reads, such as TUNING, is read while it is traced.
   """
-  return functools.partial(jax.jit, static_argnames=static, inline=True)
+
+  def decorate(wrapper):
+    traced = jax.jit(wrapper, static_argnames=static, inline=True)
+
+    @functools.wraps(wrapper)
+    def call(*args, **kwargs):
+      for x in jax.tree.leaves((args, kwargs)):
+        # Which jit would narrow before the wrapper can refuse it.
+        if isinstance(x, np.ndarray) and x.dtype != jax.dtypes.canonicalize_dtype(x.dtype):
+          name = wrapper.__name__.lstrip("_")
+          raise TypeError(f"{name} got an array of {x.dtype}; kernels take no 64 bits")
+      return traced(*args, **kwargs)
+
+    return call
+
+  return decorate

@@ -3,10 +3,12 @@
 import dataclasses
 import importlib
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from experiments import kernel_cases, kernel_sweep, kernel_timing
+from pallas_kernels import dequantize
 
 MODULES = sorted({entry.module for entry in kernel_sweep.ENTRIES})
 
@@ -74,3 +76,15 @@ def test_a_candidate_that_is_wrong_has_no_time(monkeypatch):
     (row,) = kernel_sweep.sweep(kernel_sweep.Entry("mxfp4", "nearest", [{"runs": 8}], time))
     assert row["error"] == message and row["time_us"] == (None if message else 1e3)
   kernel_sweep._prepared.cache_clear()
+
+
+def test_a_kernel_is_compiled_with_the_table_as_it_is(monkeypatch):
+  arguments = jnp.zeros((256, 128), jnp.uint8), jnp.zeros((256, 8), jnp.uint8)
+  traced = lambda: str(jax.make_jaxpr(lambda *a: dequantize.dequantize_mxfp4(*a))(*arguments))  # noqa: E731
+  before = traced()
+  monkeypatch.setitem(dequantize.TUNING, "rows", {"runs": 2})
+  assert traced() == before
+  with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
+    kernel_timing.compiled(dequantize.dequantize_mxfp4, *arguments)
+  assert traced() != before
+  jax.clear_caches()

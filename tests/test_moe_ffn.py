@@ -1,6 +1,7 @@
 """The MoE feed-forward: NumPy's gradients, the composed layers' numbers, and what is saved."""
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import fp4jax
 import pallas_kernels
 from fp4jax import grouped_dot, implementation, moe_ffn, operands, recipes
 from fp4jax.dispatch import Choices, Order
+from fp4jax.models.remat import Remat, rematerialize
 from fp4jax.swiglu import swiglu
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -329,6 +331,19 @@ def test_what_is_kept_of_weights_that_are_read_once(hopper):
   codes = {leaf.shape for leaf in kept(True) if leaf.dtype == jnp.float8_e4m3fn}
   assert codes == {w.shape for w in of_experts}
   assert not any(leaf.dtype == jnp.bfloat16 for leaf in kept(True))
+
+
+@pytest.mark.parametrize("remat", get_args(Remat)[1:])
+def test_weights_that_are_read_once_are_kept_where_gemms_run_once(remat, hopper):
+  x, *of_experts, experts, weights, _ = inputs(40, 128, 128, 3, dtype=jnp.bfloat16)
+
+  def block(w13, w2):
+    return moe_ffn(x, w13, w2, experts, weights, HOPPER, weights_once=True)
+
+  block = rematerialize(block, remat, HOPPER.residual)
+  kept = jax.tree.leaves(jax.eval_shape(lambda *w: jax.vjp(block, *w)[1], *of_experts))
+  codes = [leaf.shape for leaf in kept if leaf.ndim == 3 and leaf.dtype == jnp.float8_e4m3fn]
+  assert sorted(codes) == ([] if remat == "everything" else sorted(w.shape for w in of_experts))
 
 
 def test_a_forward_pass_alone_makes_one_orientation(hopper, monkeypatch):

@@ -4,12 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from experiments import sanitize
-from pallas_kernels import bf16_matmul, exchange
+from pallas_kernels import bf16_matmul, exchange, fp8, grouped_matmul
 
 
 def kernels(jaxpr):
@@ -54,3 +56,11 @@ def test_exchanges():
     lambda x, slots: exchange.collect(jnp.concatenate([x, x]), slots, "all"),
   ):
     assert_traced_once(over(program), x, slots)
+
+
+def test_arrays_of_64_bits_are_not_narrowed():
+  with pytest.raises(TypeError, match="quantize_fp8_rows got an array of float64"):
+    fp8.quantize_fp8_rows(np.ones((128, 128)))
+  x, scales = jnp.ones((128, 128), jnp.float8_e4m3fn), jnp.ones((1, 128))
+  with pytest.raises(TypeError, match="grouped_matmul got an array of int64"):
+    grouped_matmul.grouped_matmul(x, scales, x[None], jnp.ones((1, 1, 1)), np.array([128]))

@@ -28,6 +28,7 @@ def rematerialize(block: Callable, remat: Remat, packed: Residual, looped: bool 
                               float32 logits and the order of the rows. Of a dense or shared block
                               its input and the output of its first GEMM, in the activations' dtype
       attention+norm+experts  of these only what the recipe packs, and the routing
+                              (both: with `weights_once` also the codes of the experts' weights)
       everything              nothing
 
   So none but the first keeps anything of attention; the first two run the GEMMs of the experts
@@ -39,10 +40,11 @@ def rematerialize(block: Callable, remat: Remat, packed: Residual, looped: bool 
       return block
     case "attention+norm":
       x = "feed_forward.x" if packed.lhs is None else "experts.x"
-      names = (*_ROUTING, x, "experts.h", "feed_forward.h")
+      names = (*_ROUTING, x, "experts.h", "experts.weights", "feed_forward.h")
     case "attention+norm+experts":
       formats = {"experts.x": packed.lhs, "experts.h": packed.hidden}
-      names = (*_ROUTING, *(name for name, fmt in formats.items() if fmt is not None))
+      kept = (name for name, fmt in formats.items() if fmt is not None)
+      names = (*_ROUTING, "experts.weights", *kept)
     case "everything":
       names = ()
     case _:
