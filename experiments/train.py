@@ -101,7 +101,7 @@ def make_trainer(
   make_model = functools.partial(LanguageModel, config.model, vocab_size)
   model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
   graph, _ = nnx.split(model)
-  norm_of_grads = norm_of(config.model.unroll)
+  norm_of_grads = norm_of(model.unroll)
   optimizer = make_optimizer(config.optimizer, config.steps, matrices(model), norm_of_grads)
   taps = jax.tree.map(jnp.zeros_like, jax.eval_shape(model.new_taps))
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jaxprs import equations
 
 import fp4jax
 from fp4jax import moe_ffn, operands, recipes
@@ -197,17 +197,9 @@ def test_parts_of_weights_that_are_read_once_have_the_same_numbers(hopper):
 def gathered(recipe):
   """Dtypes of what a layer gathers, but for its plan."""
   run = over_mesh(recipe, make_mesh(2, 2), of_weights=COLUMNS, weight_axis="data")
-  found = []
-
-  def visit(jaxpr):
-    for eqn in jaxpr.eqns:
-      if eqn.primitive.name == "all_gather":
-        found.extend(v.aval.dtype.name for v in eqn.invars if v.aval.ndim == 3)
-      for inner in jaxprs_in_params(eqn.params):
-        visit(inner)
-
-  visit(jax.make_jaxpr(run)(*inputs(d=256, f=128)).jaxpr)
-  return found
+  program = jax.make_jaxpr(run)(*inputs(d=256, f=128)).jaxpr
+  gathers = [eqn for eqn in equations(program) if eqn.primitive.name == "all_gather"]
+  return [v.aval.dtype.name for eqn in gathers for v in eqn.invars if v.aval.ndim == 3]
 
 
 def test_codes_and_scales_of_weights_are_gathered():
@@ -236,18 +228,9 @@ def test_columns_that_cut_what_is_read_as_one_are_refused():
 def exchanged(recipe, d=D):
   """Bytes a token-slot of each all-to-all of forward and backward pass, by dtype and width."""
   run = over_mesh(recipe, make_mesh(1, 4))
-  found = []
-
-  def visit(jaxpr):
-    for eqn in jaxpr.eqns:
-      if eqn.primitive.name == "all_to_all":
-        for v in eqn.invars:
-          found.append((str(v.aval.dtype), *v.aval.shape[2:]))
-      for inner in jaxprs_in_params(eqn.params):
-        visit(inner)
-
-  visit(jax.make_jaxpr(run)(*inputs()).jaxpr)
-  return found
+  program = jax.make_jaxpr(run)(*inputs()).jaxpr
+  sent = [eqn for eqn in equations(program) if eqn.primitive.name == "all_to_all"]
+  return [(str(v.aval.dtype), *v.aval.shape[2:]) for eqn in sent for v in eqn.invars]
 
 
 def test_rows_travel_packed():

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jaxprs import equations
 
 from experiments.checks import validate
 from experiments.config import Experiment
@@ -188,11 +188,9 @@ def test_a_dense_model_over_fsdp_brings_weights_to_tokens(recipe):
 
 def scans(jaxpr):
   """What each scan returns, with whether it goes back."""
-  for eqn in jaxpr.eqns:
+  for eqn in equations(jaxpr):
     if eqn.primitive is lax.scan_p:
       yield eqn.params["reverse"], [v.aval for v in eqn.outvars]
-    for inner in jaxprs_in_params(eqn.params):
-      yield from scans(inner)
 
 
 @pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 1, 4), (1, 2, 2)])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.extend.core import jaxprs_in_params
+from jaxprs import equations
 
 from experiments.checks import validate
 from experiments.config import Experiment, Optimizer
@@ -108,8 +108,7 @@ def test_bytes_kept_by_hand(recipe, model, expected):
 
 def gemms(jaxpr):
   """How often a dot_general is, those of a scan's body once, for its layers do the same."""
-  inner = [own for eqn in jaxpr.eqns for own in jaxprs_in_params(eqn.params)]
-  return sum(eqn.primitive is lax.dot_general_p for eqn in jaxpr.eqns) + sum(map(gemms, inner))
+  return sum(eqn.primitive is lax.dot_general_p for eqn in equations(jaxpr))
 
 
 @pytest.mark.parametrize(

@@ -6,32 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jaxprs import equations
 
 from experiments import sanitize
 from pallas_kernels import bf16_matmul, exchange, fp8, grouped_matmul
 
 
-def kernels(jaxpr):
-  """The kernels that a program calls, in order."""
-  found = []
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "mpmd_map":
-      found += eqn.params["jaxprs"]
-    else:
-      found += [k for inner in jaxprs_in_params(eqn.params) for k in kernels(inner)]
-  return found
-
-
-def traced(program, arguments):
-  """As a program of its own: JAX knows no trace of it."""
-  return kernels(jax.make_jaxpr(lambda *a: program(*a))(*arguments).jaxpr)
+def kernels(program, arguments):
+  """Those that `program` calls, in order, in a program of its own: JAX knows no trace of it."""
+  traced = jax.make_jaxpr(lambda *a: program(*a))(*arguments).jaxpr
+  calls = [eqn for eqn in equations(traced) if eqn.primitive.name == "mpmd_map"]
+  return [kernel for eqn in calls for kernel in eqn.params["jaxprs"]]
 
 
 def assert_traced_once(program, *arguments):
-  first, second = (traced(program, arguments) for _ in range(2))
+  first, second = (kernels(program, arguments) for _ in range(2))
   assert first and all(a is b for a, b in zip(first, second, strict=True))
 
 

@@ -49,7 +49,7 @@ def make_policy_trainer(
   """Functions that train the weights of `model` under `policy`; nothing is compiled before."""
   graph, _ = nnx.split(model)
   updates = config.steps * config.grpo.iterations * config.grpo.minibatches
-  norm_of_grads = norm_of(config.model.unroll)
+  norm_of_grads = norm_of(model.unroll)
   optimizer = make_optimizer(config.optimizer, updates, matrices(model), norm_of_grads)
   taps = jax.tree.map(jnp.zeros_like, jax.eval_shape(model.new_taps))
   replay = config.rollout.replay_routing and model.is_mixture
