@@ -274,7 +274,7 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
   rows = lambda name: logs.read_rows(results / f"{name}.jsonl")  # noqa: E731
   over_gpus = {
     name: recompute_table(rows(name))
-    for name in ("recompute", "recompute_32")
+    for name in ("recompute", "recompute_32", "recompute_unrolled_24")
     if (results / f"{name}.jsonl").exists()
   }
   if (results / "scaling.jsonl").exists():
@@ -295,6 +295,7 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
         {length: rows(f"moe_wide_{length}_memory") for length in (512, 4096)},
       ),
       "moe_wide_attention": step_time_table(rows("moe_wide_4096_attention_step_time")),
+      "moe_wide_attention_512": step_time_table(rows("moe_wide_512_attention_step_time")),
       "dispatch": dispatch_table(rows("dispatch")),
       "layer_bytes": layer_bytes_table(rows("dispatch")),
     }

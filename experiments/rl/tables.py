@@ -193,6 +193,7 @@ _TABLES = {
   "rl_moe_replay": arms_table,
   "rl_moe_parts": parts_table,
   "rl_rollout": rollout_table,
+  "rl_rollout_moe": rollout_table,
   "qat": qat_table,
 }
 
