@@ -12,7 +12,7 @@ import numpy as np
 import fp4jax
 from fp4jax import QuantizedArray, formats
 from fp4jax.swiglu import swiglu, swiglu_backward
-from pallas_kernels import convert, fp8, mxfp4
+from pallas_kernels import convert, fp8, gather, mxfp4
 from pallas_kernels import dequantize as dequantizer
 from pallas_kernels import swiglu as swiglu_kernel
 
@@ -123,9 +123,12 @@ def _bf16(x):
   return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
 
 
+def _scales(power_of_two):
+  return "power of two" if power_of_two else "float32"
+
+
 def _fp8(power_of_two):
-  kind = "power of two" if power_of_two else "float32"
-  options = dict(power_of_two=power_of_two)
+  kind, options = _scales(power_of_two), dict(power_of_two=power_of_two)
   return (
     Case(
       f"quantize_fp8_rows {kind}",
@@ -172,6 +175,31 @@ def _fp8(power_of_two):
       _float32_experts,
       benchmarked=not power_of_two,
     ),
+  )
+
+
+def _gathered(power_of_two):
+  """Rows of x in another order, a few of them nowhere in x."""
+
+  def prepare(x):
+    rng = np.random.default_rng(0)
+    rows = rng.permutation(len(x)).astype(np.int32)
+    rows[::61] = len(x)
+    return x, jnp.asarray(rows), jnp.asarray(rng.uniform(-1, 1, len(x)), jnp.float32)
+
+  def definition(arguments):
+    x, rows, factors = arguments
+    values = x.at[rows].get(mode="fill", fill_value=0).astype(jnp.float32)
+    values = _bf16(jnp.where((rows < len(x))[:, None], values * factors[:, None], 0.0))
+    return *_rows(values, power_of_two), *_rows(values.T, power_of_two)
+
+  return Case(
+    f"gather_fp8_both {_scales(power_of_two)}",
+    lambda arguments: gather.gather_fp8_both(*arguments, power_of_two=power_of_two),
+    definition,
+    2 + 2 * _FP8_BYTES,
+    prepare,
+    benchmarked=not power_of_two,
   )
 
 
@@ -292,6 +320,8 @@ CASES = (
   *(_mxfp4_both(rule) for rule in ("floor", "even", "rceil", "oas")),
   *_fp8(False),
   *_fp8(True),
+  _gathered(False),
+  _gathered(True),
   *(_narrow(rule) for rule in ("floor", "even", "rceil", "oas")),
   Case(
     "mxfp4_to_fp8_rows",

@@ -10,7 +10,7 @@ from fp4jax.formats import Format
 from fp4jax.grouped import TILE, EqualGroups, Tiles
 from fp4jax.linear import XlaGemms
 from fp4jax.mosaic import gemms as mosaic
-from fp4jax.operands import Forward, Summaries
+from fp4jax.operands import Forward, Summaries, scaled_rows
 from fp4jax.quantizers import Source
 from fp4jax.recipe import Recipe
 from fp4jax.swiglu import swiglu, swiglu_backward
@@ -36,6 +36,11 @@ class Gemms(Protocol):
   def gradient(self, dy: Float[Array, "m n"]) -> Any:
     """dy in the implementation's own form, made in one read for both `dgrad` and `wgrad`."""
 
+  def gradient_of_rows(
+    self, dy: Float[Array, "t n"], rows: Int[Array, " m"], factors: Float32[Array, "m 1"]
+  ) -> Any:
+    """`gradient` of factors * dy[rows] in dy's dtype; zeros for a row that does not exist."""
+
   def dgrad(
     self, dy: Any, w: ops.Tensor, forward: Forward
   ) -> tuple[Float[Array, "m k"], Summaries, ops.State]: ...
@@ -54,6 +59,11 @@ class Gemms(Protocol):
 class XlaFfnGemms(XlaGemms):
   def activation(self, h: ops.Tensor, source: Source) -> ops.Tensor:
     return self._activated(h, swiglu(_read_hidden(h, source, h.original.dtype)))
+
+  def gradient_of_rows(
+    self, dy: Float[Array, "t n"], rows: Int[Array, " m"], factors: Float32[Array, "m 1"]
+  ) -> Float[Array, "m n"]:
+    return self.gradient(scaled_rows(dy, rows, factors))
 
   def swiglu_backward(
     self, h: ops.Tensor, g: Float[Array, "m f"], after: Float32[Array, "m 1"]

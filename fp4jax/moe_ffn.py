@@ -324,7 +324,7 @@ def _bwd(recipe, implementation, mesh, weights_once, saved, dout):
   weight = take_rows(weights.reshape(-1, 1), order.choice_of_row)
   divisible = jnp.abs(weight) >= SMALLEST_DIVISOR
   before, after = jnp.where(divisible, weight, 1), jnp.where(divisible, 1, weight)
-  dy = second.gradient((take_rows(dout_sent, token).astype(jnp.float32) * before).astype(dtype))
+  dy = second.gradient_of_rows(dout_sent, token, before)
   in_13, in_2 = _read_in(recipe, implementation, dtypes, dtype)
   g, dgrad_2, dgrad_states_2 = second.dgrad(dy, w2.cast(in_2), forwards[1])
 

@@ -274,6 +274,13 @@ def take_rows(x: Shaped[Array, "t ..."], rows: Int[Array, "*m"] | None) -> Shape
   return x if rows is None else x.at[rows].get(mode="fill", fill_value=0)
 
 
+def scaled_rows(
+  x: Float[Array, "t k"], rows: Int[Array, " m"], factors: Float32[Array, "m 1"]
+) -> Float[Array, "m k"]:
+  """factors * x[rows], in x's dtype."""
+  return (take_rows(x, rows).astype(jnp.float32) * factors).astype(x.dtype)
+
+
 def quantized_roles(recipe: Recipe) -> dict[str, Format]:
   """The format of each role that `recipe` quantizes, in the order of `ROLES`: a tap's live rows."""
   found = {}

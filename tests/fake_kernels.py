@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 import fp4jax
 from experiments.kernel_cases import BY_NAME
+from fp4jax.operands import scaled_rows
 from fp4jax.swiglu import swiglu, swiglu_backward
 
 quantize = functools.partial(fp4jax.quantize, implementation="xla")
@@ -38,6 +39,10 @@ def fake_kernels() -> dict[str, types.SimpleNamespace]:
 
   def both(x, *, power_of_two):
     return *rows(x, power_of_two=power_of_two), *columns(x, power_of_two=power_of_two)
+
+  def gathered(x, rows, factors, *, power_of_two):
+    assert rows.dtype == jnp.int32 and factors.shape == rows.shape
+    return both(scaled_rows(x, rows, factors[:, None]), power_of_two=power_of_two)
 
   def weights(w, *, power_of_two, rows=True, columns=True):
     fmt = fp4jax.FP8_BLOCK_POW2_2D if power_of_two else fp4jax.FP8_BLOCK_2D
@@ -117,6 +122,7 @@ def fake_kernels() -> dict[str, types.SimpleNamespace]:
       quantize_fp8_both=both,
       quantize_fp8_weights=weights,
     ),
+    "gather": types.SimpleNamespace(gather_fp8_both=gathered),
     "mxfp4": types.SimpleNamespace(quantize_mxfp4=mxfp4),
     "dequantize": types.SimpleNamespace(dequantize_mxfp4=values),
     "convert": types.SimpleNamespace(

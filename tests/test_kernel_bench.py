@@ -159,7 +159,7 @@ def test_moe_ffn(fault, hopper, monkeypatch):
 
   monkeypatch.setattr(bench, "check_rows", check_rows)
   row = bench._moe_ffn("fp8", 4, 2)
-  assert "quantize_fp8_both" in hopper
+  assert "gather_fp8_both" in hopper
   if fault is None:
     assert row["time_us"] == row["forward_us"] == 1e3 and "failed" not in row
     return

@@ -13,7 +13,7 @@ from experiments import kernel_cases as cases
 from experiments.kernel_checks import near, runs_that_differ
 from fp4jax import dequantize, formats, hadamard
 from fp4jax.quantized_array import QuantizedArray
-from pallas_kernels import convert, fp8, mxfp4, swiglu, transpose
+from pallas_kernels import convert, fp8, gather, mxfp4, swiglu, transpose
 from pallas_kernels import dequantize as dequantizer
 
 gpu = pytest.mark.gpu
@@ -235,6 +235,24 @@ def zeros(*shape, dtype=BF16):
     (ValueError, "m >= 8", fp8.quantize_fp8_rows, [zeros(4, 128)]),
     (ValueError, r"m % 128 == k % 128", fp8.quantize_fp8_columns, [zeros(100, 128)]),
     (TypeError, "x is float32", fp8.quantize_fp8_both, [zeros(128, 128, dtype=F32)]),
+    (
+      ValueError,
+      "100 rows are not .* m % 128",
+      gather.gather_fp8_both,
+      [zeros(64, 128), zeros(100, dtype=jnp.int32), zeros(100, dtype=F32)],
+    ),
+    (
+      TypeError,
+      "rows are uint32, not int32",
+      gather.gather_fp8_both,
+      [zeros(64, 128), zeros(128, dtype=jnp.uint32), zeros(128, dtype=F32)],
+    ),
+    (
+      ValueError,
+      r"factors have the shape \(128, 1\), not \(128,\)",
+      gather.gather_fp8_both,
+      [zeros(64, 128), zeros(128, dtype=jnp.int32), zeros(128, 1, dtype=F32)],
+    ),
     (
       TypeError,
       "codes are uint8, not float8_e4m3fn",

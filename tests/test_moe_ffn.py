@@ -296,7 +296,7 @@ def test_mosaic_computes_what_xla_computes(recipe, hopper):
   counts = {name: hopper.count(name) for name in set(hopper)}
   assert counts["grouped_matmul"] == 4 and counts["grouped_wgrad"] == 2
   if recipe is not recipes.BF16:
-    assert counts["quantize_fp8_both"] == counts["swiglu_backward_fp8"] == 1
+    assert counts["gather_fp8_both"] == counts["swiglu_backward_fp8"] == 1
     assert counts.get("quantize_mxfp4", 0) == (0 if recipe.residual.lhs is None else 2)
 
 

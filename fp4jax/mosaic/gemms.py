@@ -17,7 +17,7 @@ from fp4jax import operands as ops
 from fp4jax.formats import Format
 from fp4jax.implementation import device_obstacle, dtype_obstacle
 from fp4jax.mosaic.quantize import MIN_ROWS, MXFP4
-from fp4jax.operands import Forward, take_rows
+from fp4jax.operands import Forward, scaled_rows, take_rows
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.quantizers import Operand, Source
 from fp4jax.recipe import Recipe
@@ -200,12 +200,26 @@ class MosaicGemms:
       return Gradient(dy, dy)
     from pallas_kernels import fp8
 
-    if dgrad and wgrad and self._pow2("dgrad.lhs") == self._pow2("wgrad.rhs"):
+    if self._reads_gradient_alike():
       both = fp8.quantize_fp8_both(dy, **self._pow2("dgrad.lhs"))
       return Gradient(Scaled(*both[:2]), Scaled(*both[2:]))
     rows = Scaled(*fp8.quantize_fp8_rows(dy, **self._pow2("dgrad.lhs"))) if dgrad else dy
     columns = Scaled(*fp8.quantize_fp8_columns(dy, **self._pow2("wgrad.rhs"))) if wgrad else dy
     return Gradient(rows, columns)
+
+  def gradient_of_rows(
+    self, dy: BFloat16[Array, "t n"], rows: Int[Array, " m"], factors: Float32[Array, "m 1"]
+  ) -> Gradient:
+    if not self._reads_gradient_alike():
+      return self.gradient(scaled_rows(dy, rows, factors))
+    from pallas_kernels import gather
+
+    both = gather.gather_fp8_both(dy, rows, factors[:, 0], **self._pow2("dgrad.lhs"))
+    return Gradient(Scaled(*both[:2]), Scaled(*both[2:]))
+
+  def _reads_gradient_alike(self) -> bool:
+    fp8 = self._fp8("dgrad.lhs") and self._fp8("wgrad.rhs")
+    return fp8 and self._pow2("dgrad.lhs") == self._pow2("wgrad.rhs")
 
   def dgrad(self, dy: Gradient, w: ops.Tensor, forward: Forward):
     if not self._fp8("dgrad.rhs"):
