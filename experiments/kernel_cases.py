@@ -36,7 +36,7 @@ class Case:
   bytes_per_value: float
   prepare: Callable = lambda x: x
   benchmarked: bool = True  # False where another rule or scale costs the same
-  exact: bool = True  # bit for bit; False: but for the last bit of exp, see `kernel_checks.near`
+  exact: bool = True  # bit for bit; False: but for the last bits of exp, see `kernel_checks.near`
 
 
 def mxfp4_format(rule: str) -> formats.BlockFormat:
@@ -345,7 +345,7 @@ CASES = (
     _pack_mxfp4,
   ),
 )
-# Equal but for the last bit of exp.
+# Equal but for the last bits of exp.
 SWIGLU = tuple(
   case(packed, power_of_two)
   for case in (_swiglu, _swiglu_backward)

@@ -125,9 +125,9 @@ def check_case(case: Case, actual: Any, expected: Any) -> bool:
 
 
 def near(actual: Sequence[Array], expected: Sequence[Array]) -> bool:
-  """Whether results of SwiGLU's kernels, pairs of codes and scales, differ by exp's last bit alone.
+  """Whether results of SwiGLU's kernels, codes and scales, differ by exp's last bits alone.
 
-  It moves few values to the neighbouring bf16, and fewer to another E4M3 code.
+  They move few values to the neighbouring bf16, and fewer to another E4M3 code.
   """
   return bool(_near(tuple(actual), tuple(expected)))
 

@@ -7,7 +7,7 @@ _PEERS = {
   "grouped_row_scaled": "grouped, row scales",
   "grouped_bf16": "grouped, bf16",
 }
-_EQUAL = {True: "every bit", False: "but for the last bit of exp", None: "by statistics"}
+_EQUAL = {True: "every bit", False: "but for the last bits of exp", None: "by statistics"}
 
 
 def elementwise_table(rows: list[Row]) -> str:

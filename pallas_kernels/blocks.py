@@ -6,11 +6,12 @@ found within each lane first and then over a few neighbours.
 """
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import packed as pk
 
 E4M3 = jnp.float8_e4m3fn
 INFINITY = 0x7F800000  # the bits of infinity; NaNs lie above
@@ -51,26 +52,20 @@ def floats(x):
   return lax.bitcast_convert_type(x, jnp.float32)
 
 
-def e4m3_scale(amax, power_of_two: bool):
-  """(scale, what values are multiplied by): amax falls on 448 or, rounded up to 2^n, below it.
+def largest(x, layout):
+  """Of the eight values of each lane, the bits of the largest magnitude as float32, or a NaN's."""
+  of_lanes, shape = layout.reduce(x.ndim - 1), x.shape[:-1]
 
-  NaN and 0 where amax is not finite. A scale is at least 2^-126, which keeps its reciprocal normal.
-  """
-  finite = bits(amax) < INFINITY
-  if power_of_two:
-    # 448 has the mantissa 0x600000: what lies above carries into the exponent.
-    exponent = jnp.maximum(((bits(amax) + 0x1FFFFF) >> 23) - 8, 1)
-    scale, inverse = floats(exponent << 23), floats((254 - exponent) << 23)
-  else:
-    scale = jnp.maximum(amax * np.float32(1 / 448), 2.0**-126)
-    inverse = 1.0 / scale
-  return jnp.where(finite, scale, jnp.nan), jnp.where(finite, inverse, 0.0)
+  @plgpu.inline_mgpu(
+    arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=of_lanes)
+  )
+  def largest(ctx, values: fa.FragmentedArray):
+    del ctx
+    largest_of = pk.largest_half if x.dtype == jnp.bfloat16 else pk.largest_float
+    words = [[largest_of(words)] for words in pk.registers(values)]
+    return pk.fragmented(words, shape, jnp.int32, of_lanes)
 
-
-def to_e4m3(x, inverse):
-  """x times its block's `inverse`, rounded to E4M3, saturating; 0 where the block has no scale."""
-  scaled = jnp.clip(x.astype(jnp.float32) * inverse, -448.0, 448.0)
-  return jnp.where(inverse > 0, scaled, 0.0).astype(E4M3)
+  return largest(x)
 
 
 def fit(rows: int, m: int) -> int:
@@ -109,28 +104,3 @@ def check_array(name, x, shape, dtype):
     raise TypeError(f"{name} are {x.dtype}, not {jnp.dtype(dtype).name}")
   if x.shape != shape:
     raise ValueError(f"{name} have the shape {x.shape}, not {shape}")
-
-
-def quantize_e4m3(x, power_of_two: bool):
-  """Codes of x (row, ...) and a scale per row; in the lanes' own layout."""
-  amax = jnp.max(jnp.abs(x), axis=x.ndim - 1)
-  while amax.ndim > 1:
-    amax = jnp.max(amax, axis=1)
-  scale, inverse = e4m3_scale(amax.astype(jnp.float32), power_of_two)
-  return to_e4m3(x, lax.broadcast_in_dim(inverse, x.shape, (0,))), scale
-
-
-def mxfp4_values(words, scales, layout):
-  """bf16 values (..., 4, 8) in `layout` of words (..., 4) of eight nibbles and E8M0 codes (...).
-
-  E2M1's bits, put at 22, are a float32 2^-126 times as large. NaN where the scale is 255.
-  """
-  shape = (*words.shape, 8)
-  leading = range(len(shape) - 1)
-  shift = 4 * lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-  nibble = lax.broadcast_in_dim(words, shape, leading) >> shift
-  value = lax.bitcast_convert_type(((nibble & 7) << 22) | ((nibble & 8) << 28), jnp.float32)
-  code = scales.astype(jnp.int32)
-  scale = jnp.where(code == 0, 1 << 22, jnp.where(code == 255, 0x7FC00000, code << 23))
-  scale = lax.broadcast_in_dim(floats(scale), shape, leading[:-1])
-  return plgpu.layout_cast(value * 2.0**126 * scale, layout).astype(jnp.bfloat16)

@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks as bl
+from pallas_kernels import e2m1
 from pallas_kernels.tracing import traced_once
 
 # Runs of 32 blocks that a CTA takes.
@@ -44,7 +45,7 @@ def dequantize_mxfp4(codes, scales):
     here = pl.ds(start, span)
     words = plgpu.load(words_gmem.at[here], layout=layout.reduce(2), optimized=False)
     code = plgpu.load(scales_gmem.at[here], optimized=False)
-    out_gmem[here] = bl.mxfp4_values(words, code, layout)
+    out_gmem[here] = e2m1.values(words, code, layout)
 
   words = lax.bitcast_convert_type(codes.reshape(count, 4, 4), jnp.uint32)
   (out,) = plgpu.kernel(

@@ -1,38 +1,19 @@
-"""Rounds eight bf16 values of a lane to E2M1, two to a 32-bit instruction.
+"""Eight bf16 values of a lane and a word of E2M1 nibbles, two values to a 32-bit instruction.
 
-float16 holds bf16's eight bits, and 2^-14 lays E2M1's exponents over its smallest ones, subnormals
-over subnormals: of such a float16 the bits from 9 up are the code and those below it the fraction.
-What float16 cannot hold lies below E2M1's 2^-4 and is rounded to zero all the same.
+To round them: float16 holds bf16's eight bits, and 2^-14 lays E2M1's exponents over its smallest
+ones, subnormals over subnormals: of such a float16 the bits from 9 up are the code and those below
+it the fraction. What float16 can't hold lies below E2M1's 2^-4 and is rounded to zero all the same.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-
-def largest(x, layout):
-  """Largest magnitude of each lane of x (..., 8) bfloat16, as the bits of a float32 or a NaN."""
-
-  @plgpu.inline_mgpu(arg_types=(layout,), return_type=_of_lanes(x, jnp.int32, layout))
-  def lanes(ctx, x: fa.FragmentedArray):
-    del ctx
-    i32 = ir.IntegerType.get_signless(32)
-
-    def largest_of(register):
-      pairs = [_and(pair, 0x7FFF7FFF) for pair in _pairs(register)]
-      while len(pairs) > 1:
-        pairs = [
-          mgpu_utils.inline_ptx("max.NaN.bf16x2 $0, $1, $2;", a, b, result_types=i32)
-          for a, b in zip(pairs[::2], pairs[1::2], strict=True)
-        ]
-      return arith.maxsi(*_halves(pairs[0]))
-
-    return _map(largest_of, layout, [x], is_signed=True)
-
-  return lanes(x)
+from pallas_kernels import packed as pk
 
 
 def rounded(x, inverse, layout, *, clips: bool):
@@ -74,6 +55,44 @@ def rounded(x, inverse, layout, *, clips: bool):
     return _map(word_of, layout, [x, inverse], is_signed=False)
 
   return words(x, inverse)
+
+
+def expand(word):
+  """Four words of two bf16, one for each byte of E2M1 nibbles: values times 2^-126.
+
+  E2M1's three bits of magnitude are the lowest of bf16's exponent and the highest of its fraction,
+  its subnormals bf16's. One multiplication puts them there and the sign at the top.
+  """
+  low, high = word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F
+  # Bytes: low nibble, 0 (the sign of one below 16), high nibble, 0.
+  apart = [low.permute(high, i | (8 + i) << 4 | (4 + i) << 8 | (8 + i) << 12) for i in range(4)]
+  return [(a * (1 << 6 | 1 << 12)) & 0x81C081C0 for a in apart]
+
+
+def values_of(word, scale):
+  """Four words of two bf16, of eight nibbles and the E8M0 code of their block: NaN for 255."""
+  # The codes 0 and 255 have the bit below the exponent: 2^-127 is subnormal, and NaN no infinity.
+  special = ((scale + 1) & 0xFE).equals(0).where(0x40, 0)
+  factor = ((scale << 7) | special) * 0x00010001
+  return [v.times_bf16(0x7E807E80).times_bf16(factor) for v in expand(word)]
+
+
+def values(words, scales, layout):
+  """bf16 (..., 4, 8) in `layout`, of words (..., 4) of eight nibbles and E8M0 codes (...)."""
+  shape, of_lanes = (*words.shape, 8), layout.reduce(words.ndim)
+  scales = lax.broadcast_in_dim(scales.astype(jnp.int32), words.shape, range(words.ndim - 1))
+
+  @plgpu.inline_mgpu(
+    arg_types=(of_lanes, of_lanes),
+    return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=layout),
+  )
+  def expanded(ctx, words: fa.FragmentedArray, scales: fa.FragmentedArray):
+    del ctx
+    registers = zip(pk.registers(words), pk.registers(scales), strict=True)
+    pairs = [values_of(word, scale) for (word,), (scale,) in registers]
+    return pk.fragmented(pairs, shape, jnp.bfloat16, layout)
+
+  return expanded(words, scales)
 
 
 def _of_lanes(x, dtype, layout):

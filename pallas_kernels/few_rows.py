@@ -340,7 +340,7 @@ def _store(sums, parts, out, first, shape, wgs, ctas):
     return add([(place + stride * wg).load_shared(4) for wg in range(wgs)])
 
   def write(row, column, total):
-    halves = [pk.to_bf16(total[i], total[i + 1]) for i in (0, 2)]
+    halves = [total[i + 1].to_bf16(total[i]) for i in (0, 2)]
     pk.store_global(out, (row * n + first + column) << 1, halves)
 
   if ctas == 1:

@@ -8,23 +8,12 @@ pairs of the first 8 and then those of the last 8, of column 2g and of 2g + 1.
 """
 
 from pallas_kernels import packed as pk
+from pallas_kernels.e2m1 import expand
 
 COLUMNS = 128  # of a tile: 128 bytes of codes, one row of a swizzle pattern
 STEP = 64  # along k
 BLOCK = 32  # of MXFP4
 TILE = 128  # of a scale of E4M3, along k and along n
-
-
-def expand(word):
-  """Four words of two bf16, one for each byte of E2M1 nibbles: values times 2^-126.
-
-  E2M1's three bits of magnitude are the lowest of bf16's exponent and the highest of its fraction,
-  its subnormals bf16's. One multiplication puts them there and the sign at the top.
-  """
-  low, high = word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F
-  # Bytes: low nibble, 0 (the sign of one below 16), high nibble, 0.
-  apart = [low.permute(high, i | (8 + i) << 4 | (4 + i) << 8 | (8 + i) << 12) for i in range(4)]
-  return [(a * (1 << 6 | 1 << 12)) & 0x81C081C0 for a in apart]
 
 
 def values(word, scales):

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks as bl
+from pallas_kernels import e4m3
 from pallas_kernels.tracing import traced_once
 
 # Runs of 8 rows that a CTA of the row quantizer takes.
@@ -45,7 +46,8 @@ def quantize_fp8_rows(x, *, power_of_two: bool = False):
     here, block = bl.tile_of(m, rows, k // TILE)
     layout = bl.block_layout(16, 8)
     values = plgpu.load(x_gmem.at[here, block], layout=layout, optimized=False)
-    codes_gmem[here, block], scales_gmem[block, here] = bl.quantize_e4m3(values, power_of_two)
+    codes, scales_gmem[block, here] = e4m3.quantize(values, layout, power_of_two)
+    codes_gmem[here, block] = codes
 
   codes, scales = plgpu.kernel(
     kernel,
@@ -125,7 +127,7 @@ def _tiles(x, power_of_two, *, rows, columns, square):
     copies = []
     if square:
       amax = jnp.max(jnp.max(jnp.abs(_read(x_smem)), axis=1).astype(jnp.float32), axis=0)
-      scale, inverse = bl.e4m3_scale(amax, power_of_two)
+      scale, inverse = e4m3.scale(bl.bits(amax), power_of_two)
       out[-1][g, i, j] = scale
     for wanted, view, target, block in (
       (rows, x_smem, (here, there), j),
@@ -137,12 +139,12 @@ def _tiles(x, power_of_two, *, rows, columns, square):
       codes_smem, codes_gmem = tiles.pop(0), out.pop(0)
       if not square:
         amax = jnp.max(jnp.abs(values), axis=1).astype(jnp.float32)
-        scale, inverse = bl.e4m3_scale(amax, power_of_two)
+        scale, inverse = e4m3.scale(bl.bits(amax), power_of_two)
         out.pop(0)[g, block, target[0]] = scale
         inverse = plgpu.layout_cast(
           lax.broadcast_in_dim(inverse, values.shape, (0,)), plgpu.Layout.WGMMA
         )
-      codes_smem[...] = bl.to_e4m3(values, inverse)
+      codes_smem[...] = e4m3.rounded(values, inverse)
       copies.append((codes_smem, codes_gmem.at[g, *target]))
     plgpu.commit_smem()
     for source, target in copies:

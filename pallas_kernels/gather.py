@@ -17,6 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import blocks as bl
+from pallas_kernels import e4m3
 from pallas_kernels import transpose as tr
 from pallas_kernels.tracing import traced_once
 
@@ -60,7 +61,7 @@ def gather_fp8_both(x, rows, factors, *, power_of_two: bool = False):
         )
         values = values.astype(jnp.float32) * whole(factor)
         values = jnp.where(whole(there), values, 0.0).astype(jnp.bfloat16)
-        codes_gmem[here, j], scales_gmem[j, here] = bl.quantize_e4m3(values, power_of_two)
+        codes_gmem[here, j], scales_gmem[j, here] = e4m3.quantize(values, tr.ROWS, power_of_two)
         parts.append(values)
       tr.write(parts, smem.at[pl.ds(block * 32, 32)])
 
@@ -68,7 +69,8 @@ def gather_fp8_both(x, rows, factors, *, power_of_two: bool = False):
     for start in range(0, TILE, 64):
       values = tr.read(smem.at[:, pl.ds(start, 64)])
       there = pl.ds(j * TILE + start, 64)
-      codes_t_gmem[there, i], scales_t_gmem[i, there] = bl.quantize_e4m3(values, power_of_two)
+      codes, scales_t_gmem[i, there] = e4m3.quantize(values, tr.COLUMNS, power_of_two)
+      codes_t_gmem[there, i] = codes
 
   codes, scales, codes_t, scales_t = plgpu.kernel(
     kernel,

@@ -48,7 +48,7 @@ def quantize_blocks(x, rule, layout, *, signs=None, seed=None, index=None):
   lane, value = x.ndim - 2, x.ndim - 1
   each_block = tuple(range(lane))
   if pairs:
-    amax = jnp.max(e2m1.largest(x, layout), axis=lane)
+    amax = jnp.max(bl.largest(x, layout), axis=lane)
   else:
     amax = bl.bits(jnp.max(jnp.max(jnp.abs(x), axis=value), axis=lane).astype(jnp.float32))
   scale = jnp.maximum(((amax + _CARRY[rule]) >> 23) - 2, 0)

@@ -5,6 +5,7 @@ and methods, so that the tests run the same functions over arrays of uint32 and 
 GPU. Four codes lie in a word, the first in the lowest byte, or eight nibbles, first lowest.
 """
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
@@ -102,6 +103,10 @@ class Word:
         scf.yield_([w.value for w in words()])
     return [Word(r) for r in branch.results]
 
+  def larger_bf16(self, other):
+    """In either half the larger magnitude of two bf16, of either sign; NaN if one is."""
+    return self._assembly("max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", other)
+
   def times_bf16(self, other):
     """In either half the product of two bf16, rounded to nearest; subnormals are kept."""
     return self._assembly("mul.rn.bf16x2 $0, $1, $2;", other)
@@ -111,9 +116,35 @@ class Word:
     low = self._assembly("min.NaN.bf16x2 $0, $1, $2;", 0x7F7F7F7F)
     return low._assembly("max.NaN.bf16x2 $0, $1, $2;", 0xFF7FFF7F)
 
+  # Words as the bits of float32. Products and sums are rounded apart but in `times_plus_float`.
+
   def plus_float(self, other):
-    """The bits of the sum of two float32."""
     return self._assembly("add.rn.f32 $0, $1, $2;", other)
+
+  def times_float(self, other):
+    return self._assembly("mul.rn.f32 $0, $1, $2;", other)
+
+  def times_plus_float(self, factor, summand):
+    return self._assembly("fma.rn.f32 $0, $1, $2, $3;", factor, summand)
+
+  def exp2_float(self):
+    """2 to the number, off by 2 units in the last place at most; 0 below 2^-126."""
+    return self._assembly("ex2.approx.ftz.f32 $0, $1;")
+
+  def reciprocal_float(self):
+    """Off by one unit in the last place at most; 0 below 2^-126."""
+    return self._assembly("rcp.approx.ftz.f32 $0, $1;")
+
+  def to_bf16(self, low):
+    """This float32 and `low` rounded to bf16, nearest-even, `low` in the lower half."""
+    return self._assembly("cvt.rn.bf16x2.f32 $0, $1, $2;", low)
+
+  def to_e4m3(self, *higher):
+    """This float32 and three others rounded to E4M3, nearest-even, saturated: from the lowest byte
+    up."""
+    code = "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1;"
+    code += " cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; mov.b32 $0, {l, h}; }"
+    return self._assembly(code, *higher)
 
   def of_lane(self, distance: int):
     """The word of the lane whose number differs in the bit `distance`."""
@@ -219,11 +250,6 @@ def store_global(pointer: ir.Value, offset: Word, words: list[Word]):
   )
 
 
-def to_bf16(low: Word, high: Word) -> Word:
-  """Two float32 rounded to bf16, nearest-even, `low` in the lower half."""
-  return high._assembly("cvt.rn.bf16x2.f32 $0, $1, $2;", low)
-
-
 def when(condition: Word, body):
   """body() in the lanes where the condition holds."""
   branch = scf.IfOp(condition.value)
@@ -272,6 +298,32 @@ def largest_byte(words, lanes: int = 1):
   return top >> 24
 
 
+def float_bits(number: float) -> int:
+  """The word of a float32."""
+  return int(np.float32(number).view(np.uint32))
+
+
+def floats(pairs):
+  """The bf16 of the words, two in each, as float32, the lower first."""
+  return [half for pair in pairs for half in (pair << 16, pair & 0xFFFF0000)]
+
+
+def largest_float(words):
+  """The bits of the largest magnitude of float32; a NaN is above all."""
+  top, *others = (w & 0x7FFFFFFF for w in words)
+  for word in others:
+    top = top.max(word)
+  return top
+
+
+def largest_half(pairs):
+  """The largest magnitude of bf16 numbers as the bits of a float32, or a NaN's."""
+  top, *others = pairs
+  for pair in others:
+    top = top.larger_bf16(pair)
+  return top.larger_bf16(top << 16) & 0x7FFF0000
+
+
 def thread_of_warpgroup():
   """(warp, lane) of the thread."""
   thread = Word(mgpu_utils.thread_idx())
@@ -279,33 +331,44 @@ def thread_of_warpgroup():
 
 
 def registers(x: fa.FragmentedArray) -> list[list[Word]]:
-  """The words of every register of x, in the order of its elements."""
+  """The words of every register of x: one for each element, or for two bf16 that are neighbours."""
+  word = ir.IntegerType.get_signless(32)
 
-  def part(register, i):
-    value = vector.extract(
-      register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
-    )
-    word = ir.IntegerType.get_signless(32)
-    return Word(value if value.type == word else arith.bitcast(word, value))
+  def words(register):
+    vector_type = ir.VectorType(register.type)
+    if isinstance(vector_type.element_type, ir.BF16Type):
+      (size,) = vector_type.shape
+      register = vector.bitcast(ir.VectorType.get((size // 2,), word), register)
+    for i in range(ir.VectorType(register.type).shape[0]):
+      value = vector.extract(
+        register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
+      )
+      yield Word(value if value.type == word else arith.bitcast(word, value))
 
-  return [[part(r, i) for i in range(ir.VectorType(r.type).shape[0])] for r in x.registers.flat]
+  return [list(words(r)) for r in x.registers.flat]
 
 
 def fragmented(words: list[list[Word]], shape, dtype, layout: plgpu.Layout) -> fa.FragmentedArray:
-  """The array whose registers hold these words, of which a uint8 keeps the lowest byte."""
-  layout = layout.to_mgpu()
-  element = mgpu_utils.dtype_to_ir_type(np.dtype(dtype))
+  """The array whose registers hold these words: an element each, of which a uint8 keeps the lowest
+  byte, or two bf16, or four E4M3."""
+  layout, dtype = layout.to_mgpu(), np.dtype(dtype)
+  element = mgpu_utils.dtype_to_ir_type(dtype)
+  together = dtype in (jnp.bfloat16, jnp.float8_e4m3fn)
 
   def value(word):
+    if together or element == word.value.type:
+      return word.value
     if isinstance(element, ir.IntegerType):
-      return word.value if element.width == 32 else arith.trunci(element, word.value)
+      return arith.trunci(element, word.value)
     return arith.bitcast(element, word.value)
 
   array = np.empty(len(words), object)
   for i, parts in enumerate(words):
-    array[i] = vector.from_elements(
-      ir.VectorType.get((len(parts),), element), [value(w) for w in parts]
-    )
+    values = [value(w) for w in parts]
+    array[i] = vector.from_elements(ir.VectorType.get((len(parts),), values[0].type), values)
+    if together:
+      size = len(parts) * 4 // dtype.itemsize
+      array[i] = vector.bitcast(ir.VectorType.get((size,), element), array[i])
   signed = False if isinstance(element, ir.IntegerType) else None
   array = array.reshape(layout.registers_shape(shape))
   return fa.FragmentedArray(_registers=array, _layout=layout, _is_signed=signed)

@@ -3,13 +3,18 @@
 The activation never lies in memory in bf16, nor do the gradients of gate and up.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks as bl
+from pallas_kernels import e2m1, e4m3, swiglu_words
+from pallas_kernels import packed as pk
 from pallas_kernels import transpose as tr
 from pallas_kernels.tracing import traced_once
 
@@ -43,9 +48,10 @@ def swiglu_fp8_rows(h, *, power_of_two: bool = False):
   def kernel(*refs):
     *h_gmem, codes_gmem, scales_gmem = refs
     here, block = bl.tile_of(m, rows, blocks)
-    gate, up = (_half(h_gmem, here, half, block).astype(jnp.float32) for half in (0, 1))
-    activation = (gate * _sigmoid(gate) * up).astype(jnp.bfloat16)
-    codes_gmem[here, block], scales_gmem[block, here] = bl.quantize_e4m3(activation, power_of_two)
+    halves = [_load_half(h_gmem, here, half, block) for half in (0, 1)]
+    activation = _forward(*(_values(*half) for half in halves))
+    codes, scales_gmem[block, here] = e4m3.quantize(activation, tr.ROWS, power_of_two)
+    codes_gmem[here, block] = codes
 
   codes, scales = plgpu.kernel(
     kernel,
@@ -88,23 +94,37 @@ def swiglu_backward_fp8(h, g, after, *, power_of_two: bool = False):
     a_gmem, a_scales_gmem, sums_gmem, *smem, barrier = refs[-7:]
     i, j, warpgroup = (lax.axis_index(name) for name in ("row", "column", "warpgroup"))
 
-    @pl.loop(0, rows // 32)
-    def _(block):
+    def runs_of(block):
       top = warpgroup * rows + block * 32
-      runs = []
-      for run in range(4):
-        here = pl.ds(i * TILE + top + run * 8, 8)
-        gate, up = (_half(h_gmem, here, half, j) for half in (0, 1))
-        factor = _load(after_gmem.at[here], tr.ROWS.reduce((1, 2, 3)))
-        *dh, a, product = _backward(gate, up, _load(g_gmem.at[here, j], tr.ROWS), factor)
-        for half, values in enumerate(dh):
-          codes, scales = bl.quantize_e4m3(values, power_of_two)
-          rows_gmem[here, half, j], row_scales_gmem[half, j, here] = codes, scales
-        sums_gmem[j, here] = jnp.sum(jnp.sum(jnp.sum(product, axis=3), axis=2), axis=1)
-        runs.append((*dh, a))
-      for tile, parts in zip(smem, zip(*runs, strict=True), strict=True):
-        tr.write(parts, tile.at[pl.ds(top, 32)])
+      return [pl.ds(i * TILE + top + run * 8, 8) for run in range(4)]
 
+    def load(block):
+      """Before anything is stored that these loads might have to wait for."""
+      return [
+        (
+          *(_load_half(h_gmem, here, half, j) for half in (0, 1)),
+          _load(g_gmem.at[here, j], tr.ROWS),
+          _load(after_gmem.at[here], tr.ROWS.reduce((1, 2, 3))),
+        )
+        for here in runs_of(block)
+      ]
+
+    def step(block, loaded):
+      following = load(jnp.minimum(block + 1, rows // 32 - 1))
+      runs = []
+      for here, (*halves, g, factor) in zip(runs_of(block), loaded, strict=True):
+        *dh, a, product = _backward(*(_values(*half) for half in halves), g, factor)
+        for half, values in enumerate(dh):
+          codes, scales = e4m3.quantize(values, tr.ROWS, power_of_two)
+          rows_gmem[here, half, j], row_scales_gmem[half, j, here] = codes, scales
+        sums_gmem[j, here] = jnp.sum(jnp.sum(product, axis=2), axis=1)
+        runs.append((*dh, a))
+      own = pl.ds(warpgroup * rows + block * 32, 32)
+      for tile, parts in zip(smem, zip(*runs, strict=True), strict=True):
+        tr.write(parts, tile.at[own])
+      return following
+
+    lax.fori_loop(0, rows // 32, step, load(0))
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
     for part in range(rows // 64):
@@ -116,7 +136,8 @@ def swiglu_backward_fp8(h, g, after, *, power_of_two: bool = False):
         (smem[2], a_gmem, a_scales_gmem),
       ):
         values = tr.read(tile.at[:, pl.ds(own, 64)])
-        codes_gmem[there, i], scales_gmem[i, there] = bl.quantize_e4m3(values, power_of_two)
+        codes, scales_gmem[i, there] = e4m3.quantize(values, tr.COLUMNS, power_of_two)
+        codes_gmem[there, i] = codes
 
   of_rows, of_columns = (m, 2, blocks, *tr.BLOCKS), (f, m // TILE, *tr.BLOCKS)
   out = {
@@ -155,37 +176,64 @@ def _halves(h, blocks):
   return words, scales.reshape(-1, 2, blocks, 4)
 
 
-def _half(h_gmem, *place):
-  """bf16 values (row, 4, 4, 8) of one half of h."""
-  if len(h_gmem) == 1:
-    return _load(h_gmem[0].at[place], tr.ROWS)
-  words, scales = h_gmem
-  words = _load(words.at[place], tr.ROWS.reduce(3))
-  return bl.mxfp4_values(words, _load(scales.at[place], tr.ROWS.reduce((2, 3))), tr.ROWS)
+def _load_half(h_gmem, *place):
+  """One half of h as it lies in memory: values, or words and scales."""
+  layouts = [tr.ROWS] if len(h_gmem) == 1 else [tr.ROWS.reduce(3), tr.ROWS.reduce((2, 3))]
+  return [_load(ref.at[place], layout) for ref, layout in zip(h_gmem, layouts, strict=True)]
+
+
+def _values(*half):
+  """bf16 values (row, 4, 4, 8) of what `_load_half` loads."""
+  return half[0] if len(half) == 1 else e2m1.values(*half, tr.ROWS)
 
 
 def _load(ref, layout):
   return plgpu.load(ref, layout=layout, optimized=False)
 
 
+def _forward(gate, up):
+  """silu(gate) * up in bfloat16, as are both."""
+
+  @plgpu.inline_mgpu(arg_types=(tr.ROWS,) * 2, return_type=_like(gate))
+  def activation(ctx, gate: fa.FragmentedArray, up: fa.FragmentedArray):
+    del ctx
+    registers = zip(*(pk.registers(x) for x in (gate, up)), strict=True)
+    words = [list(map(swiglu_words.forward, *pairs)) for pairs in registers]
+    return pk.fragmented(words, gate.shape, jnp.bfloat16, tr.ROWS)
+
+  return activation(gate, up)
+
+
 def _backward(gate, up, g, after):
-  """Gradients of gate and up, after * a, all in bfloat16, and a * g."""
-  gate, up, g = (x.astype(jnp.float32) for x in (gate, up, g))
-  after = lax.broadcast_in_dim(after, g.shape, (0,))
-  sigmoid = _sigmoid(gate)
-  silu = gate * sigmoid
-  a, da = _rounded(silu * up), _rounded(g * after)
-  dsilu = da * up
-  dgate = dsilu * sigmoid + dsilu * gate * (sigmoid * (1.0 - sigmoid))
-  return *(x.astype(jnp.bfloat16) for x in (dgate, da * silu, a * after)), a * g
+  """Gradients of gate and up, after * a, all in bfloat16, and each lane's sum of a * g."""
+  of_lanes, shape = tr.ROWS.reduce(3), gate.shape[:-1]
+
+  @plgpu.inline_mgpu(
+    arg_types=(*(tr.ROWS,) * 3, of_lanes),
+    return_type=(
+      *(_like(gate),) * 3,
+      plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=of_lanes),
+    ),
+  )
+  def gradients(ctx, *arrays: fa.FragmentedArray):
+    del ctx
+    results = []
+    for *pairs, (factor,) in zip(*map(pk.registers, arrays), strict=True):
+      *values, products = zip(
+        *(swiglu_words.backward(*words, factor) for words in zip(*pairs, strict=True)), strict=True
+      )
+      results.append((*values, [functools.reduce(type(factor).plus_float, products)]))
+    *values, sums = zip(*results, strict=True)
+    return (
+      *(pk.fragmented(x, gate.shape, jnp.bfloat16, tr.ROWS) for x in values),
+      pk.fragmented(sums, shape, jnp.float32, of_lanes),
+    )
+
+  return gradients(gate, up, g, lax.broadcast_in_dim(after, shape, (0,)))
 
 
-def _sigmoid(x):
-  return 1.0 / (1.0 + jnp.exp(-x))
-
-
-def _rounded(x):
-  return x.astype(jnp.bfloat16).astype(jnp.float32)
+def _like(x):
+  return plgpu.ShapeDtypeStruct(x.shape, jnp.bfloat16, layout=tr.ROWS)
 
 
 def _shape(h):

@@ -61,6 +61,45 @@ class Lanes:
     high = np.maximum(a >> 16, b >> 16) << 16
     return Lanes(high | np.maximum(a & 0xFFFF, b & 0xFFFF))
 
+  def larger_bf16(self, other):
+    """As PTX defines max.NaN.xorsign.abs."""
+    a, b = np.broadcast_arrays(self.array, self._lift(other))
+    a, b = (np.ascontiguousarray(x).view(np.uint16) for x in (a, b))
+    larger = np.maximum(a & 0x7FFF, b & 0x7FFF)
+    larger = np.where(larger > 0x7F80, 0x7FFF, larger | ((a ^ b) & 0x8000))
+    return Lanes(_as_words(larger.astype(np.uint16)))
+
+  def plus_float(self, other):
+    return self._floats(operator.add, other)
+
+  def times_float(self, other):
+    return self._floats(operator.mul, other)
+
+  def times_plus_float(self, factor, summand):
+    # The product is exact in float64, and its sum is rounded to float32 twice.
+    return self._floats(lambda a, b, c: np.float64(a) * b + c, factor, summand)
+
+  def exp2_float(self):
+    return self._floats(np.exp2)
+
+  def reciprocal_float(self):
+    return self._floats(lambda a: np.float32(1) / a)
+
+  def to_bf16(self, low):
+    with np.errstate(over="ignore"):
+      pair = [x.view(np.float32).astype(ml_dtypes.bfloat16) for x in (self._lift(low), self.array)]
+    return Lanes(_as_words(np.stack(np.broadcast_arrays(*pair), -1))[..., 0])
+
+  def to_e4m3(self, *higher):
+    four = np.broadcast_arrays(self.array, *map(self._lift, higher))
+    codes = np.stack([np.clip(x.view(np.float32), -448, 448) for x in four], -1)
+    return Lanes(_as_words(codes.astype(ml_dtypes.float8_e4m3fn))[..., 0])
+
+  def _floats(self, operation, *others):
+    operands = [np.float32(x.view(np.float32)) for x in (self.array, *map(self._lift, others))]
+    with np.errstate(all="ignore"):
+      return Lanes(np.asarray(operation(*operands), np.float32).view(np.uint32))
+
   def times_bf16(self, other):
     a, b = np.broadcast_arrays(self.array, self._lift(other))
     with np.errstate(over="ignore", invalid="ignore"):

@@ -57,7 +57,7 @@ def test_elementwise(monkeypatch):
     "fine": fine,
     "unchecked": unchecked,
     "wrong code": broken(exact, one_code),
-    "last bit of exp": broken(close, one_code_up),
+    "last bits of exp": broken(close, one_code_up),
     "wrong scale": broken(close, one_scale),
   }
   monkeypatch.setattr(cases, "BY_NAME", planted)
