@@ -175,7 +175,7 @@ class Numerics:
       states=states,
       token_parts=self.policy.token_parts,
       capacity_factor=self.policy.capacity_factor,
-      implementation=self._implementation(is_packed=False),  # experts have no kernel of few rows
+      implementation=self._implementation(isinstance(w13, QuantizedArray)),
       exchange=self.policy.exchange,
       few_rows=self.policy.few_rows,
       weights_once=self.policy.weights_once,
