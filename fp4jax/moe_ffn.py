@@ -101,7 +101,8 @@ def moe_ffn(
     x: (token, d).
     w13: (e, d, 2 f), gate and up.
     w2: (e, f, d). Both may be what `pack_weights` makes of weights in x's dtype: "xla" reads them
-      as the recipe reads the original, and in a backward pass, for x alone, their values.
+      as the recipe reads the original, and in a backward pass, for x alone, their values; see
+      few_rows, too.
     experts: (token, k), integers of any dtype.
     weights: (token, k) float32.
     recipe: the numerics of both GEMMs.
@@ -161,10 +162,15 @@ def moe_ffn(
   if few_rows and isinstance(packed[0], QuantizedArray):
     watched = (*taps, *(state or None for state in states))
     why = few_rows_kernel.experts_obstacle(of_packed, watched, x, packed)
-    why = why or ("choices may find no room" if (capacity_factor or 1) < 1 else None)
+    if expert_axis is not None:
+      why = why or f"the experts are divided along {expert_axis=}"
+    if capacity_factor is not None and capacity_factor < 1:
+      why = why or f"{capacity_factor=} may leave choices no room"
     implementation = choose(implementation, why)
     if implementation == "mosaic":
-      out = few_rows_kernel.multiply_experts(of_packed, x, *packed, experts, weights)
+      choose(exchange, peer_memory.obstacle(implementation, None, x), "exchange")
+      chosen = _read_experts(experts, len(w13))
+      out = few_rows_kernel.multiply_experts(of_packed, x, *packed, chosen, weights)
       return out if capacity_factor is None else (out, jnp.int32(0))
   keys = tuple(mesh.keys(key, w) for key, w in zip(keys, (w13, w2), strict=True))
   options = recipe, implementation, exchange, known, few_rows, weights_once, mesh

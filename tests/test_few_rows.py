@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxprs import equations
 
 import fp4jax
@@ -127,7 +129,7 @@ def test_where_packed_experts_have_no_kernel(hopper):
   refused("multiplies 1 to 64 rows, not 65", PACKED[1], tokens=65)
   refused("k=192 is not a multiple of 128", PACKED[1], f=192)
   refused("n=192 is not a multiple of 128", f=96)
-  refused("choices may find no room", capacity_factor=0.5)
+  refused("capacity_factor=0.5 may leave choices no room", capacity_factor=0.5)
   refused('taps are read by implementation="xla"', taps=(operands.new_tap(), None))
 
 
@@ -144,3 +146,31 @@ def test_packed_experts_that_do_not_exist_and_gradients(hopper):
   assert dropped == 0
   with pytest.raises(ValueError, match="few_rows=True has no backward pass"):
     jax.grad(lambda x: jnp.sum(run(x, experts).astype(jnp.float32)))(x)
+  with pytest.raises(ValueError, match='exchange="mosaic": without expert_axis'):
+    moe_ffn(x, w13, w2, experts, weights, PACKED[0], few_rows=True, exchange="mosaic")
+
+
+@pytest.mark.parametrize(("dtype", "number"), [(jnp.uint8, 256), (jnp.int8, 128), (jnp.int16, 4)])
+def test_packed_experts_are_integers_of_any_dtype(dtype, number, hopper):
+  x, w13, w2, experts, weights = packed_operands(PACKED[0], 8, number, f=128)
+  run = functools.partial(moe_ffn, x, w13, w2, weights=weights, recipe=PACKED[0], few_rows=True)
+  found = run(experts=experts.astype(dtype))
+  np.testing.assert_array_equal(found, run(experts=experts))
+  assert np.isfinite(found).all()
+
+
+def test_packed_experts_that_are_divided_have_no_kernel(hopper):
+  x, w13, w2, experts, weights = packed_operands(PACKED[0], 8, 4)
+  mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,))
+  rows = P("expert")
+
+  def layer(x, w13, w2, experts, weights):
+    options = {"few_rows": True, "expert_axis": "expert"}
+    return moe_ffn(x, w13, w2, experts, weights, PACKED[0], **options)
+
+  run = jax.shard_map(layer, mesh=mesh, in_specs=rows, out_specs=rows)
+  found = run(x, w13, w2, experts, weights)
+  assert "few_rows_matmul" not in hopper
+  expected = moe_ffn(x, w13, w2, experts, weights, PACKED[0], implementation="xla")
+  error = np.linalg.norm(np.float32(found) - np.float32(expected))
+  assert error < 0.002 * np.linalg.norm(np.float32(expected))

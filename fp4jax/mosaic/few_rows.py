@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Float, Float32, Int
+from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from fp4jax import formats
 from fp4jax import quantization as qz
@@ -142,11 +142,11 @@ def multiply_experts(
   x: BFloat16[Array, "token d"],
   w13: QuantizedArray,
   w2: QuantizedArray,
-  experts: Int[Array, "token k"],
+  experts: Int32[Array, "token k"],
   weights: Float32[Array, "token k"],
 ) -> BFloat16[Array, "token d"]:
-  """`moe_ffn` where `experts_obstacle` is None: all tokens by every expert, of which each takes
-  its own. NaN where an expert does not exist."""
+  """`moe_ffn` where `experts_obstacle` is None: every expert multiplies all tokens, and each token
+  takes its own. NaN everywhere where one of `experts`, int32 from 0 up, does not exist."""
   from pallas_kernels import few_rows
 
   number, (tokens, d) = len(w13.codes), x.shape
@@ -156,7 +156,7 @@ def multiply_experts(
   y = few_rows.few_rows_matmul(read(a), w2.codes, w2.scales)
   chosen = y[experts, jnp.arange(tokens)[:, None]].astype(jnp.float32)
   out = jnp.sum(chosen * weights[..., None], axis=1).astype(x.dtype)
-  return jnp.where(jnp.all((experts >= 0) & (experts < number)), out, jnp.nan)
+  return jnp.where(jnp.all(experts < number), out, jnp.nan)
 
 
 def _multiply_experts_fwd(recipe, *operands):
