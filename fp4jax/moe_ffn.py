@@ -49,6 +49,7 @@ from fp4jax.grouped import check_recipe, few_rows_per_tile, reads_all_experts
 from fp4jax.implementation import Implementation, choose
 from fp4jax.linear import nan_unless
 from fp4jax.mosaic import dispatch as peer_memory
+from fp4jax.mosaic import few_rows as few_rows_kernel
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.operands import for_pull, take_rows
 from fp4jax.packed_weights import Unpacked, read_packed, without_terms
@@ -100,7 +101,8 @@ def moe_ffn(
     x: (token, d).
     w13: (e, d, 2 f), gate and up.
     w2: (e, f, d). Both may be what `pack_weights` makes of weights in x's dtype: "xla" reads them
-      as the recipe reads the original, and in a backward pass, for x alone, their values.
+      as the recipe reads the original, and in a backward pass, for x alone, their values; see
+      few_rows, too.
     experts: (token, k), integers of any dtype.
     weights: (token, k) float32.
     recipe: the numerics of both GEMMs.
@@ -124,7 +126,8 @@ def moe_ffn(
       which GPUs they are. None: "mosaic" where it can run. The numbers are the same.
     few_rows: "xla" multiplies all tokens by every expert, or tiles of as many rows as each expert
       has evenly, not of 128, whichever reads the weights less: for a decoding step, which has no
-      backward pass. The numbers are the same up to the order of float32 sums.
+      backward pass. "mosaic" multiplies packed weights as they lie. The numbers are the same up to
+      the order of float32 sums.
     weights_once: where fprop and dgrad read the weights alike in FP8, "mosaic" quantizes them for
       both in one read and keeps the codes of dgrad, a byte a value, by the name "experts.weights"
       of `jax.ad_checkpoint`; otherwise the backward pass reads the weights again. The numbers are
@@ -142,6 +145,7 @@ def moe_ffn(
     ops.check_state(recipe, state, "each of states=")
   if isinstance(w13, QuantizedArray) != isinstance(w2, QuantizedArray):
     raise ValueError("one of w13 and w2 is packed and the other is not")
+  packed, of_packed = (w13, w2), recipe
   (w13, _), (w2, recipe) = read_packed("w13", w13, recipe), read_packed("w2", w2, recipe)
   x, w13, w2 = ops.to_operands(x=x, w13=w13, w2=w2)
   experts, weights = to_arrays(experts=experts, weights=weights)
@@ -155,6 +159,19 @@ def moe_ffn(
   known = not isinstance(experts, jax.core.Tracer)
   if known:
     _check_experts(np.asarray(experts), len(w13) * mesh.peers)
+  if few_rows and isinstance(packed[0], QuantizedArray):
+    watched = (*taps, *(state or None for state in states))
+    why = few_rows_kernel.experts_obstacle(of_packed, watched, x, packed)
+    if expert_axis is not None:
+      why = why or f"the experts are divided along {expert_axis=}"
+    if capacity_factor is not None and capacity_factor < 1:
+      why = why or f"{capacity_factor=} may leave choices no room"
+    implementation = choose(implementation, why)
+    if implementation == "mosaic":
+      choose(exchange, peer_memory.obstacle(implementation, None, x), "exchange")
+      chosen = _read_experts(experts, len(w13))
+      out = few_rows_kernel.multiply_experts(of_packed, x, *packed, chosen, weights)
+      return out if capacity_factor is None else (out, jnp.int32(0))
   keys = tuple(mesh.keys(key, w) for key, w in zip(keys, (w13, w2), strict=True))
   options = recipe, implementation, exchange, known, few_rows, weights_once, mesh
   operands, states = (x, w13, w2, weights, experts), tuple(state or {} for state in states)

@@ -108,7 +108,7 @@ def fake_kernels() -> dict[str, types.SimpleNamespace]:
   def few_rows(x, codes, scales):
     fp8 = scales.dtype == jnp.float32
     most, step = (64, 128) if fp8 else (128, 64)
-    assert x.shape[0] <= most and x.shape[1] % step == codes.shape[1] % 128 == 0
+    assert x.shape[-2] <= most and x.shape[-1] % step == codes.shape[-1] % 128 == 0
     fmt = fp4jax.FP8_BLOCK_2D if fp8 else fp4jax.MXFP4
     w = dequantize(fp4jax.QuantizedArray(codes, scales, None, fmt, -2), jnp.float32)
     product = jnp.matmul(x.astype(jnp.float32), w, precision="highest")

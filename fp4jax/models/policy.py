@@ -68,7 +68,7 @@ class Policy:
   # Of `moe_ffn`: whether the weights are read once for both passes.
   weights_once: bool = False
   # Whether tokens are as few as in a decoding step. An implementation of None then means "xla" but
-  # for packed weights: the other kernels multiply tiles of 128 rows.
+  # for packed weights, those of experts too: the other kernels multiply tiles of 128 rows.
   few_rows: bool = False
   layers: tuple[LayerRule, ...] = ()
 
@@ -175,7 +175,7 @@ class Numerics:
       states=states,
       token_parts=self.policy.token_parts,
       capacity_factor=self.policy.capacity_factor,
-      implementation=self._implementation(is_packed=False),  # experts have no kernel of few rows
+      implementation=self._implementation(isinstance(w13, QuantizedArray)),
       exchange=self.policy.exchange,
       few_rows=self.policy.few_rows,
       weights_once=self.policy.weights_once,

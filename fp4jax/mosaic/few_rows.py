@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Float
+from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from fp4jax import formats
 from fp4jax import quantization as qz
@@ -17,6 +17,7 @@ from fp4jax.quantized_array import QuantizedArray
 from fp4jax.quantizers import Operand
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import mesh_obstacle
+from fp4jax.swiglu import swiglu
 
 _FP8 = [formats.FP8_BLOCK_2D, formats.FP8_BLOCK_POW2_2D]
 _BF16 = jnp.dtype(jnp.bfloat16)
@@ -34,8 +35,7 @@ def obstacle(
 
   `watched` are taps and states, which only XLA reads.
   """
-  why = device_obstacle() or mesh_obstacle(lhs, rhs) or _recipe_obstacle(recipe)
-  if why := why or dtype_obstacle(lhs=lhs):
+  if why := device_obstacle() or mesh_obstacle(lhs, rhs) or dtype_obstacle(lhs=lhs):
     return why
   (contracted, _), (batch, _) = dimension_numbers
   if batch or len(rhs.shape) != 2:
@@ -43,10 +43,29 @@ def obstacle(
   if dtype != jnp.bfloat16:
     return f"the kernels return bfloat16, not {jnp.dtype(dtype).name}"
   rows = math.prod(size for axis, size in enumerate(lhs.shape) if axis not in contracted)
+  return _obstacle(recipe, watched, rows, rhs)
+
+
+def experts_obstacle(
+  recipe: Recipe,
+  watched: tuple,
+  x: Array | jax.ShapeDtypeStruct,
+  packed: tuple[QuantizedArray, QuantizedArray],
+) -> str | None:
+  """Why the kernel can't compute `moe_ffn` of few tokens and packed weights; None if it can."""
+  if why := device_obstacle() or mesh_obstacle(x, *packed) or dtype_obstacle(x=x):
+    return why
+  whys = (_obstacle(recipe, watched, len(x), w) for w in packed)
+  return next(filter(None, whys), None)
+
+
+def _obstacle(recipe, watched, rows, rhs):
+  if why := _recipe_obstacle(recipe):
+    return why
   most, step = (64, 128) if rhs.fmt in _FP8 else (128, 64)
   if not 1 <= rows <= most:
     return f"the kernel of weights packed in {rhs.fmt.name} multiplies 1 to {most} rows, not {rows}"
-  for name, multiple, size in zip("kn", (step, 128), rhs.shape, strict=True):
+  for name, multiple, size in zip("kn", (step, 128), rhs.shape[-2:], strict=True):
     if size % multiple or not size:
       return f"{name}={size} is not a multiple of {multiple}"
   if any(w is not None for w in watched):
@@ -115,6 +134,40 @@ def _multiply_bwd(xla, recipe, axis, saved, g):
 
 
 _multiply.defvjp(_multiply_fwd, _multiply_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def multiply_experts(
+  recipe: Recipe,
+  x: BFloat16[Array, "token d"],
+  w13: QuantizedArray,
+  w2: QuantizedArray,
+  experts: Int32[Array, "token k"],
+  weights: Float32[Array, "token k"],
+) -> BFloat16[Array, "token d"]:
+  """`moe_ffn` where `experts_obstacle` is None: every expert multiplies all tokens, and each token
+  takes its own. NaN everywhere where one of `experts`, int32 from 0 up, does not exist."""
+  from pallas_kernels import few_rows
+
+  number, (tokens, d) = len(w13.codes), x.shape
+  read = lambda x: _read(recipe.fprop.lhs, x.reshape(-1, x.shape[-1])).reshape(x.shape)  # noqa: E731
+  of_all = jnp.broadcast_to(read(x), (number, tokens, d))
+  a = swiglu(few_rows.few_rows_matmul(of_all, w13.codes, w13.scales))
+  y = few_rows.few_rows_matmul(read(a), w2.codes, w2.scales)
+  chosen = y[experts, jnp.arange(tokens)[:, None]].astype(jnp.float32)
+  out = jnp.sum(chosen * weights[..., None], axis=1).astype(x.dtype)
+  return jnp.where(jnp.all(experts < number), out, jnp.nan)
+
+
+def _multiply_experts_fwd(recipe, *operands):
+  return multiply_experts(recipe, *operands), None
+
+
+def _multiply_experts_bwd(recipe, saved, g):
+  raise ValueError("few_rows=True has no backward pass")
+
+
+multiply_experts.defvjp(_multiply_experts_fwd, _multiply_experts_bwd)
 
 
 def _read(operand: Operand, x: Float[Array, "m k"]) -> Float[Array, "m k"]:
