@@ -274,6 +274,23 @@ def _swiglu(packed, power_of_two):
   )
 
 
+def _swiglu_kept(power_of_two):
+  kernel = functools.partial(swiglu_kernel.keep_swiglu_fp8_rows, power_of_two=power_of_two)
+
+  def definition(h):
+    kept = _pack_mxfp4(h)
+    return *kept, *_swiglu(True, power_of_two).definition(kept)
+
+  return Case(
+    f"keep_swiglu_fp8_rows{_of(False, power_of_two)}",
+    kernel,
+    definition,
+    2 + _MXFP4_BYTES + _FP8_BYTES / 2,
+    benchmarked=not power_of_two,
+    exact=False,
+  )
+
+
 def _of(packed, power_of_two):
   return (", h in MXFP4" if packed else "") + (", power of two" if power_of_two else "")
 
@@ -346,10 +363,14 @@ CASES = (
   ),
 )
 # Equal but for the last bits of exp.
-SWIGLU = tuple(
-  case(packed, power_of_two)
-  for case in (_swiglu, _swiglu_backward)
-  for packed, power_of_two in itertools.product((False, True), repeat=2)
+SWIGLU = (
+  *(
+    case(packed, power_of_two)
+    for case in (_swiglu, _swiglu_backward)
+    for packed, power_of_two in itertools.product((False, True), repeat=2)
+  ),
+  _swiglu_kept(False),
+  _swiglu_kept(True),
 )
 # Their draws are the kernel's own: no definition gives the same.
 STOCHASTIC = tuple(

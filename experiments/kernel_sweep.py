@@ -140,6 +140,7 @@ ENTRIES = (
   Entry("widen", "rows", grid(rows=(16, 32, 64), tiles=(1, 2)), _case("mxfp4_to_fp8_rows")),
   Entry("widen", "columns", grid(tiles=(1, 2, 4)), _case("mxfp4_to_fp8_columns")),
   Entry("swiglu", "forward", grid(runs=(1, 2, 4)), _case("swiglu_fp8_rows")),
+  Entry("swiglu", "kept", grid(runs=(1, 2, 4)), _case("keep_swiglu_fp8_rows")),
   Entry("swiglu", "backward", grid(warpgroups=(1, 2)), _case("swiglu_backward_fp8")),
   # dgrad is fprop at the other shape.
   Entry(

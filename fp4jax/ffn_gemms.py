@@ -11,7 +11,6 @@ from fp4jax.grouped import TILE, EqualGroups, Tiles
 from fp4jax.linear import XlaGemms
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.operands import Forward, Summaries, scaled_rows
-from fp4jax.quantizers import Source
 from fp4jax.recipe import Recipe
 from fp4jax.swiglu import swiglu, swiglu_backward
 
@@ -26,8 +25,9 @@ class Gemms(Protocol):
 
   def keep_weights(self, w: Float[Array, "e k n"]) -> ops.Tensor: ...
 
-  def activation(self, h: ops.Tensor, source: Source) -> Any:
-    """SwiGLU of h, or of h as kept, in the form that `fprop` takes."""
+  def hidden(self, h: Float[Array, "m f2"]) -> tuple[ops.Tensor, Any]:
+    """h as `residual.hidden` keeps it, and SwiGLU of it, or of h as it was where fprop.lhs says so,
+    in the form that `fprop` takes."""
 
   def fprop(
     self, x: Any, w: ops.Tensor, rows: Int[Array, " m"] | None = None
@@ -57,8 +57,10 @@ class Gemms(Protocol):
 
 
 class XlaFfnGemms(XlaGemms):
-  def activation(self, h: ops.Tensor, source: Source) -> ops.Tensor:
-    return self._activated(h, swiglu(_read_hidden(h, source, h.original.dtype)))
+  def hidden(self, h: Float[Array, "m f2"]) -> tuple[ops.Tensor, ops.Tensor]:
+    kept = self.keep(h, self.recipe.residual.hidden)
+    read = _read_hidden(kept, self.recipe.fprop.lhs.source, h.dtype)
+    return kept, self._activated(kept, swiglu(read))
 
   def gradient_of_rows(
     self, dy: Float[Array, "t n"], rows: Int[Array, " m"], factors: Float32[Array, "m 1"]

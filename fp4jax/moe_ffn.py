@@ -279,8 +279,7 @@ def _fwd(
 
   x = _sent(recipe, implementation, dispatch, first, x, tapped[0])
   h, of_first = first.fprop(x, w13_read, token)
-  h = first.keep(h.astype(dtype), residual.hidden)
-  a = second.activation(h, recipe.fprop.lhs.source)
+  h, a = second.hidden(h.astype(dtype))
   y, of_second = second.fprop(a, w2_read)
   if residual.hidden is not None and tapped[1]:
     of_second.summaries["residual.lhs"] = ops.residual_summary(h, True)

@@ -4,6 +4,7 @@ The activation never lies in memory in bf16, nor do the gradients of gate and up
 """
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,14 @@ from pallas_kernels import blocks as bl
 from pallas_kernels import e2m1, e4m3, swiglu_words
 from pallas_kernels import packed as pk
 from pallas_kernels import transpose as tr
+from pallas_kernels.mxfp4 import ScaleRule, quantize_blocks
 from pallas_kernels.tracing import traced_once
 
 TILE = tr.TILE
 # Runs of 8 rows that a CTA takes; warpgroups that share a tile, 96 KiB of SMEM.
 TUNING = {
   "forward": {"runs": 2},
+  "kept": {"runs": 2},
   "backward": {"warpgroups": 1},
 }
 
@@ -40,8 +43,7 @@ def swiglu_fp8_rows(h, *, power_of_two: bool = False):
     float8_e4m3fn codes (m, f) and float32 scales (f / 128, m).
   """
   m, f = _shape(h)
-  if m < 8 or f % TILE or not f:
-    raise ValueError(f"h with {m=}, {f=} is not (m, 2 f) with m >= 8 and f % 128 == 0")
+  _check_forward(m, f)
   blocks = f // TILE
   rows = bl.fit(8 * TUNING["forward"]["runs"], m)
 
@@ -63,6 +65,52 @@ def swiglu_fp8_rows(h, *, power_of_two: bool = False):
     compiler_params=bl.WARPGROUP,
   )(*_halves(h, blocks))
   return codes.reshape(m, f), scales
+
+
+@traced_once("scale_rule", "power_of_two")
+def keep_swiglu_fp8_rows(h, *, scale_rule: ScaleRule = "floor", power_of_two: bool = False):
+  """`quantize_mxfp4` of h, and `swiglu_fp8_rows` of what that makes, in one read of h.
+
+  Args:
+    h: (m, 2 f) bfloat16; m >= 8, f a multiple of 128.
+    scale_rule: as in `quantize_mxfp4`.
+
+  Returns:
+    uint8 codes (m, f) and scales (m, f / 16) of h; float8_e4m3fn codes (m, f) and float32 scales
+    (f / 128, m) of the result.
+  """
+  if isinstance(h, tuple):
+    raise TypeError("h is packed already")
+  m, f = _shape(h)
+  _check_forward(m, f)
+  if scale_rule not in get_args(ScaleRule):
+    raise ValueError(f"{scale_rule=} is not one of {get_args(ScaleRule)}")
+  blocks = f // TILE
+  rows = bl.fit(8 * TUNING["kept"]["runs"], m)
+
+  def kernel(h_gmem, words_gmem, stored_gmem, codes_gmem, scales_gmem):
+    here, block = bl.tile_of(m, rows, blocks)
+    kept = []
+    for half, values in enumerate([_load(h_gmem.at[here, i, block], tr.ROWS) for i in (0, 1)]):
+      words, stored = quantize_blocks(values, scale_rule, tr.ROWS)
+      words_gmem[here, half, block], stored_gmem[here, half, block] = words, stored
+      kept.append(e2m1.values(words, stored, tr.ROWS))
+    codes, scales_gmem[block, here] = e4m3.quantize(_forward(*kept), tr.ROWS, power_of_two)
+    codes_gmem[here, block] = codes
+
+  words, stored, codes, scales = plgpu.kernel(
+    kernel,
+    out_type=(
+      jax.ShapeDtypeStruct((m, 2, blocks, 4, 4), jnp.uint32),
+      jax.ShapeDtypeStruct((m, 2, blocks, 4), jnp.uint8),
+      jax.ShapeDtypeStruct((m, blocks, *tr.BLOCKS), bl.E4M3),
+      jax.ShapeDtypeStruct((blocks, m), jnp.float32),
+    ),
+    **bl.tiles(m, rows, blocks),
+    compiler_params=bl.WARPGROUP,
+  )(*_halves(h, blocks))
+  words = lax.bitcast_convert_type(words, jnp.uint8)  # four bytes a word: no data moves
+  return words.reshape(m, f), stored.reshape(m, f // 16), codes.reshape(m, f), scales
 
 
 @traced_once("power_of_two")
@@ -234,6 +282,11 @@ def _backward(gate, up, g, after):
 
 def _like(x):
   return plgpu.ShapeDtypeStruct(x.shape, jnp.bfloat16, layout=tr.ROWS)
+
+
+def _check_forward(m, f):
+  if m < 8 or f % TILE or not f:
+    raise ValueError(f"h with {m=}, {f=} is not (m, 2 f) with m >= 8 and f % 128 == 0")
 
 
 def _shape(h):

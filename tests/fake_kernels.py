@@ -62,6 +62,10 @@ def fake_kernels() -> dict[str, types.SimpleNamespace]:
   def swiglu_fp8_rows(h, *, power_of_two):
     return rows(swiglu(values(*h) if isinstance(h, tuple) else h), power_of_two=power_of_two)
 
+  def keep_swiglu_fp8_rows(h, *, scale_rule, power_of_two):
+    kept = mxfp4(h, scale_rule=scale_rule)
+    return *kept, *swiglu_fp8_rows(kept, power_of_two=power_of_two)
+
   def swiglu_backward_fp8(h, g, after, *, power_of_two):
     h = values(*h) if isinstance(h, tuple) else h
     a, dh, products = swiglu_backward(h, g, after[:, None])
@@ -131,6 +135,7 @@ def fake_kernels() -> dict[str, types.SimpleNamespace]:
     ),
     "swiglu": types.SimpleNamespace(
       swiglu_fp8_rows=swiglu_fp8_rows,
+      keep_swiglu_fp8_rows=keep_swiglu_fp8_rows,
       swiglu_backward_fp8=swiglu_backward_fp8,
     ),
     "grouped_matmul": types.SimpleNamespace(grouped_matmul=matmul, grouped_wgrad=wgrad),

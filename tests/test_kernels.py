@@ -197,6 +197,11 @@ def test_near_is_near():
   assert not near((one_up, scales, sums), (codes, scales, sums))
   assert not near((codes, scales, sums.at[-1].multiply(1 + 2.0**-6)), (codes, scales, sums))
   assert not near((codes, scales, sums.at[3].set(jnp.nan)), (codes, scales, sums))
+  packed = jnp.zeros((4, 64), jnp.uint8), jnp.ones((4, 4), jnp.uint8)
+  assert near((*packed, codes, scales), (*packed, codes, scales))
+  for i in (0, 1):
+    wrong = [p.at[3, 2].add(i == j) for j, p in enumerate(packed)]
+    assert not near((*wrong, codes, scales), (*packed, codes, scales))
 
 
 @gpu
@@ -277,6 +282,8 @@ def zeros(*shape, dtype=BF16):
       [zeros(32, 64, dtype=U8), zeros(32, 8, dtype=U8)],
     ),
     (ValueError, "f % 128 == 0", swiglu.swiglu_fp8_rows, [zeros(32, 128)]),
+    (ValueError, "m >= 8", swiglu.keep_swiglu_fp8_rows, [zeros(4, 256)]),
+    (TypeError, "h: float32", swiglu.keep_swiglu_fp8_rows, [zeros(32, 256, dtype=F32)]),
     (
       ValueError,
       "m % 128 == f % 128 == 0",

@@ -19,7 +19,7 @@ from fp4jax.implementation import device_obstacle, dtype_obstacle
 from fp4jax.mosaic.quantize import MIN_ROWS, MXFP4
 from fp4jax.operands import Forward, scaled_rows, take_rows
 from fp4jax.quantized_array import QuantizedArray
-from fp4jax.quantizers import Operand, Source
+from fp4jax.quantizers import Operand
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import gather_columns, mesh_obstacle
 from fp4jax.swiglu import swiglu, swiglu_backward
@@ -158,19 +158,25 @@ class MosaicGemms:
       return ops.Tensor.of(x)
     from pallas_kernels import mxfp4
 
-    codes, scales = _made_once(mxfp4.quantize_mxfp4(x, scale_rule=fmt.scale_rule))
-    return ops.Tensor(x, QuantizedArray(codes, scales, None, fmt, -1), x.shape)
+    return _packed(x, _made_once(mxfp4.quantize_mxfp4(x, scale_rule=fmt.scale_rule)), fmt)
 
   def keep_weights(self, w: Float[Array, "e k n"]) -> ops.Tensor:
     kept = self.recipe.residual.rhs
     return ops.Tensor.of(w if kept is None else w.astype(jnp.bfloat16), kept, -2)
 
-  def activation(self, h: ops.Tensor, source: Source) -> Scaled | ops.Tensor:
+  def hidden(self, h: BFloat16[Array, "m f2"]) -> tuple[ops.Tensor, Scaled | ops.Tensor]:
+    fmt, source = self.recipe.residual.hidden, self.recipe.fprop.lhs.source
     if not self._fp8("fprop.lhs"):
-      return ops.Tensor.of(swiglu(_hidden_values(h, source)))
+      kept = self.keep(h, fmt)
+      return kept, ops.Tensor.of(swiglu(_hidden_values(kept, source)))
     from pallas_kernels import swiglu as kernels
 
-    return Scaled(*kernels.swiglu_fp8_rows(_hidden(h, source), **self._pow2("fprop.lhs")))
+    if fmt is not None and source == "residual":
+      both = kernels.keep_swiglu_fp8_rows(h, scale_rule=fmt.scale_rule, **self._pow2("fprop.lhs"))
+      *packed, codes, scales = _made_once(both)
+      return _packed(h, packed, fmt), Scaled(codes, scales)
+    rows = kernels.swiglu_fp8_rows(h, **self._pow2("fprop.lhs"))
+    return self.keep(h, fmt), Scaled(*rows)
 
   def fprop(self, x: ops.Tensor | Scaled, w: ops.Tensor, rows: Int[Array, " m"] | None = None):
     """Permutes codes, not values: a row is quantized once however often it is chosen."""
@@ -237,7 +243,7 @@ class MosaicGemms:
       from pallas_kernels import swiglu as kernels
 
       rows, columns, a, products = kernels.swiglu_backward_fp8(
-        _hidden(h, "residual"), g, after[:, 0], **self._pow2("dgrad.lhs")
+        _kept_hidden(h), g, after[:, 0], **self._pow2("dgrad.lhs")
       )
       return Scaled(*a), Gradient(Scaled(*rows), Scaled(*columns)), products
     a, dh, products = swiglu_backward(_hidden_values(h, "residual"), g, after)
@@ -328,11 +334,13 @@ def _made_once(results):
   return lax.optimization_barrier(results)
 
 
-def _hidden(h, source):
-  """h as SwiGLU's kernels read it: in bf16, or the MXFP4 codes and scales that are kept."""
-  if h.packed is None or source == "original":
-    return h.original
-  return h.packed.codes, h.packed.scales
+def _packed(x, parts, fmt):
+  return ops.Tensor(x, QuantizedArray(*parts, None, fmt, -1), x.shape)
+
+
+def _kept_hidden(h):
+  """h as the kernel of SwiGLU's backward pass reads it: in bf16, or in MXFP4 as it is kept."""
+  return h.original if h.packed is None else (h.packed.codes, h.packed.scales)
 
 
 def _hidden_values(h, source):
