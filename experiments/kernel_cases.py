@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 
 import jax
@@ -123,12 +122,12 @@ def _bf16(x):
   return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
 
 
-def _scales(power_of_two):
+def _kind(power_of_two):
   return "power of two" if power_of_two else "float32"
 
 
 def _fp8(power_of_two):
-  kind, options = _scales(power_of_two), dict(power_of_two=power_of_two)
+  kind, options = _kind(power_of_two), dict(power_of_two=power_of_two)
   return (
     Case(
       f"quantize_fp8_rows {kind}",
@@ -179,22 +178,24 @@ def _fp8(power_of_two):
 
 
 def _gathered(power_of_two):
-  """Rows of x in another order, a few of them nowhere in x."""
+  """Rows of half of x, some of them twice and a few nowhere in it."""
 
   def prepare(x):
     rng = np.random.default_rng(0)
-    rows = rng.permutation(len(x)).astype(np.int32)
-    rows[::61] = len(x)
-    return x, jnp.asarray(rows), jnp.asarray(rng.uniform(-1, 1, len(x)), jnp.float32)
+    rows = rng.integers(0, len(x) // 2, len(x)).astype(np.int32)
+    rows[::61], rows[5] = len(x) // 2, -1
+    factors = rng.uniform(-1, 1, len(x))
+    return x[: len(x) // 2], jnp.asarray(rows), jnp.asarray(factors, jnp.float32)
 
   def definition(arguments):
     x, rows, factors = arguments
-    values = x.at[rows].get(mode="fill", fill_value=0).astype(jnp.float32)
-    values = _bf16(jnp.where((rows < len(x))[:, None], values * factors[:, None], 0.0))
+    exist = (rows >= 0) & (rows < len(x))
+    values = x[jnp.where(exist, rows, 0)].astype(jnp.float32) * factors[:, None]
+    values = _bf16(jnp.where(exist[:, None], values, 0))
     return *_rows(values, power_of_two), *_rows(values.T, power_of_two)
 
   return Case(
-    f"gather_fp8_both {_scales(power_of_two)}",
+    f"gather_fp8_both {_kind(power_of_two)}",
     lambda arguments: gather.gather_fp8_both(*arguments, power_of_two=power_of_two),
     definition,
     2 + 2 * _FP8_BYTES,
@@ -261,17 +262,20 @@ def _finish(scaled, top, scale):
   return codes.reshape(len(codes), -1), jnp.where(top < 255, scale, jnp.nan).T
 
 
-def _swiglu(packed, power_of_two):
+def _swiglu(power_of_two):
   return Case(
-    f"swiglu_fp8_rows{_of(packed, power_of_two)}",
+    f"swiglu_fp8_rows{_of(False, power_of_two)}",
     functools.partial(swiglu_kernel.swiglu_fp8_rows, power_of_two=power_of_two),
-    # The rounding to bf16 between the two is one that XLA would leave out.
-    lambda h: _rows(jax.lax.reduce_precision(swiglu(_hidden(h)), 8, 7), power_of_two),
-    (_MXFP4_BYTES if packed else 2) + _FP8_BYTES / 2,
-    _pack_mxfp4 if packed else lambda x: x,
+    lambda h: _activated(h, power_of_two),
+    2 + _FP8_BYTES / 2,
     benchmarked=not power_of_two,
     exact=False,
   )
+
+
+def _activated(h, power_of_two):
+  # The rounding to bf16 between the two is one that XLA would leave out.
+  return _rows(jax.lax.reduce_precision(swiglu(h), 8, 7), power_of_two)
 
 
 def _swiglu_kept(power_of_two):
@@ -279,7 +283,7 @@ def _swiglu_kept(power_of_two):
 
   def definition(h):
     kept = _pack_mxfp4(h)
-    return *kept, *_swiglu(True, power_of_two).definition(kept)
+    return *kept, *_activated(_values(kept).astype(jnp.bfloat16), power_of_two)
 
   return Case(
     f"keep_swiglu_fp8_rows{_of(False, power_of_two)}",
@@ -293,10 +297,6 @@ def _swiglu_kept(power_of_two):
 
 def _of(packed, power_of_two):
   return (", h in MXFP4" if packed else "") + (", power of two" if power_of_two else "")
-
-
-def _hidden(h):
-  return _values(h).astype(jnp.bfloat16) if isinstance(h, tuple) else h
 
 
 def _swiglu_backward(packed, power_of_two):
@@ -363,14 +363,14 @@ CASES = (
   ),
 )
 # Equal but for the last bits of exp.
-SWIGLU = (
-  *(
-    case(packed, power_of_two)
-    for case in (_swiglu, _swiglu_backward)
-    for packed, power_of_two in itertools.product((False, True), repeat=2)
-  ),
-  _swiglu_kept(False),
-  _swiglu_kept(True),
+SWIGLU = tuple(
+  case
+  for power_of_two in (False, True)
+  for case in (
+    _swiglu(power_of_two),
+    _swiglu_kept(power_of_two),
+    *(_swiglu_backward(packed, power_of_two) for packed in (False, True)),
+  )
 )
 # Their draws are the kernel's own: no definition gives the same.
 STOCHASTIC = tuple(

@@ -39,7 +39,7 @@ class Gemms(Protocol):
   def gradient_of_rows(
     self, dy: Float[Array, "t n"], rows: Int[Array, " m"], factors: Float32[Array, "m 1"]
   ) -> Any:
-    """`gradient` of factors * dy[rows] in dy's dtype; zeros for a row that does not exist."""
+    """`gradient` of factors * dy[rows] in dy's dtype; zeros for a row past the end."""
 
   def dgrad(
     self, dy: Any, w: ops.Tensor, forward: Forward

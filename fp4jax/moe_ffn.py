@@ -145,7 +145,7 @@ def moe_ffn(
     ops.check_state(recipe, state, "each of states=")
   if isinstance(w13, QuantizedArray) != isinstance(w2, QuantizedArray):
     raise ValueError("one of w13 and w2 is packed and the other is not")
-  packed, of_packed = (w13, w2), recipe
+  packed, given_recipe = (w13, w2), recipe
   (w13, _), (w2, recipe) = read_packed("w13", w13, recipe), read_packed("w2", w2, recipe)
   x, w13, w2 = ops.to_operands(x=x, w13=w13, w2=w2)
   experts, weights = to_arrays(experts=experts, weights=weights)
@@ -161,16 +161,16 @@ def moe_ffn(
     _check_experts(np.asarray(experts), len(w13) * mesh.peers)
   if few_rows and isinstance(packed[0], QuantizedArray):
     watched = (*taps, *(state or None for state in states))
-    why = few_rows_kernel.experts_obstacle(of_packed, watched, x, packed)
+    why = few_rows_kernel.experts_obstacle(given_recipe, watched, x, packed)
     if expert_axis is not None:
       why = why or f"the experts are divided along {expert_axis=}"
     if capacity_factor is not None and capacity_factor < 1:
       why = why or f"{capacity_factor=} may leave choices no room"
     implementation = choose(implementation, why)
     if implementation == "mosaic":
-      choose(exchange, peer_memory.obstacle(implementation, None, x), "exchange")
+      choose(exchange, peer_memory.obstacle(implementation, None, x), "exchange")  # or refuse it
       chosen = _read_experts(experts, len(w13))
-      out = few_rows_kernel.multiply_experts(of_packed, x, *packed, chosen, weights)
+      out = few_rows_kernel.multiply_experts(given_recipe, x, *packed, chosen, weights)
       return out if capacity_factor is None else (out, jnp.int32(0))
   keys = tuple(mesh.keys(key, w) for key, w in zip(keys, (w13, w2), strict=True))
   options = recipe, implementation, exchange, known, few_rows, weights_once, mesh

@@ -1,9 +1,9 @@
-"""E4M3 of blocks of 128 bf16 values: a scale for each, and the codes.
+"""E4M3 of blocks of 128 values, bf16 or float32: a scale for each, and the codes.
 
     scale = amax / 448, or the power of two at or above it; code = E4M3(x / scale)
 
-Nothing is clipped: a value over its scale is below 464, from which on E4M3 has no code, for 448 is
-exceeded by roundings alone.
+No instruction clips: by roundings alone a value over its scale exceeds 448, and what is below 464
+rounds to it.
 """
 
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def quantize(x, layout, power_of_two: bool):
 
 
 def codes_of(values, inverse):
-  """Words of four codes, of words of a float32 each, times `inverse`, another."""
+  """Words of four codes each: of float32 words times the word `inverse`."""
   scaled = [value.times_float(inverse) for value in values]
   words = [scaled[i].to_e4m3(*scaled[i + 1 : i + 4]) for i in range(0, len(scaled), 4)]
   return [inverse.above(0).where(word, 0) for word in words]

@@ -18,6 +18,7 @@ from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import blocks as bl
 from pallas_kernels import e4m3
+from pallas_kernels import packed as pk
 from pallas_kernels import transpose as tr
 from pallas_kernels.tracing import traced_once
 
@@ -92,6 +93,11 @@ def _load(ref):
   return plgpu.load(ref, layout=_EACH_ROW, optimized=False)
 
 
+def eight_of(thread):
+  """(block, lane) of the eight values that a thread has of its row, as `transpose.ROWS` says."""
+  return (thread >> 2) & 3, thread & 3
+
+
 def _gathered(x_gmem, rows, column):
   """Tiles x[row, column] of the `rows` (8,), as `transpose.ROWS` has them: 16 bytes a lane."""
   shape = (8, *tr.BLOCKS)
@@ -102,14 +108,11 @@ def _gathered(x_gmem, rows, column):
   )
   def load(ctx, x, rows: fa.FragmentedArray, column: fa.FragmentedArray):
     del ctx
-    i32 = ir.IntegerType.get_signless(32)
-    four = mgpu_utils.c(4, i32)
-    thread = mgpu_utils.thread_idx()
-    row = vector.extract(rows.registers.item(), [], [0])
-    block = arith.remui(arith.divui(thread, four), four)
-    lane = arith.remui(thread, four)
-    place = row, column.registers.item(), block, lane, mgpu_utils.c(0, i32)
-    place = [arith.index_cast(ir.IndexType.get(), i) for i in place]
+    ((row,),) = pk.registers(rows)
+    block, lane = eight_of(pk.thread_of_cta())
+    index = ir.IndexType.get()
+    place = row.value, column.registers.item(), block.value, lane.value
+    place = [*(arith.index_cast(index, i) for i in place), mgpu_utils.c(0, index)]
     values = vector.load(ir.VectorType.get((8,), ir.BF16Type.get()), x, place)
     layout = tr.ROWS.to_mgpu()
     registers = np.array([values], dtype=object).reshape(layout.registers_shape(shape))
@@ -121,7 +124,7 @@ def _gathered(x_gmem, rows, column):
 def _shape(x, rows, factors):
   if x.dtype != jnp.bfloat16:
     raise TypeError(f"x is {x.dtype}; gather_fp8_both takes bfloat16")
-  (m,) = rows.shape
+  m = rows.size
   if x.ndim != 2 or x.shape[1] % TILE or not x.size or m % TILE or not m:
     raise ValueError(
       f"x of shape {x.shape} and {m} rows are not (t, k) and m % 128 == k % 128 == 0"

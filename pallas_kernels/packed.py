@@ -1,4 +1,5 @@
-"""Several codes in a 32-bit register: the arithmetic of a lane, as instructions of Hopper.
+"""Several codes, or numbers, in a 32-bit register: the arithmetic of a lane, as instructions of
+Hopper.
 
 A `Word` is a register of every lane. Functions that compute on words use nothing but its operators
 and methods, so that the tests run the same functions over arrays of uint32 and prove them without a
@@ -138,6 +139,10 @@ class Word:
   def to_bf16(self, low):
     """This float32 and `low` rounded to bf16, nearest-even, `low` in the lower half."""
     return self._assembly("cvt.rn.bf16x2.f32 $0, $1, $2;", low)
+
+  def to_float16(self, low):
+    """As `to_bf16`, to float16."""
+    return self._assembly("cvt.rn.f16x2.f32 $0, $1, $2;", low)
 
   def to_e4m3(self, *higher):
     """This float32 and three others rounded to E4M3, nearest-even, saturated: from the lowest byte

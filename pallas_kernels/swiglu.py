@@ -36,22 +36,19 @@ def swiglu_fp8_rows(h, *, power_of_two: bool = False):
   SwiGLU is computed in float32 and rounded to bfloat16 before it is quantized.
 
   Args:
-    h: (m, 2 f) bfloat16; m >= 8, f a multiple of 128. Or the same in MXFP4, uint8 codes (m, f) and
-      scales (m, f / 16).
+    h: (m, 2 f) bfloat16; m >= 8, f a multiple of 128.
 
   Returns:
     float8_e4m3fn codes (m, f) and float32 scales (f / 128, m).
   """
-  m, f = _shape(h)
+  m, f = _shape_of_values(h)
   _check_forward(m, f)
   blocks = f // TILE
   rows = bl.fit(8 * TUNING["forward"]["runs"], m)
 
-  def kernel(*refs):
-    *h_gmem, codes_gmem, scales_gmem = refs
+  def kernel(h_gmem, codes_gmem, scales_gmem):
     here, block = bl.tile_of(m, rows, blocks)
-    halves = [_load_half(h_gmem, here, half, block) for half in (0, 1)]
-    activation = _forward(*(_values(*half) for half in halves))
+    activation = _forward(*(_load(h_gmem.at[here, half, block], tr.ROWS) for half in (0, 1)))
     codes, scales_gmem[block, here] = e4m3.quantize(activation, tr.ROWS, power_of_two)
     codes_gmem[here, block] = codes
 
@@ -79,9 +76,7 @@ def keep_swiglu_fp8_rows(h, *, scale_rule: ScaleRule = "floor", power_of_two: bo
     uint8 codes (m, f) and scales (m, f / 16) of h; float8_e4m3fn codes (m, f) and float32 scales
     (f / 128, m) of the result.
   """
-  if isinstance(h, tuple):
-    raise TypeError("h is packed already")
-  m, f = _shape(h)
+  m, f = _shape_of_values(h)
   _check_forward(m, f)
   if scale_rule not in get_args(ScaleRule):
     raise ValueError(f"{scale_rule=} is not one of {get_args(ScaleRule)}")
@@ -91,7 +86,8 @@ def keep_swiglu_fp8_rows(h, *, scale_rule: ScaleRule = "floor", power_of_two: bo
   def kernel(h_gmem, words_gmem, stored_gmem, codes_gmem, scales_gmem):
     here, block = bl.tile_of(m, rows, blocks)
     kept = []
-    for half, values in enumerate([_load(h_gmem.at[here, i, block], tr.ROWS) for i in (0, 1)]):
+    halves = [_load(h_gmem.at[here, half, block], tr.ROWS) for half in (0, 1)]
+    for half, values in enumerate(halves):
       words, stored = quantize_blocks(values, scale_rule, tr.ROWS)
       words_gmem[here, half, block], stored_gmem[here, half, block] = words, stored
       kept.append(e2m1.values(words, stored, tr.ROWS))
@@ -147,7 +143,8 @@ def swiglu_backward_fp8(h, g, after, *, power_of_two: bool = False):
       return [pl.ds(i * TILE + top + run * 8, 8) for run in range(4)]
 
     def load(block):
-      """Before anything is stored that these loads might have to wait for."""
+      """h, g and `after` of four runs of 8 rows. They are loaded before anything is stored, for a
+      load waits for a store that may be to the same place."""
       return [
         (
           *(_load_half(h_gmem, here, half, j) for half in (0, 1)),
@@ -270,7 +267,7 @@ def _backward(gate, up, g, after):
       *values, products = zip(
         *(swiglu_words.backward(*words, factor) for words in zip(*pairs, strict=True)), strict=True
       )
-      results.append((*values, [functools.reduce(type(factor).plus_float, products)]))
+      results.append((*values, [functools.reduce(pk.Word.plus_float, products)]))
     *values, sums = zip(*results, strict=True)
     return (
       *(pk.fragmented(x, gate.shape, jnp.bfloat16, tr.ROWS) for x in values),
@@ -290,19 +287,23 @@ def _check_forward(m, f):
 
 
 def _shape(h):
-  """m and f of h (m, 2 f)."""
+  """m and f of h (m, 2 f), values or packed."""
   if not isinstance(h, tuple):
-    if h.ndim != 2 or h.shape[1] % 2:
-      raise ValueError(f"{h.shape=} is not (m, 2 f)")
-    m, f = h.shape[0], h.shape[1] // 2
-    _check_array("h", h, (m, 2 * f), jnp.bfloat16)
-    return m, f
+    return _shape_of_values(h)
   codes, scales = h
   if codes.ndim != 2:
     raise ValueError(f"the codes of h have the shape {codes.shape}, not (m, f)")
   m, f = codes.shape
   _check_array("the codes of h", codes, (m, f), jnp.uint8)
   _check_array("the scales of h", scales, (m, f // 16), jnp.uint8)
+  return m, f
+
+
+def _shape_of_values(h):
+  if h.ndim != 2 or h.shape[1] % 2:
+    raise ValueError(f"{h.shape=} is not (m, 2 f)")
+  m, f = h.shape[0], h.shape[1] // 2
+  _check_array("h", h, (m, 2 * f), jnp.bfloat16)
   return m, f
 
 

@@ -60,11 +60,11 @@ def fake_kernels() -> dict[str, types.SimpleNamespace]:
     return dequantize(q, jnp.bfloat16)
 
   def swiglu_fp8_rows(h, *, power_of_two):
-    return rows(swiglu(values(*h) if isinstance(h, tuple) else h), power_of_two=power_of_two)
+    return rows(swiglu(h), power_of_two=power_of_two)
 
   def keep_swiglu_fp8_rows(h, *, scale_rule, power_of_two):
     kept = mxfp4(h, scale_rule=scale_rule)
-    return *kept, *swiglu_fp8_rows(kept, power_of_two=power_of_two)
+    return *kept, *swiglu_fp8_rows(values(*kept), power_of_two=power_of_two)
 
   def swiglu_backward_fp8(h, g, after, *, power_of_two):
     h = values(*h) if isinstance(h, tuple) else h

@@ -1,8 +1,8 @@
 """What the kernels compute with instructions of their own, as an emulator can run it.
 
-A kernel's loads, stores, loops and indices are then emulated, and races found. That its lanes
-compute the same as these is shown in `test_eights`, and that its registers hold what their layouts
-say in `test_kernels`, but for what only a GPU shows.
+A kernel's loads, stores, loops and indices are then emulated, and races between warpgroups found;
+within one the emulator has a single thread. That its lanes compute the same as these is shown in
+`test_eights`; that registers hold what their layouts say, partly in `test_kernels`, shows a GPU.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ def in_place():
     ):
       stack.enter_context(mock.patch.object(module, name, stand_in))
     jax.clear_caches()
+    stack.callback(jax.clear_caches)
     yield
-  jax.clear_caches()
 
 
 def _largest(x, layout):

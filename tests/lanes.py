@@ -86,8 +86,14 @@ class Lanes:
     return self._floats(lambda a: np.float32(1) / a)
 
   def to_bf16(self, low):
+    return self._pair(low, ml_dtypes.bfloat16)
+
+  def to_float16(self, low):
+    return self._pair(low, np.float16)
+
+  def _pair(self, low, dtype):
     with np.errstate(over="ignore"):
-      pair = [x.view(np.float32).astype(ml_dtypes.bfloat16) for x in (self._lift(low), self.array)]
+      pair = [x.view(np.float32).astype(dtype) for x in (self._lift(low), self.array)]
     return Lanes(_as_words(np.stack(np.broadcast_arrays(*pair), -1))[..., 0])
 
   def to_e4m3(self, *higher):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from lanes import Lanes
 
+from experiments import kernel_cases as cases
 from fp4jax import dequantize, formats, quantize
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.swiglu import swiglu, swiglu_backward
@@ -50,6 +51,22 @@ def test_every_nibble_in_every_place_under_every_scale():
   np.testing.assert_array_equal(np.float32(actual)[usual], same)
 
 
+@pytest.mark.parametrize("rule", ["floor", "even", "rceil", "oas"])
+def test_words_of_every_bf16_value_under_its_scale(rule):
+  """In each place of a lane, with a larger one in its block that takes the scale."""
+  small = EVERY[np.isfinite(EVERY) & (np.abs(np.float32(EVERY)) < 2.0**120)]
+  for place, factor in enumerate((1, 1.25, 1.5, 1.75, 2.5, 3.5, 13, 100)):
+    blocks = np.zeros((len(small), 32), BF16)
+    blocks[:, place], blocks[:, 17] = small, np.abs(np.float32(small)) * BF16(factor)
+    expected = quantize(jnp.asarray(blocks), cases.mxfp4_format(rule))
+    inverse = np.exp2(127.0 - np.asarray(expected.scales)[:, :1]).astype(np.float32)
+    lanes = blocks.reshape(-1, 4, 8)
+    factors = Lanes(np.broadcast_to(inverse.view(np.uint32), (len(small), 4)))
+    words = e2m1.word_of(words_of(lanes), factors, clips=rule in ("floor", "oas"))
+    packed = np.ascontiguousarray(words.array).view(np.uint8)
+    np.testing.assert_array_equal(packed, np.asarray(expected.codes), err_msg=f"{factor=}")
+
+
 @pytest.mark.parametrize("dtype", [BF16, np.float32])
 def test_the_largest_magnitude_or_a_nan(dtype):
   rng = np.random.default_rng(0)
@@ -66,10 +83,11 @@ def test_the_largest_magnitude_or_a_nan(dtype):
 
 @pytest.mark.parametrize("fmt", [formats.FP8_BLOCK, formats.FP8_BLOCK_POW2], ids=lambda f: f.name)
 def test_codes_of_every_bf16_value_under_its_scale(fmt):
-  """Each value with larger ones of every kind in its block, which takes up to 448 of them."""
-  finite = EVERY[np.isfinite(EVERY) & (np.abs(np.float32(EVERY)) >= 2.0**-100)]
+  """Each with one in its block that is larger by a factor. Below 2^-100 a CPU that computes what is
+  expected flushes."""
+  magnitude = np.abs(np.float32(EVERY))
+  small = EVERY[(magnitude == 0) | (magnitude >= 2.0**-100) & (magnitude < 2.0**110)]
   for factor in (1, 1.0078125, 1.5, 7, 448, 2.0**9):
-    small = finite[np.abs(np.float32(finite)) < 2.0**110]
     blocks = np.zeros((len(small), 128), BF16)
     blocks[:, 3], blocks[:, 77] = small, np.abs(np.float32(small)) * BF16(factor)
     expected = quantize(jnp.asarray(blocks), fmt)
@@ -98,6 +116,16 @@ def test_swiglu_forward(scale):
   actual = values_of([swiglu_words.forward(*(words_of(x)[0] for x in (gate, up)))], BF16)
   expected = swiglu(jnp.concatenate([gate, up], -1))
   check_roundings(actual, expected, np.abs(np.float32(gate)))
+
+
+def test_swiglu_of_what_is_not_finite_and_of_the_extremes():
+  ends = np.array([np.inf, -np.inf, np.nan, 0, -0.0, 100, -100, 3e38, -3e38, 1, 1e-30], BF16)
+  gate, up = (x.reshape(-1, 1).repeat(2, 1) for x in np.meshgrid(ends, ends))
+  actual = values_of([swiglu_words.forward(*(words_of(x)[0] for x in (gate, up)))], BF16)
+  expected = np.asarray(swiglu(jnp.concatenate([gate, up], -1)))
+  np.testing.assert_array_equal(np.float32(actual), np.float32(expected))
+  numbers = ~np.isnan(np.float32(expected))
+  np.testing.assert_array_equal(np.signbit(actual)[numbers], np.signbit(expected)[numbers])
 
 
 def check_roundings(actual, expected, gate, slack=0.0):

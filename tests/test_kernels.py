@@ -18,7 +18,7 @@ from pallas_kernels import convert, fp8, gather, mxfp4, swiglu, transpose
 from pallas_kernels import dequantize as dequantizer
 
 gpu = pytest.mark.gpu
-# The others consist of instructions of their own; `test_packed` has their arithmetic.
+# The others are little but arithmetic of a lane, which `test_eights` and `test_packed` have.
 EMULATED = [
   *(case for case in cases.CASES if case.name.startswith(("quantize_fp8", "gather_fp8"))),
   *(case for case in cases.SWIGLU if "power of two" not in case.name),
@@ -102,10 +102,10 @@ def test_transposed_tiles_hold_what_their_layouts_say():
 
 
 def test_a_lane_gathers_what_its_layout_says():
-  """`gather` reads eight values of the row, the block and the lane that a thread's number gives."""
+  """Its thread has 16 others beside it in its row."""
   warp, lane, _, value = np.indices((4, 32, 1, 8))
   thread = 32 * warp + lane
-  place = thread // 16, thread // 4 % 4, thread % 4, value  # of (8, 4, 4, 8)
+  place = thread // 16, *gather.eight_of(thread), value  # of (8, 4, 4, 8)
   np.testing.assert_array_equal(
     held(transpose.ROWS, (8, 4, 4, 8)), np.ravel_multi_index(place, (8, 4, 4, 8))
   )
