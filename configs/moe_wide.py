@@ -28,6 +28,7 @@ def get_config() -> Experiment:
     probe_every=0,
     checkpoint_every=0,
     implementation="mosaic",
+    weights_once=True,
     model=ModelConfig(
       num_layers=2,
       d_model=4096,

@@ -119,7 +119,7 @@ def _moe_ffn(name: str, experts: int, top_k: int) -> Row:
   row |= _saved_bytes(forward, arguments[:5])
   step = compiled(functools.partial(_step, recipe), *arguments)
   try:
-    _check_tokens(recipe, step, arguments)
+    row["errors"] = _check_tokens(recipe, step, arguments)
   except CheckFailed as error:
     return row | {"failed": str(error)}
   row["forward_us"] = time_us(forward, arguments[:5], repeats=5)["time_us"]
@@ -132,15 +132,19 @@ def _check_tokens(recipe, step, arguments, count=64):
   x, w13, w2, *of_tokens = arguments
   tokens = jnp.arange(0, len(x), -(-len(x) // count))
 
-  # Compiled without autotuning, which would take longer than all that is timed.
-  @functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0})
+  # Autotuning would take longer than all that is timed. With the excess precision that XLA allows
+  # itself, h would reach its rounding to E2M1 in float32: 0.8 % of the codes would be others.
+  options = {"xla_gpu_autotune_level": 0, "xla_allow_excess_precision": False}
+
+  @functools.partial(jax.jit, compiler_options=options)
   def alone(*arguments):
     y, dx, _, _, dweights = _step(recipe, *arguments, implementation="xla")
     return {"y": y, "dx": dx, "dweights": dweights}
 
   expected = alone(x[tokens], w13, w2, *(v[tokens] for v in of_tokens))
   y, dx, _, _, dweights = step(*arguments)
-  check_rows({"y": y[tokens], "dx": dx[tokens], "dweights": dweights[tokens]}, expected)
+  actual = {"y": y[tokens], "dx": dx[tokens], "dweights": dweights[tokens]}
+  return check_rows(recipe, actual, expected)
 
 
 def _moe_inputs(e, top_k, tokens=ROWS, d=CONTRACTION, f=COLUMNS):

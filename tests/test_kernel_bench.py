@@ -16,7 +16,7 @@ from experiments import kernel_few_rows
 from experiments import kernel_rows as bench
 from experiments import kernel_tables as tables
 from experiments import kernel_timing as timing
-from fp4jax import dequantize, formats
+from fp4jax import dequantize, ffn_gemms, formats, recipes
 from fp4jax.quantized_array import QuantizedArray
 from pallas_kernels import bf16_matmul
 from pallas_kernels import grouped_matmul as gm
@@ -147,25 +147,29 @@ def test_moe_ffn(fault, hopper, monkeypatch):
   monkeypatch.setattr(bench, "_moe_inputs", inputs)
   monkeypatch.setattr(bench, "_saved_bytes", lambda *arguments: {"saved_bytes": 1})
 
-  def check_rows(actual, expected):
+  def check_rows(recipe, actual, expected):
     assert actual.keys() == {"y", "dx", "dweights"}
-    checks.check_rows(actual, expected)
+    errors = checks.check_rows(recipe, actual, expected)
+    assert errors.keys() == actual.keys()
     for name in actual:
       planted = actual | {name: actual[name].at[10:].multiply(1.2)}
-      with pytest.raises(checks.CheckFailed, match=f"{name} differs from XLA's by 0"):
-        checks.check_rows(planted, expected)
+      with pytest.raises(checks.CheckFailed, match=f"more than 0.015 of the norm: {name} 0.1"):
+        checks.check_rows(recipe, planted, expected)
       if name == fault:
-        checks.check_rows(planted, expected)
+        checks.check_rows(recipe, planted, expected)
+    return errors
 
   monkeypatch.setattr(bench, "check_rows", check_rows)
   row = bench._moe_ffn("fp8", 4, 2)
   assert "gather_fp8_both" in hopper
   if fault is None:
+    assert row["errors"].keys() == {"y", "dx", "dweights"}
     assert row["time_us"] == row["forward_us"] == 1e3 and "failed" not in row
     return
   assert_no_time(row)
   line = tables.moe_ffn_table([row]).splitlines()[2]
-  assert line.startswith("| `fp8` | 4, top-2 | check failed: dx differs") and "1.00" not in line
+  assert line.startswith("| `fp8` | 4, top-2 | check failed: differs from XLA's")
+  assert "1.00" not in line
   assert line.count("|") == tables.moe_ffn_table([]).splitlines()[0].count("|")
 
 
@@ -225,3 +229,26 @@ def test_few_rows_that_are_wrong_have_no_time(multiply):
   assert line.startswith(start) and line.count("|") == 10
   with pytest.raises(checks.CheckFailed):
     kernel_few_rows.default_us(8, 128, 128)
+
+
+@pytest.mark.parametrize("name, least", [("fp8", 0.005), ("hopper_fp4", 0.009)])
+def test_rows_of_moe_ffn_differ_by_what_a_noise_in_h_makes(name, least, monkeypatch):
+  """Of 2^-10 of its root mean square they pass, of four times as much they do not."""
+  recipe = recipes.by_name(name)
+  inputs, hidden = bench._moe_inputs(8, 2, tokens=64, d=1024, f=512), ffn_gemms.XlaFfnGemms.hidden
+
+  def rows(noise):
+    def noisy(self, h):
+      h = h.astype(jnp.float32)
+      normal = jax.random.normal(jax.random.key(7), h.shape) * jnp.sqrt(jnp.mean(h**2))
+      return hidden(self, (h + noise * normal).astype(jnp.bfloat16))
+
+    monkeypatch.setattr(ffn_gemms.XlaFfnGemms, "hidden", noisy)
+    jax.clear_caches()
+    y, dx, _, _, dweights = bench._step(recipe, *inputs, implementation="xla")
+    return {"y": y, "dx": dx, "dweights": dweights}
+
+  exact = rows(0)
+  assert max(checks.check_rows(recipe, rows(2.0**-10), exact).values()) > least
+  with pytest.raises(checks.CheckFailed, match="of the norm: y"):
+    checks.check_rows(recipe, rows(2.0**-8), exact)
