@@ -144,7 +144,7 @@ def _check_tokens(recipe, step, arguments, count=64):
   expected = alone(x[tokens], w13, w2, *(v[tokens] for v in of_tokens))
   y, dx, _, _, dweights = step(*arguments)
   actual = {"y": y[tokens], "dx": dx[tokens], "dweights": dweights[tokens]}
-  return check_rows(recipe, actual, expected)
+  return check_rows(actual, expected)
 
 
 def _moe_inputs(e, top_k, tokens=ROWS, d=CONTRACTION, f=COLUMNS):

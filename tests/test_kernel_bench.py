@@ -147,16 +147,16 @@ def test_moe_ffn(fault, hopper, monkeypatch):
   monkeypatch.setattr(bench, "_moe_inputs", inputs)
   monkeypatch.setattr(bench, "_saved_bytes", lambda *arguments: {"saved_bytes": 1})
 
-  def check_rows(recipe, actual, expected):
+  def check_rows(actual, expected):
     assert actual.keys() == {"y", "dx", "dweights"}
-    errors = checks.check_rows(recipe, actual, expected)
+    errors = checks.check_rows(actual, expected)
     assert errors.keys() == actual.keys()
     for name in actual:
       planted = actual | {name: actual[name].at[10:].multiply(1.2)}
-      with pytest.raises(checks.CheckFailed, match=f"more than 0.015 of the norm: {name} 0.1"):
-        checks.check_rows(recipe, planted, expected)
+      with pytest.raises(checks.CheckFailed, match=f"more than 0.01 of the norm: {name} 0.1"):
+        checks.check_rows(planted, expected)
       if name == fault:
-        checks.check_rows(recipe, planted, expected)
+        checks.check_rows(planted, expected)
     return errors
 
   monkeypatch.setattr(bench, "check_rows", check_rows)
@@ -231,11 +231,12 @@ def test_few_rows_that_are_wrong_have_no_time(multiply):
     kernel_few_rows.default_us(8, 128, 128)
 
 
-@pytest.mark.parametrize("name, least", [("fp8", 0.005), ("hopper_fp4", 0.009)])
-def test_rows_of_moe_ffn_differ_by_what_a_noise_in_h_makes(name, least, monkeypatch):
-  """Of 2^-10 of its root mean square they pass, of four times as much they do not."""
-  recipe = recipes.by_name(name)
-  inputs, hidden = bench._moe_inputs(8, 2, tokens=64, d=1024, f=512), ffn_gemms.XlaFfnGemms.hidden
+@pytest.mark.parametrize("name", ["fp8", "hopper_fp4"])
+def test_rows_of_moe_ffn_may_differ_by_the_last_bits_of_h(name, monkeypatch, request):
+  """A noise of 2^-11 of its root mean square passes; of 2^-8, half a bf16 bit of the large, not."""
+  recipe, hidden = recipes.by_name(name), ffn_gemms.XlaFfnGemms.hidden
+  inputs = bench._moe_inputs(8, 2, tokens=64, d=1024, f=512)
+  request.addfinalizer(jax.clear_caches)  # no other test is to find a program with noise
 
   def rows(noise):
     def noisy(self, h):
@@ -249,6 +250,6 @@ def test_rows_of_moe_ffn_differ_by_what_a_noise_in_h_makes(name, least, monkeypa
     return {"y": y, "dx": dx, "dweights": dweights}
 
   exact = rows(0)
-  assert max(checks.check_rows(recipe, rows(2.0**-10), exact).values()) > least
+  assert min(checks.check_rows(rows(2.0**-11), exact).values()) > 0
   with pytest.raises(checks.CheckFailed, match="of the norm: y"):
-    checks.check_rows(recipe, rows(2.0**-8), exact)
+    checks.check_rows(rows(2.0**-8), exact)
