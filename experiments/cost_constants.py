@@ -18,7 +18,6 @@ from scipy.optimize import nnls
 
 from experiments import logs
 from experiments.cost_terms import (
-  OPTIMIZER_BYTES,
   Constants,
   Run,
   Shape,
@@ -49,16 +48,25 @@ MOE_WIDE = Shape(
   head=4096 * 256,
   unrolled=True,
 )
+# Of each kind of GPU.
+_BENCHES = ("kernel_bench", "kernel_bench_h100")
+_LAYERS = ("moe_ffn", "moe_ffn_h100")
 _RECOMPUTED = ("recompute", "recompute_32")
-STEPS = ("moe_wide_512_step_time", "moe_wide_4096_step_time", "scaling", *_RECOMPUTED)
-PEAKS = ("moe_wide_4096_memory", *_RECOMPUTED)
+STEPS = (
+  "moe_wide_512_step_time",
+  "moe_wide_4096_step_time",
+  "scaling",
+  *_RECOMPUTED,
+  "recompute_unrolled_24",
+)
+# Where layers are unrolled XLA computes those of several again at once: no term for that.
+PEAKS = ("moe_wide_512_memory", *_RECOMPUTED)
 SOURCES = (
-  "kernel_bench",
-  "moe_ffn",
+  *_BENCHES,
+  *_LAYERS,
   "dispatch",
   "moe_wide",
   "moe_wide_peak",
-  "moe_wide_profile",
   *dict.fromkeys(STEPS + PEAKS),
 )
 _PAYLOADS = {"bf16": None, "fp8": FP8_BLOCK_POW2, "mxfp4": MXFP4, "bfloat16": None}
@@ -155,13 +163,17 @@ def _step(results, name, row, measured):
 
 def layers(results: Path) -> Iterator[Cell]:
   """Forward and backward pass of `moe_ffn` alone, on one GPU and on several."""
-  rows = read(results, "moe_ffn")
-  gpu = gpu_of(rows[0]["device"])
-  for row in rows[1:]:
-    shape = one_layer(d=7168, f=2048, experts=row["experts"], top_k=row["top_k"])
-    recipe, measured = recipes.by_name(row["recipe"]), row["time_us"] / 1e6
-    run = Run(tokens=32768, length=1)
-    yield Cell(source="moe_ffn", gpu=gpu, shape=shape, recipe=recipe, run=run, measured=measured)
+  for name in _LAYERS:
+    first, *rows = read(results, name)
+    for row in rows:
+      yield Cell(
+        source=name,
+        gpu=gpu_of(first["device"]),
+        shape=one_layer(d=7168, f=2048, experts=row["experts"], top_k=row["top_k"]),
+        recipe=recipes.by_name(row["recipe"]),
+        run=Run(tokens=32768, length=1),
+        measured=row["time_us"] / 1e6,
+      )
   for row in read(results, "dispatch"):
     if row["kind"] == "layer":
       recipe = recipes.BF16.replace({"payload.sums": "bfloat16"})
@@ -190,39 +202,42 @@ def predicted_seconds(cell: Cell, constants: Constants) -> float:
 
 def fit(results: Path, gpu: str) -> Constants:
   """The constants of steps on `gpu`, "H100" or "H200"."""
-  memory = bandwidths(results)
+  chips = _chips(results)
   fastest = [row["peak_flops_per_s"]["bfloat16"] for row in read(results, "moe_wide_peak")]
   known = Constants(
-    experts_flops=_kernel_rates(results),
+    **chips[gpu],
     dense_flops=statistics.mean(fastest),
     score_flops=math.inf,
-    memory=memory[gpu],
     weight_bytes={},
     other_bytes={},
-    wire=_wire(results, memory),
+    wire=_wire(results, chips),
     plan=statistics.mean(r["time_us"] / 1e6 for r in _exchanges(results) if r["part"] == "plan"),
     reduce=math.inf,
     transient_bytes={},
   )
-  known = dataclasses.replace(known, weight_bytes=_weight_bytes(results, known, memory))
+  one_gpu = [cell for cell in layers(results) if cell.devices == 1]
+  for name, chip in chips.items():
+    at = dataclasses.replace(known, **chip)
+    chip["weight_bytes"] = _weight_bytes([cell for cell in one_gpu if cell.gpu == name], at)
+  known = dataclasses.replace(known, **chips[gpu])
   cells = [cell for cell in steps(results) if cell.is_fitted and cell.devices == 1]
   known = dataclasses.replace(known, score_flops=_score_flops(cells))
-  other = _other_bytes(cells, known, memory)
-  other |= _other_bytes([cell for cell in cells if cell.gpu == gpu], known, memory)
+  other = _other_bytes(cells, known, chips)
+  other |= _other_bytes([cell for cell in cells if cell.gpu == gpu], known, chips)
   known = dataclasses.replace(known, other_bytes=other)
   known = dataclasses.replace(known, transient_bytes=_transient_bytes(results, known))
   return dataclasses.replace(known, reduce=_reduce(results, known, gpu))
 
 
-def bandwidths(results: Path) -> dict[str, float]:
-  """Bytes a second by GPU: of a copy where it is measured, else of the optimizer."""
-  bench, profile = read(results, "kernel_bench"), read(results, "moe_wide_profile")
-  parameters = MOE_WIDE.expert_layers * MOE_WIDE.expert_weights + MOE_WIDE.other_weights
-  optimizer = [row for row in profile if row["part"] == "optimizer"]
-  ms = statistics.mean(row["ms_per_step"] for row in optimizer)
-  found = {gpu_of(profile[0]["device"]): OPTIMIZER_BYTES * parameters / ms * 1e3}
-  (copy,) = (row["tb_per_s"] for row in bench if row["kind"] == "copy")
-  return found | {gpu_of(bench[0]["device"]): copy * 1e12}
+def _chips(results) -> dict[str, dict[str, Any]]:
+  """By GPU the constants that are its own: rates of the grouped kernels, and of a copy."""
+  found = {}
+  for name in _BENCHES:
+    rows = read(results, name)
+    (copy,) = (row["tb_per_s"] for row in rows if row["kind"] == "copy")
+    rates = {"experts_flops": _kernel_rates(rows), "memory": copy * 1e12}
+    found[gpu_of(rows[0]["device"])] = rates
+  return found
 
 
 def imbalances(results: Path) -> dict[int, float]:
@@ -236,14 +251,14 @@ def imbalances(results: Path) -> dict[int, float]:
   }
 
 
-def _kernel_rates(results):
+def _kernel_rates(rows):
   """FLOP/s by dtype, of fprop, dgrad and wgrad together; as in a step, dw in float32."""
+  matmuls = [r for r in rows if r["kind"] == "matmul" and "bfloat16" not in r["name"]]
   rates = {}
   for name, dtype in _DTYPES.items():
-    rows = [r for r in read(results, "kernel_bench") if r["kind"] == "matmul"]
-    rows = [r for r in rows if r["name"].startswith(name) and "bfloat16" not in r["name"]]
-    flops = sum(2 * r["m"] * r["n"] * r["k"] for r in rows)
-    rates[dtype] = flops / sum(r["time_us"] / 1e6 for r in rows)
+    own = [r for r in matmuls if r["name"].startswith(name)]
+    flops = sum(2 * r["m"] * r["n"] * r["k"] for r in own)
+    rates[dtype] = flops / sum(r["time_us"] / 1e6 for r in own)
   return rates
 
 
@@ -261,7 +276,7 @@ def _exchanges(results):
   return [row for row in read(results, "dispatch") if row["kind"] == "exchange"]
 
 
-def _wire(results, memory):
+def _wire(results, chips):
   """By exchange, seconds and bytes a second: of the wire, and of dispatch less its packing."""
   points = {}
   for row in _exchanges(results):
@@ -271,7 +286,7 @@ def _wire(results, memory):
     shape = one_layer(row["d"], 0, row["experts"], row["top_k"])
     time = row["time_us"] / 1e6
     if row["part"] == "dispatch":
-      time -= packing_bytes(shape, run, value) / memory[gpu_of(row["device"])]
+      time -= packing_bytes(shape, run, value) / chips[gpu_of(row["device"])]["memory"]
     point = 1.0, run.rows_sent(shape) * row["d"] * value, time
     points.setdefault(run.exchange, []).append(point)
   found = {}
@@ -289,18 +304,16 @@ def _by_recipe(cells):
   return found
 
 
-def _weight_bytes(results, known, memory):
+def _weight_bytes(cells, known):
   """What layers on one GPU take beside GEMMs and rows, a byte of their weights: least squares of
   relative errors."""
   found = {}
-  cells = [cell for cell in layers(results) if cell.devices == 1]
   for name, own in _by_recipe(cells).items():
+    at = dataclasses.replace(known, weight_bytes={name: 0.0})
     terms = []
     for cell in own:
-      speed = memory[cell.gpu]
-      at = dataclasses.replace(known, memory=speed, weight_bytes={name: 0.0})
       rest = cell.measured - predicted_seconds(cell, at)
-      terms.append((cell.shape.expert_weights / speed / cell.measured, rest / cell.measured))
+      terms.append((cell.shape.expert_weights / at.memory / cell.measured, rest / cell.measured))
     x, y = np.array(terms).T
     found[name] = max(float(x @ y / (x @ x)), 0.0)
   return found
@@ -317,12 +330,12 @@ def _score_flops(cells):
   return statistics.mean(speeds)
 
 
-def _other_bytes(cells, known, memory):
+def _other_bytes(cells, known, chips):
   found = {}
   for name, own in _by_recipe(cells).items():
     rest = []
     for cell in own:
-      at = dataclasses.replace(known, memory=memory[cell.gpu], other_bytes={name: 0.0})
+      at = dataclasses.replace(known, **chips[cell.gpu], other_bytes={name: 0.0})
       seconds = cell.measured - predicted_seconds(cell, at)
       values = cell.run.tokens * cell.shape.d * cell.shape.layers
       rest.append(seconds * at.memory / values)

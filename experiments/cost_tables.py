@@ -196,9 +196,13 @@ def constants_table(results: Path) -> str:
   busy = cost_constants.imbalances(results)
   reduce = ["hidden" if math.isinf(c.reduce) else f"{c.reduce / 1e9:.0f}" for c in (h100, h200)]
   rows = {
-    "experts' GEMMs, bf16 / FP8": (
+    "experts' GEMMs, bf16 / FP8, H100": (
       f"{tera(*h100.experts_flops.values())} TFLOP/s",
       "`kernel_bench`: fprop, dgrad, wgrad of 8 groups",
+    ),
+    "experts' GEMMs, bf16 / FP8, H200": (
+      f"{tera(*h200.experts_flops.values())} TFLOP/s",
+      "the same",
     ),
     "other GEMMs, bf16": (f"{tera(h100.dense_flops)} TFLOP/s", "`speed_of_light`: the peak"),
     "scores of attention": (
@@ -207,11 +211,15 @@ def constants_table(results: Path) -> str:
     ),
     "memory, H100 / H200": (
       f"{h100.memory / 1e12:.2f} / {h200.memory / 1e12:.2f} TB/s",
-      "`kernel_bench`: a copy / `step_profile`: the optimizer",
+      "`kernel_bench`: a copy",
     ),
-    "a weight of the experts": (
+    "a weight of the experts, H100": (
       f"bytes: {each(h100.weight_bytes, '.1f')}",
-      "`kernel_bench`: layer",
+      "`kernel_bench`: the layer less its parts",
+    ),
+    "a weight of the experts, H200": (
+      f"bytes: {each(h200.weight_bytes, '.1f')}",
+      "the same",
     ),
     "what is left of a step, H100": (
       f"bytes of a value and layer: {each(h100.other_bytes, '.0f')}",

@@ -138,16 +138,17 @@ def row_bytes(recipe: Recipe, shape: Shape) -> tuple[float, float]:
   """Of a row of the experts, what else than GEMMs reads and writes, forward and backward.
 
   Counted in `fp4jax.moe_ffn`: rows are gathered (x twice, dout, results, dx), SwiGLU and its
-  backward pass read and write, and what is quantized is read in bf16 and written packed.
+  backward pass read and write, and what is quantized is read in bf16 and written packed: dout as it
+  is gathered, h in the read that SwiGLU makes.
   """
   d, f, k = shape.d, shape.f, shape.top_k
   if mosaic.multiplied_dtype(recipe, "fprop") == jnp.bfloat16:
     return 6 * d + 6 * f, 10 * d + 12 * f
   if recipe.residual.lhs is None:
-    return (4 + 3 / k) * d + 5 * f, 17 * d + 11 * f
+    return (4 + 3 / k) * d + 5 * f, 13 * d + 11 * f
   kept = bytes_per_value(recipe.residual.lhs)
-  forward = (3 + 3 * kept + (2 + kept) / k) * d + (5 + 4 * kept) * f
-  return forward, (11 + 3 * kept) * d + (7 + 2 * kept) * f
+  forward = (3 + 3 * kept + (2 + kept) / k) * d + (5 + 2 * kept) * f
+  return forward, (7 + 3 * kept) * d + (7 + 2 * kept) * f
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 RECIPES = ("bf16", "fp8", "hopper_fp4", "fp8_dispatch", "hopper_fp4_dispatch")
 PREDICTED_WITHIN = 0.15
-LAYERS_WITHIN = 0.27  # over several GPUs: docs/scaling.md says which and why
+LAYERS_WITHIN = 0.18  # over several GPUs: docs/scaling.md says which and why
 RUN = Run(tokens=32768, length=512)
 # So that times are what is counted: operations and bytes.
 UNITS = Constants(
@@ -191,15 +191,15 @@ Q = 17 / 32  # bytes of a value in MXFP4
     # x gathered, results read; h read, a written. dout and x gathered, dx read; h and g read, a and
     # dh written.
     ("bf16", (2 + 2 + 2, 4 + 2), (4 + 4 + 2, 4 + 2 + 2 + 4)),
-    # x of a token quantized, its codes gathered, results read; h read, a written in FP8. dout
-    # gathered and quantized along both axes, x gathered and quantized, dx read; h and g read, a and
-    # along both axes dh written in FP8.
-    ("fp8", ((2 + 1) / 2 + 2 + 2, 4 + 1), (4 + 4 + 4 + 3 + 2, 4 + 2 + 1 + 4)),
-    # The same of what is packed, which is widened to FP8, x twice; and h read to be packed.
+    # x of a token quantized, its codes gathered, results read; h read, a written in FP8. dout read
+    # and written in FP8 along both axes, x gathered and quantized, dx read; h and g read, a and along
+    # both axes dh written in FP8.
+    ("fp8", ((2 + 1) / 2 + 2 + 2, 4 + 1), (2 + 2 + 4 + 3 + 2, 4 + 2 + 1 + 4)),
+    # The same of what is packed, x widened to FP8 twice; h is packed beside.
     (
       "hopper_fp4",
-      ((2 + Q) / 2 + 2 * Q + (Q + 1) + 2, 4 + 2 * Q + 2 * Q + 1),
-      (4 + 4 + 2 * Q + (Q + 1) + 2, 2 * Q + 2 + 1 + 4),
+      ((2 + Q) / 2 + 2 * Q + (Q + 1) + 2, 4 + 2 * Q + 1),
+      (2 + 2 + 2 * Q + (Q + 1) + 2, 2 * Q + 2 + 1 + 4),
     ),
   ],
 )
@@ -319,7 +319,7 @@ def test_every_measured_time_is_a_cell():
   steps = read(*cost_constants.STEPS)
   steps = [row for row in steps if not row.get("oom")]
   assert len(list(cost_constants.steps(RESULTS))) == len(steps) >= 6
-  layers = [r for r in read("moe_ffn", "dispatch") if r["kind"] in ("moe_ffn", "layer")]
+  layers = [r for r in read("moe_ffn", "moe_ffn_h100", "dispatch") if r["kind"] in ("moe_ffn", "layer")]
   assert len(list(cost_constants.layers(RESULTS))) == len(layers) >= 12
   peaks = read(*cost_constants.PEAKS)
   assert len(list(cost_constants.peaks(RESULTS))) == len(peaks) >= 3
