@@ -141,6 +141,9 @@ def _step(results, name, row, measured):
   mesh = row.get("mesh", {"data": 1, "fsdp": 1, "expert": 1})
   if mesh["fsdp"] > 1:
     raise ValueError(f"results/{name}.jsonl: {mesh=}, and the model has no term for fsdp")
+  busiest = row.get("busiest_device")
+  if not busiest and row.get("dropped"):
+    busiest = row["capacity_factor"]  # it was full
   run = Run(
     tokens=row["tokens_per_step"] // math.prod(mesh.values()),
     length=row.get("sequence_length") or int(name.split("_")[2]),
@@ -149,7 +152,7 @@ def _step(results, name, row, measured):
     capacity_factor=row.get("capacity_factor"),
     exchange=row.get("exchange", "xla"),
     remat=row.get("remat", "none"),
-    imbalance=row.get("busiest_device") or imbalances(results)[mesh["expert"]],
+    imbalance=busiest or imbalances(results)[mesh["expert"]],
   )
   return Cell(
     source=name,

@@ -193,7 +193,8 @@ def recompute_table(rows: list[Row]) -> str:
   told += f" A process may have {limit:.1f} GB." if limit else ""
   if dropped:
     told += f" Dropped: {min(dropped):.1f} to {max(dropped):.1f} % of the choices."
-  return "\n".join(lines) + f"\n\n{told} {told_source(rows[0])}"
+  sources = " ".join(dict.fromkeys(map(told_source, rows)))
+  return "\n".join(lines) + f"\n\n{told} {sources}"
 
 
 def _recompute_cell(row):

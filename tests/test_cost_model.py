@@ -192,8 +192,8 @@ Q = 17 / 32  # bytes of a value in MXFP4
     # dh written.
     ("bf16", (2 + 2 + 2, 4 + 2), (4 + 4 + 2, 4 + 2 + 2 + 4)),
     # x of a token quantized, its codes gathered, results read; h read, a written in FP8. dout read
-    # and written in FP8 along both axes, x gathered and quantized, dx read; h and g read, a and along
-    # both axes dh written in FP8.
+    # and written in FP8 along both axes, x gathered and quantized, dx read; h and g read, a and
+    # along both axes dh written in FP8.
     ("fp8", ((2 + 1) / 2 + 2 + 2, 4 + 1), (2 + 2 + 4 + 3 + 2, 4 + 2 + 1 + 4)),
     # The same of what is packed, x widened to FP8 twice; h is packed beside.
     (
@@ -319,7 +319,8 @@ def test_every_measured_time_is_a_cell():
   steps = read(*cost_constants.STEPS)
   steps = [row for row in steps if not row.get("oom")]
   assert len(list(cost_constants.steps(RESULTS))) == len(steps) >= 6
-  layers = [r for r in read("moe_ffn", "moe_ffn_h100", "dispatch") if r["kind"] in ("moe_ffn", "layer")]
+  layers = read("moe_ffn", "moe_ffn_h100", "dispatch")
+  layers = [row for row in layers if row["kind"] in ("moe_ffn", "layer")]
   assert len(list(cost_constants.layers(RESULTS))) == len(layers) >= 12
   peaks = read(*cost_constants.PEAKS)
   assert len(list(cost_constants.peaks(RESULTS))) == len(peaks) >= 3
