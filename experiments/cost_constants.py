@@ -59,7 +59,7 @@ STEPS = (
   *_RECOMPUTED,
   "recompute_unrolled_24",
 )
-# Where layers are unrolled XLA computes those of several again at once: no term for that.
+# Those of unrolled layers are of before the gradients of weights came in their layer's turn.
 PEAKS = ("moe_wide_512_memory", *_RECOMPUTED)
 SOURCES = (
   *_BENCHES,

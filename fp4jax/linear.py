@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from fp4jax import operands as ops
@@ -188,6 +189,8 @@ def _bwd(recipe, implementation, dtype, saved, dy):
   dw, of_wgrad, wgrad_states = gemms.wgrad(x, dy, forward, layout.rows_in)
   tap = ops.tap_of(summaries | of_dgrad | of_wgrad) if tapped else None
   dx = nan_unless(layout.valid, take_rows(dx, layout.rows_out)).astype(lhs_like.dtype)
+  # The layer below begins after both: XLA would put dw off, and hold what it reads.
+  dx, dw = lax.optimization_barrier((dx, dw))
   dw = nan_unless(layout.valid, dw).astype(rhs_like.dtype)
   states = forward.states | dgrad_states | wgrad_states
   dx, dw, tap, states = vary((dx, dw, tap, states), axes)

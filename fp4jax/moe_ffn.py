@@ -355,12 +355,17 @@ def _bwd(recipe, implementation, mesh, weights_once, saved, dout):
   dx, dgrad_1, dgrad_states_1 = first.dgrad(dh, w13.cast(in_13), forwards[0])
   dh, dx = lax.optimization_barrier((dh, dx))
   dw13, wgrad_1, wgrad_states_1 = first.wgrad(x, dh, forwards[0], token)
+  # The layer below begins after both; where dx travels it does so beside wgrad.
+  if mesh.expert_axis is None:
+    dx, dw13 = lax.optimization_barrier((dx, dw13))
   # Not the sum over choices: a select there keeps XLA from fusing what follows.
-  dx, dw13, dw2, dweights = (nan_unless(valid, g) for g in (dx, dw13, dw2, dweights))
-  dw13, dw2 = mesh.own(dw13), mesh.own(dw2)
-  dx = take_rows(dx.astype(dtype), order.row_of_choice).reshape(*weights.shape, -1)
-  dx = jnp.sum(dx.astype(jnp.float32), axis=1)
+  dx = take_rows(nan_unless(valid, dx).astype(dtype), order.row_of_choice)
+  dx = jnp.sum(dx.reshape(*weights.shape, -1).astype(jnp.float32), axis=1)
   dx = dispatch.collect(dx, recipe.payload.sums, dtype, hidden=True)  # by wgrad
+  if mesh.expert_axis is not None:
+    dx, dw13 = lax.optimization_barrier((dx, dw13))
+  dw13, dw2, dweights = (nan_unless(valid, g) for g in (dw13, dw2, dweights))
+  dw13, dw2 = mesh.own(dw13), mesh.own(dw2)
 
   backward = (dgrad_1 | wgrad_1, dgrad_2 | wgrad_2)
   taps = tuple(s and ops.tap_of(s | b) for s, b in zip(summaries, backward, strict=True))
