@@ -3,8 +3,8 @@
     python -m experiments.cost_model --config=configs/moe_wide.py --config.mesh.data=1 \
         --config.mesh.expert=4
 
-Time and memory of one device, for every recipe of the config, with --tokens tokens on each device.
-docs/scaling.md has the terms, what they predict and what they miss.
+Time and memory of one device, for every recipe of the config, with its part of the config's batch,
+or with --tokens tokens. docs/scaling.md has the terms, what they predict and what they miss.
 """
 
 from pathlib import Path
@@ -17,7 +17,9 @@ from experiments.cost_terms import Run, memory_bytes, shape_of, step_seconds
 from fp4jax import recipes
 
 _CONFIG = command_line.define_config()
-_TOKENS = flags.DEFINE_integer("tokens", 32768, "Of each device.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer(
+  "tokens", None, "Of each device; by default its part of the config's batch.", lower_bound=1
+)
 _GPU = flags.DEFINE_enum("gpu", "H100", ["H100", "H200"], "On which the step runs.")
 _IMBALANCE = flags.DEFINE_float(
   "imbalance", 1.0, "Choices on the busiest device of `expert` over those on the mean one."
@@ -29,11 +31,15 @@ def main(_) -> None:
   config = _CONFIG.value
   if config.mesh.fsdp > 1:
     raise ValueError(f"mesh.fsdp={config.mesh.fsdp}: the model has no term for it")
+  if config.data.microbatches > 1:
+    raise ValueError(f"data.microbatches={config.data.microbatches}: the model has no term for it")
+  data, expert = config.mesh.data or 1, config.mesh.expert
+  batch = config.data.batch_size * config.data.sequence_length
   run = Run(
-    tokens=_TOKENS.value,
+    tokens=_TOKENS.value or batch // (data * expert),
     length=config.data.sequence_length,
-    data=config.mesh.data or 1,
-    expert=config.mesh.expert,
+    data=data,
+    expert=expert,
     capacity_factor=config.mesh.capacity_factor,
     exchange=_EXCHANGE.value,
     remat=config.model.remat,

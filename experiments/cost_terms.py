@@ -321,18 +321,21 @@ def kept_bytes(shape: Shape, recipe: Recipe, run: Run) -> float:
 
 
 def memory_bytes(shape: Shape, recipe: Recipe, run: Run, constants: Constants) -> dict[str, float]:
-  """Of a device, by part, as `experiments.step_memory` counts it, when the backward pass begins: a
-  loop over the layers has room for all gradients then, else there are those of one layer; and one
-  layer has again what its policy does not keep."""
+  """Of a device, by part, as `experiments.step_memory` counts it, at the peak. One layer has again
+  what its policy does not keep. A loop over the layers has room for all gradients when the backward
+  pass begins; else a layer's take the place of what it kept, and the peak is at either end."""
   _check(shape, run)
   local = shape.expert_layers * shape.expert_weights // run.expert + shape.other_weights
   row = shape.d + 3 * shape.f  # values: x, the two halves of h, and a
   transient = of_recipe(constants.transient_bytes, recipe)
-  kept = kept_bytes(shape, recipe, run)
+  kept, gradients = kept_bytes(shape, recipe, run), GRADIENT_BYTES * local
+  peak = gradients, shape.layers * kept
+  if shape.unrolled:
+    peak = max((gradients / shape.layers, shape.layers * kept), (gradients, kept), key=sum)
   return {
     "state": STATE_BYTES * local,
-    "gradients": GRADIENT_BYTES * local / (shape.layers if shape.unrolled else 1),
-    "kept": shape.layers * kept,
+    "gradients": peak[0],
+    "kept": peak[1],
     "computed again": kept_bytes(shape, recipe, dataclasses.replace(run, remat="none")) - kept,
     "transient": transient * row * run.rows_held(shape),
   }

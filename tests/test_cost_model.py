@@ -364,6 +364,20 @@ def test_a_loop_has_room_for_all_gradients():
   assert looped == one_by_one
 
 
+def test_the_peak_of_unrolled_layers_is_at_either_end_of_the_backward_pass():
+  """Of 12 layers all gradients are more than what is kept where all is computed again."""
+  constants, sizes = fit(RESULTS, "H200"), {}
+  for remat in ("none", "everything"):
+    for unrolled in (False, True):
+      shape = dataclasses.replace(MOE_WIDE, layers=12, expert_layers=12, unrolled=unrolled)
+      parts = memory_bytes(shape, recipes.HOPPER_FP4, run(remat=remat), constants)
+      sizes[remat, unrolled] = parts["gradients"], parts["kept"]
+  for remat, at_the_end in (("none", False), ("everything", True)):
+    gradients, kept = sizes[remat, False]
+    expected = (gradients, kept / 12) if at_the_end else (gradients / 12, kept)
+    assert sizes[remat, True] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("remat", get_args(Remat))
 def test_a_loop_copies_what_is_kept_and_the_gradients(remat):
   """Of what is kept 5 bytes for each: it is filled, copied in and out; of a gradient 3."""
@@ -380,7 +394,9 @@ def test_a_block_computed_again_has_its_values_beside():
   """Those that `none` keeps of every layer, of one."""
   constants = fit(RESULTS, "H200")
   sizes = [
-    memory_bytes(MOE_WIDE, recipes.BF16, run(remat=remat), constants)
+    memory_bytes(
+      dataclasses.replace(MOE_WIDE, unrolled=False), recipes.BF16, run(remat=remat), constants
+    )
     for remat in ("none", "everything")
   ]
   kept = sizes[0].pop("kept") / 2, sizes[1].pop("kept") / 2
@@ -514,6 +530,7 @@ def test_what_is_not_measured_is_refused(name, changes, message):
 def test_the_command_prints_parts_that_sum_up():
   line = [sys.executable, "-m", "experiments.cost_model", "--config=configs/moe_wide.py"]
   line += ["--config.mesh.expert=4", "--config.recipes=bf16", "--gpu=H200", "--imbalance=1.5"]
+  line += ["--config.data.batch_size=256"]  # of 512 tokens each, 32,768 a device
   ran = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
   first, *parts = ran.stdout.splitlines()
   seconds = step_seconds(MOE_WIDE, recipes.BF16, run(expert=4, imbalance=1.5), fit(RESULTS, "H200"))
