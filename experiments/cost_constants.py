@@ -240,6 +240,11 @@ def _chips(results) -> dict[str, dict[str, Any]]:
     (copy,) = (row["tb_per_s"] for row in rows if row["kind"] == "copy")
     rates = {"experts_flops": _kernel_rates(rows), "memory": copy * 1e12}
     found[gpu_of(rows[0]["device"])] = rates
+  if len(found) < len(_BENCHES):
+    raise ValueError(
+      f"results/{' and '.join(_BENCHES)}.jsonl are of one kind of GPU, {', '.join(found)}: each"
+      " kind has a file"
+    )
   return found
 
 

@@ -34,9 +34,14 @@ def main(_) -> None:
   if config.data.microbatches > 1:
     raise ValueError(f"data.microbatches={config.data.microbatches}: the model has no term for it")
   data, expert = config.mesh.data or 1, config.mesh.expert
-  batch = config.data.batch_size * config.data.sequence_length
+  sequences, rest = divmod(config.data.batch_size, data * expert)
+  if rest and not _TOKENS.value:
+    raise ValueError(
+      f"data.batch_size={config.data.batch_size} sequences over {data * expert} devices: each has"
+      " as many; or say --tokens"
+    )
   run = Run(
-    tokens=_TOKENS.value or batch // (data * expert),
+    tokens=_TOKENS.value or sequences * config.data.sequence_length,
     length=config.data.sequence_length,
     data=data,
     expert=expert,

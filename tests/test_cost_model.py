@@ -466,7 +466,9 @@ def test_rows_of_other_models_and_policies_are_predicted(tmp_path):
   model |= {"num_experts": 8, "top_k": 2, "d_ff": 8192, "remat": "attention+norm"}
   fields = {"mesh": {"expert": 4}, "capacity_factor": 1.25, "model": model}
   fields |= {"remat": "attention+norm", "sequence_length": 4096}
-  fits = scaling_row("hopper_fp4_dispatch", 500.0, oom=False, peak_bytes=60e9, **fields)
+  fits = scaling_row(
+    "hopper_fp4_dispatch", 500.0, oom=False, peak_bytes=60e9, dropped=0.08, **fields
+  )
   fails = scaling_row("bf16", None, oom=True, **fields)
   del fails["step_time_ms"]
   results = with_scaling(tmp_path / "results", [])
@@ -474,6 +476,7 @@ def test_rows_of_other_models_and_policies_are_predicted(tmp_path):
   (results / "recompute.jsonl").write_text(json.dumps(fits) + "\n" + json.dumps(fails) + "\n")
   ((cell, seconds),) = [c for c in cost_tables.times(results) if c[0].source == "recompute"]
   assert cell.shape.layers == 12 and cell.run.remat == "attention+norm" and seconds > 0.1
+  assert cell.run.imbalance == 1.25  # choices were dropped: the busiest device was full
   peaks = [cell for cell in cost_constants.peaks(results) if cell.source == "recompute"]
   assert [cell.measured for cell in peaks] == [60e9, math.inf]
   assert not any(cell.is_fitted for cell in (cell, *peaks))
@@ -544,3 +547,24 @@ def test_the_page_holds_the_tables_of_the_rows():
   text = (ROOT / "docs" / "scaling.md").read_text()
   for name, content in cost_tables.scaling_tables(RESULTS).items():
     assert tables.fill(text, name, content) == text
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (["--config.data.microbatches=2"], "error: data.microbatches=2: the model has no term for it"),
+    (["--config.mesh.data=3"], "error: data.batch_size=64 sequences over 3 devices"),
+  ],
+)
+def test_the_command_refuses_what_it_would_count_wrong(options, message):
+  line = [sys.executable, "-m", "experiments.cost_model", "--config=configs/moe_wide.py", *options]
+  ran = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+  assert ran.returncode and ran.stderr.startswith(message), ran.stderr
+
+
+def test_each_kind_of_gpu_has_its_own_rows(tmp_path):
+  """As after a benchmark on an H100, whose rows take the place of an H200's."""
+  results = with_scaling(tmp_path / "results", [])
+  shutil.copy(results / "kernel_bench_h100.jsonl", results / "kernel_bench.jsonl")
+  with pytest.raises(ValueError, match="are of one kind of GPU, H100"):
+    fit(results, "H200")
