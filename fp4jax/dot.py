@@ -31,7 +31,7 @@ from fp4jax.packed_weights import check_packed, read_packed
 from fp4jax.products import OneMatrix
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
-from fp4jax.sharding import on_mesh, spread
+from fp4jax.sharding import mesh_obstacle, on_mesh, spread
 
 
 def dot_general(
@@ -162,7 +162,7 @@ def _dot_general(
 ):
   multiple = ops.token_multiple(recipe) if on_mesh(lhs, rhs) else None
   lhs, rhs, batch = canonical(lhs, rhs, dimension_numbers, multiple)
-  why_not = obstacle(recipe, (tap, state or None), lhs, rhs, dtype)
+  why_not = obstacle(recipe, (tap, state or None), lhs, rhs, dtype) or mesh_obstacle(lhs, rhs)
   implementation = choose(implementation, why_not)
   if implementation == "mosaic":
     lhs, rhs = lhs.reshape(-1, lhs.shape[-1]), rhs[None]
@@ -180,7 +180,8 @@ def obstacle(
   rhs: Array | jax.ShapeDtypeStruct,
   dtype: jnp.dtype,
 ) -> str | None:
-  """Why the kernels can't compute lhs (*b, m, k) @ rhs (*b, k, n) in `dtype`; None if they can."""
+  """Why the kernels can't compute lhs (*b, m, k) @ rhs (*b, k, n) in `dtype`, whole on one device;
+  None if they can."""
   if why := device_obstacle():
     return why
   if rhs.ndim > 2:

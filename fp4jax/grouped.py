@@ -25,7 +25,7 @@ from fp4jax.linear import linear
 from fp4jax.mosaic import gemms as mosaic
 from fp4jax.products import gemm
 from fp4jax.recipe import Recipe
-from fp4jax.sharding import spec_of, spread
+from fp4jax.sharding import mesh_obstacle, spec_of, spread
 
 TILE = 128  # rows; a multiple of every block and Hadamard group along the tokens
 
@@ -92,8 +92,8 @@ def _grouped_dot(recipe, implementation, known, lhs, rhs, group_sizes, row_ids, 
   tiles = Tiles.of(sizes, len(lhs), len(rhs), ids, None if known else valid)
   widths = {"k": rhs.shape[1], "n": rhs.shape[2]}
   watched = (tap, state or None)
-  obstacle = mosaic.obstacle(recipe, watched, lhs.shape[0], widths, lhs=lhs, rhs=rhs)
-  implementation = choose(implementation, obstacle)
+  why = mosaic.obstacle(recipe, watched, lhs.shape[0], widths, lhs=lhs, rhs=rhs)
+  implementation = choose(implementation, why or mesh_obstacle(lhs, rhs))
   layout = tiles if implementation == "xla" else tiles.slots()
   dtype = jnp.result_type(lhs, rhs)
   return linear(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state)

@@ -56,6 +56,7 @@ from fp4jax.packed_weights import Unpacked, read_packed, without_terms
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
 from fp4jax.sharding import (
+  mesh_obstacle,
   one_program,
   refuse_shared,
   spec_of,
@@ -201,7 +202,8 @@ def _moe_ffn(
   experts = _read_experts(experts, here * mesh.peers)
   widths = {"d": x.shape[1], "f": w2.shape[1]}
   watched = (*taps, *(state or None for state in states))
-  implementation = choose(implementation, mosaic.obstacle(recipe, watched, tokens, widths, x=x))
+  why = mosaic.obstacle(recipe, watched, tokens, widths, x=x) or mesh_obstacle(x)
+  implementation = choose(implementation, why)
   why = peer_memory.obstacle(implementation, mesh.expert_axis, x)
   exchange = choose(exchange, why, "exchange")
   valid = None if known else jnp.all(experts < here * mesh.peers)

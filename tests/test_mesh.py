@@ -18,9 +18,9 @@ from experiments.config import Experiment
 from experiments.mesh import make_mesh, shardings
 from experiments.step_cost import lower_step
 from experiments.train import make_trainer, policy_of
-from fp4jax import MXFP4, NVFP4, recipes
+from fp4jax import MXFP4, NVFP4, dot_general, recipes
 from fp4jax.models import ModelConfig
-from fp4jax.models.over_mesh import AXES, moe_ffn_over_mesh
+from fp4jax.models.over_mesh import AXES, matmul_over_mesh, moe_ffn_over_mesh
 from fp4jax.quantizers import DelayedScaling, Operand, QEma
 from fp4jax.quantizers.learned_scale import LearnedScale
 
@@ -150,6 +150,63 @@ def test_the_first_gradient_is_that_of_one_device(recipe, mesh):
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
     error = np.linalg.norm(np.asarray(x) - np.asarray(y)) / np.linalg.norm(np.asarray(x))
     assert error < bound, (jax.tree_util.keystr(path), error)
+
+
+# Linear layers by kernels, of which each device has one.
+
+
+def linear_layer(mesh, implementation="mosaic", recipe=recipes.FP8, batch=4):
+  """y, gradients and what is kept of them, for x of 4 sequences, w in float32 and dy."""
+  rng = np.random.default_rng(0)
+  shapes = (batch, 128, 256), (256, 512), (batch, 128, 512)
+  x, w, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+  x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
+  dot = dot_general(recipe, implementation=implementation)
+  with jax.set_mesh(jax.make_mesh(mesh, AXES, axis_types=(AxisType.Auto,) * 3)):
+    product = functools.partial(matmul_over_mesh, dot)
+    kept = jax.eval_shape(lambda x, w: jax.vjp(product, x, w)[1], x, w)
+
+    @jax.jit
+    def run(x, w, dy):
+      y, pull = jax.vjp(product, x, w)
+      return y, *pull(dy)
+
+    return *(np.asarray(v, np.float32) for v in run(x, w, dy)), jax.tree.leaves(kept)
+
+
+@pytest.mark.parametrize("recipe", [recipes.FP8, recipes.HOPPER_FP4], ids=lambda r: r.name)
+@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 4, 1), (1, 2, 2)])
+def test_each_device_multiplies_its_tokens_by_a_kernel(recipe, mesh, hopper):
+  """To the bits of one device; dw is a sum of four that are rounded to bf16, where one device
+  rounds their sum. Rounding moves a value by at most 2^-8 of it, in the mean square by less than
+  that over sqrt(3), and the two together by less than sqrt(2/3) of it."""
+  y, dx, dw, _ = linear_layer((1, 1, 1), recipe=recipe)
+  hopper.clear()
+  *many, kept = linear_layer(mesh, recipe=recipe)
+  assert hopper.count("grouped_matmul") >= 2 and "grouped_wgrad" in hopper
+  for one, found in zip((y, dx), many, strict=False):
+    np.testing.assert_array_equal(found, one)
+  assert 0 < np.linalg.norm(many[2] - dw) < (2 / 3) ** 0.5 * 2.0**-8 * np.linalg.norm(dw)
+  assert (many[2] != jnp.asarray(many[2], jnp.bfloat16)).mean() > 0.5  # added in float32
+  # Nobody keeps copies of w that devices cast or gather: x or its codes, w and w in bf16 at most.
+  assert sum(v.size * v.dtype.itemsize for v in kept) <= 2 * 4 * 128 * 256 + (4 + 2) * 256 * 512
+
+
+def test_what_the_kernels_can_not_multiply_over_a_mesh(hopper):
+  """It is left to XLA, to the numbers of one device, or raises."""
+  tall = recipes.FP8, 6
+  expected = linear_layer((1, 1, 1), "xla", *tall)[0]
+  hopper.clear()
+  np.testing.assert_array_equal(linear_layer((4, 1, 1), None, *tall)[0], expected)
+  assert not hopper
+  with pytest.raises(ValueError, match="4 devices do not divide the 6 rows of x"):
+    linear_layer((4, 1, 1), "mosaic", *tall)
+  dot = dot_general(recipes.FP8, implementation="mosaic")
+  with (
+    jax.set_mesh(jax.make_mesh((4, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)),
+    pytest.raises(ValueError, match="64 tokens of a device, no multiple of the 128"),
+  ):
+    matmul_over_mesh(dot, jnp.ones((4, 64, 128), jnp.bfloat16), jnp.ones((128, 128)))
 
 
 @functools.cache

@@ -1,13 +1,15 @@
-"""The experts of a model over a mesh: each device has its part of the tokens and its experts.
+"""The GEMMs of a model over a mesh: each device has its part of the tokens and its experts.
 
 The mesh is the one around the call. Its axes have these names, in this order; any may be missing.
 
     data      divides the tokens
     fsdp      divides the tokens, and the columns of each weight where it is kept: those of experts
-              are gathered in codes and scales, as `moe_ffn` says of its weight_axis
+              are gathered in codes and scales, as `moe_ffn` says of its weight_axis, others as the
+              values that a GEMM reads
     expert    divides the tokens, and the experts
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -17,10 +19,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from fp4jax.dot import DotGeneral
+from fp4jax.dot import obstacle as dot_obstacle
+from fp4jax.implementation import choose
 from fp4jax.moe_ffn import moe_ffn
-from fp4jax.operands import init_state
+from fp4jax.operands import init_state, token_multiple
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
+from fp4jax.sharding import gather_columns, vary
 
 AXES = ("data", "fsdp", "expert")
 FSDP, EXPERT = "fsdp", "expert"
@@ -49,9 +55,7 @@ def moe_ffn_over_mesh(
     ValueError: tokens, parts or experts that the devices do not divide; packed weights over several
       devices.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(a for a in AXES if a in mesh.axis_names and a not in mesh.manual_axes)
-  devices = math.prod(mesh.shape[a] for a in axes)
+  mesh, axes, devices = _mesh()
   if devices == 1:
     how = {"keys": keys, "taps": taps, "states": states, "token_parts": token_parts}
     return moe_ffn(x, w13, w2, experts, weights, recipe, **how, **options)
@@ -95,15 +99,83 @@ def moe_ffn_over_mesh(
   return (out[0], jnp.sum(out[1])) if bounded else out
 
 
-def where_tokens_are(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+def matmul_over_mesh(
+  dot: DotGeneral, x: Float[Array, "b *t k"], w: Float[Array, "k n"] | QuantizedArray
+) -> Array:
+  """x @ w by `dot`, with w cast to x's dtype, or packed; each device has its part of the b.
+
+  XLA divides no kernel. So each device multiplies its tokens by one of its own, and the gradients
+  of w are added in float32. What the kernels can't do is left to XLA, or raises where `dot` names
+  "mosaic".
+  """
+  mesh, axes, devices = _mesh()
+  contract = (((x.ndim - 1,), (0,)), ((), ()))
+  if isinstance(w, QuantizedArray):
+    return _where_tokens_are(dot(_where_tokens_are(x), w, contract))
+  why = _kernel_obstacle(mesh, devices, dot, x, w)
+  if devices == 1 or choose(dot.implementation, why) == "xla":
+    return _where_tokens_are(dot(_where_tokens_are(x), w.astype(x.dtype), contract))
+  kernels = dataclasses.replace(dot, implementation="mosaic")
+  fsdp = FSDP if FSDP in axes and mesh.shape[FSDP] > 1 else None
+
+  def on_device(x, w):
+    return kernels(x, _whole(x.dtype, axes, fsdp, w), contract)
+
+  on_device = jax.checkpoint(on_device, prevent_cse=False, policy=_keep_all_but_copies)
+  specs = P(axes), P(None, fsdp)
+  return jax.shard_map(on_device, in_specs=specs, out_specs=P(axes), axis_names=set(axes))(x, w)
+
+
+def _kernel_obstacle(mesh, devices, dot, x, w):
+  """Why each device can't multiply its part of x by a kernel, to the numbers of one device."""
+  if mesh.explicit_axes:
+    return f"mesh axes {mesh.explicit_axes} are Explicit"
+  if len(x) % devices:
+    return f"{devices} devices do not divide the {len(x)} rows of x {x.shape}"
+  lhs = jax.ShapeDtypeStruct((len(x) // devices, *x.shape[1:]), x.dtype)
+  multiple, tokens = token_multiple(dot.recipe), math.prod(lhs.shape[:-1])
+  if multiple is None or tokens % multiple:
+    return f"{tokens} tokens of a device, no multiple of the {multiple} that share a scale"
+  watched = dot.tap, dot.state or None
+  return dot_obstacle(dot.recipe, watched, lhs, jax.ShapeDtypeStruct(w.shape, x.dtype), x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _whole(dtype, axes, fsdp, w):
+  """Inside `jax.shard_map` all columns of w in `dtype`; its gradient is added in float32."""
+  return _whole_fwd(dtype, axes, fsdp, w)[0]
+
+
+def _whole_fwd(dtype, axes, fsdp, w):
+  w = w.astype(dtype)
+  w = w if fsdp is None else gather_columns(w, fsdp)
+  return vary(w, axes), None
+
+
+def _whole_bwd(dtype, axes, fsdp, _, dw):
+  dw = dw.astype(jnp.float32)
+  if fsdp is not None:
+    dw = jax.lax.psum_scatter(dw, fsdp, scatter_dimension=1, tiled=True)
+  return (jax.lax.psum(dw, tuple(a for a in axes if a != fsdp)),)
+
+
+_whole.defvjp(_whole_fwd, _whole_bwd)
+
+
+def _mesh():
+  """The mesh around the call, those of its axes that divide tokens here, and their devices."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(a for a in AXES if a in mesh.axis_names and a not in mesh.manual_axes)
+  return mesh, axes, math.prod(mesh.shape[a] for a in axes)
+
+
+def _where_tokens_are(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
   """x, and its gradient, with the first axis divided among all devices of the mesh around the call.
 
   Of a GEMM with weights in parts, XLA may otherwise bring all tokens to each part of the weights.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(a for a in AXES if a in mesh.axis_names and a in mesh.auto_axes)
-  devices = math.prod(mesh.shape[a] for a in axes)
-  if devices == 1 or len(x) % devices:
+  mesh, axes, devices = _mesh()
+  if devices == 1 or mesh.explicit_axes or len(x) % devices:
     return x
   return jax.lax.with_sharding_constraint(x, P(axes))
 
@@ -142,6 +214,11 @@ _copies_of_state.defvjp(_copies_fwd, _copies_bwd)
 
 def _keep_all_but_casts(primitive, *_, **__):
   return primitive.name != "pvary"
+
+
+def _keep_all_but_copies(primitive, *_, **__):
+  """Nor w in any shape after it was cast to vary, or gathered."""
+  return primitive.name not in ("pvary", "all_gather", "transpose", "reshape", "broadcast_in_dim")
 
 
 def _check(mesh, axes, devices, tokens, experts, token_parts):

@@ -13,7 +13,7 @@ from fp4jax import operands, recipes
 from fp4jax.arguments import check_type
 from fp4jax.dot import dot_general
 from fp4jax.implementation import Implementation
-from fp4jax.models.over_mesh import moe_ffn_over_mesh, where_tokens_are
+from fp4jax.models.over_mesh import matmul_over_mesh, moe_ffn_over_mesh
 from fp4jax.models.scores import causal_recipe
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
@@ -186,11 +186,8 @@ class Numerics:
     self, name: str, x: Float[Array, "*t k"], w: Float[Array, "k n"] | QuantizedArray
   ) -> Array:
     """x @ w, with w cast to x's dtype, or packed; over a mesh where the tokens are."""
-    dims = (((x.ndim - 1,), (0,)), ((), ()))
-    is_packed = isinstance(w, QuantizedArray)
-    w = w if is_packed else w.astype(x.dtype)
-    dot = self.dot_general(name, is_packed=is_packed)
-    return where_tokens_are(dot(where_tokens_are(x), w, dims))
+    dot = self.dot_general(name, is_packed=isinstance(w, QuantizedArray))
+    return matmul_over_mesh(dot, x, w)
 
   def _implementation(self, is_packed):
     named = self.policy.implementation

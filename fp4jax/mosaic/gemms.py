@@ -21,7 +21,7 @@ from fp4jax.operands import Forward, scaled_rows, take_rows
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.quantizers import Operand
 from fp4jax.recipe import Recipe
-from fp4jax.sharding import gather_columns, mesh_obstacle
+from fp4jax.sharding import gather_columns
 from fp4jax.swiglu import swiglu, swiglu_backward
 
 BLOCK = 128  # rows and columns that share a scale; the widths of the operands are multiples of it
@@ -42,11 +42,11 @@ _SERVED = {
 def obstacle(
   recipe: Recipe, watched: tuple, rows: int, widths: dict[str, int], **operands
 ) -> str | None:
-  """Why the kernels can't compute GEMMs of `operands`; None if they can.
+  """Why the kernels can't compute GEMMs of `operands`, whole on one device; None if they can.
 
   `watched` are taps and states, which only XLA reads.
   """
-  why = device_obstacle() or mesh_obstacle(operands) or _recipe_obstacle(recipe)
+  why = device_obstacle() or _recipe_obstacle(recipe)
   if why := why or dtype_obstacle(**operands):
     return why
   for name, size in widths.items():
