@@ -1,17 +1,18 @@
 """What BF16, FP8 and HOPPER_FP4 have room to keep for the backward pass, on two H200.
 
 Claim: where attention and norms are computed again, HOPPER_FP4 needs 18 points less of the memory
-than FP8 (106 and 132 GB of the 143 that a process may have); FP8 has no room to keep all,
+than FP8 (106 and 131 GB of the 143 that a process may have); FP8 has no room to keep all,
 HOPPER_FP4 has, and its fastest step is 1.10 times as fast as FP8's fastest. With twice the batch
-FP8 can keep nothing, and HOPPER_FP4 is 1.11 times as fast. arXiv 2603.02731 reports the like of 671
+FP8 can keep nothing, and HOPPER_FP4 is 1.11 times as fast. Without a loop over the layers FP8 has
+room to keep all, and HOPPER_FP4 is 1.02 times as fast. arXiv 2603.02731 reports the like of 671
 billion parameters on 256 GPUs.
 Command: .venv/bin/python -m experiments.recompute_table --config=configs/moe_10b.py \\
     --rounds=5 --out=results/recompute.jsonl
 Cost: 12 programs that compile at once, in a minute, then 12 measurements of half a minute each,
 with steps of 65,536 tokens, on two H200 of one host. On four GPUs of 80 GB:
 --config.mesh.expert=4
-Expected: tokens per GPU and second, where nothing is computed again, 32,700 in HOPPER_FP4; where
-attention and norms are, 30,800, 29,600 in FP8, 20,600 in BF16.
+Expected: tokens per GPU and second, where nothing is computed again, 32,400 in HOPPER_FP4; where
+attention and norms are, 30,500, 29,400 in FP8, 20,600 in BF16.
 
 10.2 billion parameters, 2.9 billion of them active: 12 layers of 8 experts of 4096 x 16,384 and
 8192 x 4096, 2 per token. Each GPU has its share of a layer's experts and room for 1.25 times its

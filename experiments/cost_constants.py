@@ -51,16 +51,20 @@ MOE_WIDE = Shape(
 # Of each kind of GPU.
 _BENCHES = ("kernel_bench", "kernel_bench_h100")
 _LAYERS = ("moe_ffn", "moe_ffn_h100")
-_RECOMPUTED = ("recompute", "recompute_32")
+_RECOMPUTED = ("recompute", "recompute_32", "recompute_unrolled_16", "recompute_unrolled_24")
+_ATTENTION = (
+  "moe_wide_512_attention_step_time",
+  "moe_wide_4096_attention_step_time",
+  "scaling_attention",
+)
 STEPS = (
   "moe_wide_512_step_time",
   "moe_wide_4096_step_time",
   "scaling",
+  *_ATTENTION,
   *_RECOMPUTED,
-  "recompute_unrolled_24",
 )
-# Those of unrolled layers are of before the gradients of weights came in their layer's turn.
-PEAKS = ("moe_wide_512_memory", *_RECOMPUTED)
+PEAKS = ("moe_wide_4096_memory", *_RECOMPUTED)
 SOURCES = (
   *_BENCHES,
   *_LAYERS,
@@ -99,6 +103,7 @@ class Cell:
     run = self.run
     reduces = self.recipe.name == "bf16" and run.expert == 1 and not self.is_layer
     plain = run.remat == "none" and run.capacity_factor is None
+    plain = plain and not self.shape.quantized_attention
     return plain and (self.devices == 1 or reduces)
 
 
@@ -154,10 +159,11 @@ def _step(results, name, row, measured):
     remat=row.get("remat", "none"),
     imbalance=busiest or imbalances(results)[mesh["expert"]],
   )
+  shape = shape_of(ModelConfig(**row["model"])) if "model" in row else MOE_WIDE
   return Cell(
     source=name,
     gpu=gpu_of(row["device"]),
-    shape=shape_of(ModelConfig(**row["model"])) if "model" in row else MOE_WIDE,
+    shape=dataclasses.replace(shape, quantized_attention=name in _ATTENTION),
     recipe=recipes.by_name(row["recipe"]),
     run=run,
     measured=measured,

@@ -176,6 +176,8 @@ def _what(cell):
     said = [f"layer, {shape.experts} experts, top-{shape.top_k}"]
   else:
     said = [f"step, {shape.layers} layers, {run.tokens // run.length} sequences of {run.length}"]
+  said += ["unrolled"] if shape.unrolled else []
+  said += ["attention quantized"] if shape.quantized_attention else []
   said += [] if run.remat == "none" else [f"`{run.remat}` again"]
   said += [] if run.exchange == "xla" else [run.exchange]
   said += [] if run.capacity_factor is None else [f"capacity {run.capacity_factor:g}"]

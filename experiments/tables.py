@@ -275,11 +275,15 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
   rows = lambda name: logs.read_rows(results / f"{name}.jsonl")  # noqa: E731
   over_gpus = {
     name: recompute_table(rows(name))
-    for name in ("recompute", "recompute_32", "recompute_unrolled_24")
+    for name in ("recompute", "recompute_32", "recompute_unrolled_16", "recompute_unrolled_24")
     if (results / f"{name}.jsonl").exists()
   }
-  if (results / "scaling.jsonl").exists():
-    over_gpus["scaling"] = scaling_table(rows("moe_wide_512_step_time") + rows("scaling"))
+  for name, alone in (
+    ("scaling", "moe_wide_512_step_time"),
+    ("scaling_attention", "moe_wide_512_attention_step_time"),
+  ):
+    if (results / f"{name}.jsonl").exists():
+      over_gpus[name] = scaling_table(rows(alone) + rows(name))
   bench, moe_ffn, few_rows = map(rows, ("kernel_bench", "moe_ffn", "few_rows"))
   return {
     "README.md": {"demo": losses_table(rows("demo"))},
@@ -293,7 +297,7 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
       "moe_wide_lengths": lengths_table(
         rows("moe_wide_peak"),
         {length: rows(f"moe_wide_{length}_step_time") for length in (512, 4096)},
-        {length: rows(f"moe_wide_{length}_memory") for length in (512, 4096)},
+        {4096: rows("moe_wide_4096_memory")},
       ),
       "moe_wide_attention": step_time_table(rows("moe_wide_4096_attention_step_time")),
       "moe_wide_attention_512": step_time_table(rows("moe_wide_512_attention_step_time")),

@@ -174,22 +174,37 @@ def linear_layer(mesh, implementation="mosaic", recipe=recipes.FP8, batch=4):
     return *(np.asarray(v, np.float32) for v in run(x, w, dy)), jax.tree.leaves(kept)
 
 
-@pytest.mark.parametrize("recipe", [recipes.FP8, recipes.HOPPER_FP4], ids=lambda r: r.name)
-@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 4, 1), (1, 2, 2)])
-def test_each_device_multiplies_its_tokens_by_a_kernel(recipe, mesh, hopper):
-  """To the bits of one device; dw is a sum of four that are rounded to bf16, where one device
+def check_linear_layer(mesh, recipe):
+  """To the bits of one device; dw is a sum of parts that are rounded to bf16, where one device
   rounds their sum. Rounding moves a value by at most 2^-8 of it, in the mean square by less than
   that over sqrt(3), and the two together by less than sqrt(2/3) of it."""
   y, dx, dw, _ = linear_layer((1, 1, 1), recipe=recipe)
-  hopper.clear()
   *many, kept = linear_layer(mesh, recipe=recipe)
-  assert hopper.count("grouped_matmul") >= 2 and "grouped_wgrad" in hopper
   for one, found in zip((y, dx), many, strict=False):
     np.testing.assert_array_equal(found, one)
   assert 0 < np.linalg.norm(many[2] - dw) < (2 / 3) ** 0.5 * 2.0**-8 * np.linalg.norm(dw)
-  assert (many[2] != jnp.asarray(many[2], jnp.bfloat16)).mean() > 0.5  # added in float32
+  assert (many[2] != jnp.asarray(many[2], jnp.bfloat16)).mean() > 0.25  # added in float32
   # Nobody keeps copies of w that devices cast or gather: x or its codes, w and w in bf16 at most.
   assert sum(v.size * v.dtype.itemsize for v in kept) <= 2 * 4 * 128 * 256 + (4 + 2) * 256 * 512
+
+
+LINEAR = pytest.mark.parametrize("recipe", [recipes.FP8, recipes.HOPPER_FP4], ids=lambda r: r.name)
+
+
+@LINEAR
+@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 4, 1), (1, 2, 2)])
+def test_each_device_multiplies_its_tokens_by_a_kernel(recipe, mesh, hopper):
+  check_linear_layer(mesh, recipe)
+  assert hopper.count("grouped_matmul") >= 4 and hopper.count("grouped_wgrad") >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs or more")
+@LINEAR
+@pytest.mark.parametrize("axis", AXES)
+def test_each_gpu_multiplies_its_tokens_by_a_kernel(recipe, axis):
+  devices = min(jax.device_count(), 4)
+  check_linear_layer(tuple(devices if a == axis else 1 for a in AXES), recipe)
 
 
 def test_what_the_kernels_can_not_multiply_over_a_mesh(hopper):
