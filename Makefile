@@ -52,7 +52,8 @@ gpu-bench:
 
 # Mosaic's kernels carry mosaic_gpu in their names; XLA's are not instrumented, and NCCL's calls that
 # ask for what a device lacks are no errors. One allocation per
-# buffer, so that accesses past a buffer's end hit nobody else's memory.
+# buffer, so that accesses past a buffer's end hit nobody else's memory. Run it alone: beside other
+# programs its process crashed, twice, when it compiled the grouped matmuls.
 SANITIZER ?= compute-sanitizer
 SANITIZER_TOOLS ?= memcheck racecheck synccheck
 gpu-sanitize: export XLA_PYTHON_CLIENT_ALLOCATOR = platform
@@ -61,5 +62,5 @@ gpu-sanitize:
 	for tool in $(SANITIZER_TOOLS); do \
 	  $(SANITIZER) --tool $$tool --kernel-name kns=mosaic_gpu --report-api-errors no \
 	    --error-exitcode 1 \
-	    $(PYTHON_GPU) -m experiments.sanitize || exit 1; \
+	    $(PYTHON_GPU) -m experiments.sanitize $(KERNELS) || exit 1; \
 	done

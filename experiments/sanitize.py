@@ -1,12 +1,15 @@
 """Runs every kernel on small ragged inputs, for NVIDIA's compute-sanitizer to watch.
 
-make gpu-sanitize
+    make gpu-sanitize
+    make gpu-sanitize SANITIZER_TOOLS=memcheck KERNELS="swiglu exchange"
 
-With several GPUs, those that reach into each other's memory too. Checks no results: the tests do.
+With several GPUs, those that reach into each other's memory too. Kernels are named by any part of
+what is printed for them. Checks no results: the tests do.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -87,21 +90,40 @@ def _wgrad_operands(k=256, n=256):
   return *_operand((k,), (t // 128, k), t), *_operand((n,), (t // 128, n), t)
 
 
-def main() -> None:
+def calls_between_devices() -> Iterator[tuple[str, Callable, tuple]]:
+  """The same of the kernels that reach into other GPUs' memory."""
+  tokens, d = _SHAPES[1]
+  for name, (program, arguments) in kernel_exchange.calls(tokens, 2 * d, 60, 0.7).items():
+    yield f"exchange.{name}, {jax.device_count()} devices", program, arguments
+
+
+def chosen(
+  found: Iterable[tuple[str, Callable, tuple]], parts: Sequence[str]
+) -> list[tuple[str, Callable, tuple]]:
+  """Those with any of the parts in their names; all without parts.
+
+  Raises:
+    ValueError: a part of no name.
+  """
+  found = list(found)
+  for part in parts:
+    if not any(part in name for name, *_ in found):
+      raise ValueError(f"{part!r} is part of no kernel's name: {'; '.join(n for n, *_ in found)}")
+  return [one for one in found if not parts or any(part in one[0] for part in parts)]
+
+
+def main(parts: Sequence[str]) -> None:
   if jax.devices()[0].platform != "gpu":
     raise SystemExit("compute-sanitizer needs an NVIDIA GPU")
   with jax.default_device(jax.devices("cpu")[0]):  # what XLA prepares needs no watching
     prepared = list(launches())
-  for name, kernel, arguments in prepared:
-    print(name, flush=True)
-    arguments = jax.device_put(arguments, jax.devices()[0])
-    jax.block_until_ready(jax.jit(kernel)(*arguments))
+  found = [(name, kernel, jax.device_put(own, jax.devices()[0])) for name, kernel, own in prepared]
   if jax.device_count() > 1:
-    tokens, d = _SHAPES[1]
-    for name, (program, arguments) in kernel_exchange.calls(tokens, 2 * d, 60, 0.7).items():
-      print(f"exchange.{name}, {jax.device_count()} devices", flush=True)
-      jax.block_until_ready(jax.jit(program)(*arguments))
+    found += calls_between_devices()
+  for name, kernel, arguments in chosen(found, parts):
+    print(name, flush=True)
+    jax.block_until_ready(jax.jit(kernel)(*arguments))
 
 
 if __name__ == "__main__":
-  main()
+  main(sys.argv[1:])

@@ -207,6 +207,9 @@ def test_a_save_is_quiet_and_leaves_no_thread(tmp_path, absl_log, capfd):
     manager.save(step, make_state(step), {})
     manager.restore_latest(abstract(make_state(step)))
   manager.close()
+  deadline = time.monotonic() + 10  # a thread that was told to end may take its time
+  while threading.active_count() > before and time.monotonic() < deadline:
+    time.sleep(0.01)
   assert threading.active_count() == before
   assert not absl_log.records
   assert capfd.readouterr() == ("", "")
