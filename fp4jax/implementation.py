@@ -7,11 +7,12 @@ Functions that take `implementation=` take one of
     None      "mosaic" where it can run, and gives the numbers that "xla" would give: to the last
               bit in `quantize` and `dequantize`, up to the order of float32 sums in the GEMMs
 
-In two places "mosaic" differs by more. Its SwiGLU has an exp that is off by 2^-20 of its value at 8
-from zero, and by more beyond; few values are then rounded the other way. With HOPPER_FP4, wgrad's
+In three places "mosaic" differs by more. Its SwiGLU has an exp that is off by 2^-20 of its value at
+8 from zero, and by more beyond; few values are then rounded the other way. With HOPPER_FP4, wgrad's
 lhs takes the scale of 128 tokens from the largest MXFP4 scale among them, not from their largest
 value: the same products while the scales of 128 tokens lie within 14 binades, beyond which the
-smallest values are rounded.
+smallest values are rounded. The linear layers of a model over a mesh round each device's part of dw
+to bf16 before the parts are added, where XLA rounds their sum.
 """
 
 from typing import Any, Literal, get_args
