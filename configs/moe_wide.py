@@ -1,7 +1,7 @@
 """BF16, FP8 and HOPPER_FP4 where experts are wide enough to show what a step gains, on one GPU.
 
 Claim: at width 4096 a whole training step is 1.31 times as fast in HOPPER_FP4 and FP8 as in BF16 on
-one Hopper GPU, and 1.45 times with --config.quantize.attention=true; HOPPER_FP4 takes 0.84 of
+one Hopper GPU, and 1.46 times with --config.quantize.attention=true; HOPPER_FP4 takes 0.84 of
 BF16's memory, and after 29 million tokens neither ends more than 0.6 % above BF16 (95 %, three
 seeds, paired).
 Command: .venv/bin/python -m experiments.run --config=configs/moe_wide.py --workdir=runs/moe_wide

@@ -234,7 +234,8 @@ def _attention_seconds(shape, recipe, run, constants):
     quantized += shape.layers * shape.attention
   else:
     plain += shape.layers * shape.attention
-  rate = constants.experts_flops[mosaic.multiplied_dtype(recipe, "fprop").name]
+  dtype = mosaic.multiplied_dtype(recipe, "fprop")  # bf16 is XLA's own product
+  rate = constants.dense_flops if dtype == jnp.bfloat16 else constants.experts_flops[dtype.name]
   dense = 6 * run.tokens * (plain / constants.dense_flops + quantized / rate)
   pairs = run.tokens * (run.length + 1) / 2
   return dense, 6 * pairs * shape.scores * shape.layers / constants.score_flops

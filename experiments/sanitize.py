@@ -116,11 +116,13 @@ def main(parts: Sequence[str]) -> None:
   if jax.devices()[0].platform != "gpu":
     raise SystemExit("compute-sanitizer needs an NVIDIA GPU")
   with jax.default_device(jax.devices("cpu")[0]):  # what XLA prepares needs no watching
-    prepared = list(launches())
-  found = [(name, kernel, jax.device_put(own, jax.devices()[0])) for name, kernel, own in prepared]
+    found = list(launches())
+  alone = {name for name, *_ in found}
   if jax.device_count() > 1:
     found += calls_between_devices()
   for name, kernel, arguments in chosen(found, parts):
+    if name in alone:
+      arguments = jax.device_put(arguments, jax.devices()[0])
     print(name, flush=True)
     jax.block_until_ready(jax.jit(kernel)(*arguments))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -18,7 +19,7 @@ from experiments.config import Experiment
 from experiments.mesh import make_mesh, shardings
 from experiments.step_cost import lower_step
 from experiments.train import make_trainer, policy_of
-from fp4jax import MXFP4, NVFP4, dot_general, recipes
+from fp4jax import MXFP4, NVFP4, dot_general, new_tap, recipes
 from fp4jax.models import ModelConfig
 from fp4jax.models.over_mesh import AXES, matmul_over_mesh, moe_ffn_over_mesh
 from fp4jax.quantizers import DelayedScaling, Operand, QEma
@@ -207,21 +208,70 @@ def test_each_gpu_multiplies_its_tokens_by_a_kernel(recipe, axis):
   check_linear_layer(tuple(devices if a == axis else 1 for a in AXES), recipe)
 
 
-def test_what_the_kernels_can_not_multiply_over_a_mesh(hopper):
-  """It is left to XLA, to the numbers of one device, or raises."""
-  tall = recipes.FP8, 6
-  expected = linear_layer((1, 1, 1), "xla", *tall)[0]
-  hopper.clear()
-  np.testing.assert_array_equal(linear_layer((4, 1, 1), None, *tall)[0], expected)
-  assert not hopper
-  with pytest.raises(ValueError, match="4 devices do not divide the 6 rows of x"):
-    linear_layer((4, 1, 1), "mosaic", *tall)
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+
+
+@pytest.mark.parametrize(
+  "message, shape, k_and_n, axes, kinds, how",
+  [
+    ("4 devices do not divide the 6 rows of x", (6, 128), (256, 256), {"data": 4}, AUTO, {}),
+    ("64 tokens of a device, no multiple of the 128", (4, 64), (128, 128), {"data": 4}, AUTO, {}),
+    ("3 devices of 'fsdp' do not divide the 256", (3, 128), (128, 256), {"fsdp": 3}, AUTO, {}),
+    (r"axes \['model'\] divide what XLA", (4, 128), (256, 256), {"data": 2, "model": 2}, AUTO, {}),
+    (r"axes \('data',\) are Explicit", (4, 128), (256, 256), {"data": 4}, EXPLICIT, {}),
+    ("taps are read by", (4, 128), (256, 256), {"data": 4}, AUTO, {"tap": new_tap()}),
+  ],
+)
+def test_what_the_kernels_can_not_multiply_over_a_mesh(
+  message, shape, k_and_n, axes, kinds, how, hopper
+):
+  """It is left to XLA, which computes what it does on one device, or raises."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(*shape, k_and_n[0])), jnp.bfloat16)
+  w = jnp.asarray(rng.normal(size=k_and_n), jnp.float32)
+  product = lambda implementation: jax.jit(  # noqa: E731
+    functools.partial(
+      matmul_over_mesh, dot_general(recipes.FP8, implementation=implementation, **how)
+    )
+  )
+  expected = product("xla")(x, w)
+  devices = jax.devices()[: math.prod(axes.values())]
+  types = (kinds,) * len(axes)
+  with jax.set_mesh(jax.make_mesh(tuple(axes.values()), tuple(axes), types, devices=devices)):
+    np.testing.assert_array_equal(product(None)(x, w), expected)
+    assert not hopper
+    with pytest.raises(ValueError, match=message):
+      product("mosaic")(x, w)
+
+
+def test_weights_in_bf16_have_gradients_in_bf16(hopper):
+  """So that another use of them can be added."""
+  x, w = jnp.ones((4, 128, 256), jnp.bfloat16), jnp.ones((256, 256), jnp.bfloat16)
   dot = dot_general(recipes.FP8, implementation="mosaic")
-  with (
-    jax.set_mesh(jax.make_mesh((4, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)),
-    pytest.raises(ValueError, match="64 tokens of a device, no multiple of the 128"),
-  ):
-    matmul_over_mesh(dot, jnp.ones((4, 64, 128), jnp.bfloat16), jnp.ones((128, 128)))
+
+  def loss(w):
+    y = matmul_over_mesh(dot, x, w).astype(jnp.float32)
+    return jnp.sum(y) + 64 * jnp.sum(w.astype(jnp.float32))
+
+  with jax.set_mesh(jax.make_mesh((2, 2, 1), AXES, axis_types=(AUTO,) * 3)):
+    gradient = jax.jit(jax.grad(loss))(w)
+  assert gradient.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(gradient, jnp.full(w.shape, 4 * 128 + 64, jnp.bfloat16))
+
+
+def test_weights_that_are_gathered_are_gathered_again(hopper):
+  """Also of unrolled layers, where XLA sees both."""
+  x, w = jnp.ones((4, 128, 256), jnp.bfloat16), jnp.ones((4, 256, 256))
+  dot = dot_general(recipes.FP8, implementation="mosaic")
+
+  def loss(ws):
+    return jnp.sum(functools.reduce(functools.partial(matmul_over_mesh, dot), ws, x))
+
+  with jax.set_mesh(jax.make_mesh((1, 4, 1), AXES, axis_types=(AUTO,) * 3)):
+    ws = jax.device_put(list(w), P(None, "fsdp"))
+    text = jax.jit(jax.grad(loss)).lower(ws).compile().as_text()
+  # The first layer's has no backward pass to x, the last one's comes at once.
+  assert len(re.findall(r" all-gather(?:-start)?\(", text)) >= 2 * len(w) - 2
 
 
 @functools.cache

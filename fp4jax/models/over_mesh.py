@@ -112,7 +112,7 @@ def matmul_over_mesh(
   contract = (((x.ndim - 1,), (0,)), ((), ()))
   if isinstance(w, QuantizedArray):
     return _where_tokens_are(dot(_where_tokens_are(x), w, contract))
-  why = _kernel_obstacle(mesh, devices, dot, x, w)
+  why = _kernel_obstacle(mesh, axes, devices, dot, x, w)
   if devices == 1 or choose(dot.implementation, why) == "xla":
     return _where_tokens_are(dot(_where_tokens_are(x), w.astype(x.dtype), contract))
   kernels = dataclasses.replace(dot, implementation="mosaic")
@@ -121,23 +121,32 @@ def matmul_over_mesh(
   def on_device(x, w):
     return kernels(x, _whole(x.dtype, axes, fsdp, w), contract)
 
-  on_device = jax.checkpoint(on_device, prevent_cse=False, policy=_keep_all_but_copies)
+  # XLA would take what is gathered again for what was gathered before, and keep that.
+  again = {"prevent_cse": fsdp is not None, "policy": _keep_all_but_copies}
+  on_device = jax.checkpoint(on_device, **again)
   specs = P(axes), P(None, fsdp)
   return jax.shard_map(on_device, in_specs=specs, out_specs=P(axes), axis_names=set(axes))(x, w)
 
 
-def _kernel_obstacle(mesh, devices, dot, x, w):
+def _kernel_obstacle(mesh, axes, devices, dot, x, w):
   """Why each device can't multiply its part of x by a kernel, to the numbers of one device."""
+  lhs = jax.ShapeDtypeStruct((len(x) // devices, *x.shape[1:]), x.dtype)
+  rhs = jax.ShapeDtypeStruct(w.shape, x.dtype)
+  if why := dot_obstacle(dot.recipe, (dot.tap, dot.state or None), lhs, rhs, x.dtype):
+    return why
+  others = [a for a in mesh.axis_names if a not in (*axes, *mesh.manual_axes) and mesh.shape[a] > 1]
   if mesh.explicit_axes:
-    return f"mesh axes {mesh.explicit_axes} are Explicit"
+    return f"the mesh axes {mesh.explicit_axes} are Explicit"
+  if others:
+    return f"the mesh axes {others} divide what XLA computes, and it divides no kernel"
   if len(x) % devices:
     return f"{devices} devices do not divide the {len(x)} rows of x {x.shape}"
-  lhs = jax.ShapeDtypeStruct((len(x) // devices, *x.shape[1:]), x.dtype)
-  multiple, tokens = token_multiple(dot.recipe), math.prod(lhs.shape[:-1])
-  if multiple is None or tokens % multiple:
+  if FSDP in axes and w.shape[1] % mesh.shape[FSDP]:
+    return f"{mesh.shape[FSDP]} devices of {FSDP!r} do not divide the {w.shape[1]} columns of w"
+  tokens, multiple = math.prod(lhs.shape[:-1]), token_multiple(dot.recipe)
+  if tokens % multiple:
     return f"{tokens} tokens of a device, no multiple of the {multiple} that share a scale"
-  watched = dot.tap, dot.state or None
-  return dot_obstacle(dot.recipe, watched, lhs, jax.ShapeDtypeStruct(w.shape, x.dtype), x.dtype)
+  return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -147,16 +156,17 @@ def _whole(dtype, axes, fsdp, w):
 
 
 def _whole_fwd(dtype, axes, fsdp, w):
+  like = jnp.empty(0, w.dtype)
   w = w.astype(dtype)
   w = w if fsdp is None else gather_columns(w, fsdp)
-  return vary(w, axes), None
+  return vary(w, axes), like
 
 
-def _whole_bwd(dtype, axes, fsdp, _, dw):
+def _whole_bwd(dtype, axes, fsdp, like, dw):
   dw = dw.astype(jnp.float32)
   if fsdp is not None:
     dw = jax.lax.psum_scatter(dw, fsdp, scatter_dimension=1, tiled=True)
-  return (jax.lax.psum(dw, tuple(a for a in axes if a != fsdp)),)
+  return (jax.lax.psum(dw, tuple(a for a in axes if a != fsdp)).astype(like.dtype),)
 
 
 _whole.defvjp(_whole_fwd, _whole_bwd)
@@ -217,7 +227,7 @@ def _keep_all_but_casts(primitive, *_, **__):
 
 
 def _keep_all_but_copies(primitive, *_, **__):
-  """Nor w in any shape after it was cast to vary, or gathered."""
+  """All but w as it was cast to vary, or gathered, in any shape."""
   return primitive.name not in ("pvary", "all_gather", "transpose", "reshape", "broadcast_in_dim")
 
 

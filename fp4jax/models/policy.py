@@ -183,7 +183,7 @@ class Numerics:
     return out if bounded else (out, None)
 
   def matmul(
-    self, name: str, x: Float[Array, "*t k"], w: Float[Array, "k n"] | QuantizedArray
+    self, name: str, x: Float[Array, "b *t k"], w: Float[Array, "k n"] | QuantizedArray
   ) -> Array:
     """x @ w, with w cast to x's dtype, or packed; over a mesh where the tokens are."""
     dot = self.dot_general(name, is_packed=isinstance(w, QuantizedArray))
