@@ -327,6 +327,8 @@ def _bwd(recipe, implementation, mesh, weights_once, saved, dout):
   dispatch, order, _, valid = where
   if order.rows_per_tile is not None:
     raise ValueError("few_rows=True has no backward pass: blocks along the tokens need whole tiles")
+  if mesh.weight_axis is not None:  # XLA would keep what the forward pass gathered
+    w13, w2, dout = lax.optimization_barrier((w13, w2, dout))
   w13_like, w2_like = likes
   tapped, dtype = [s is not None for s in summaries], dout.dtype
   dtypes = w13_like.dtype, w2_like.dtype

@@ -259,19 +259,35 @@ def test_weights_in_bf16_have_gradients_in_bf16(hopper):
   np.testing.assert_array_equal(gradient, jnp.full(w.shape, 4 * 128 + 64, jnp.bfloat16))
 
 
-def test_weights_that_are_gathered_are_gathered_again(hopper):
-  """Also of unrolled layers, where XLA sees both."""
-  x, w = jnp.ones((4, 128, 256), jnp.bfloat16), jnp.ones((4, 256, 256))
-  dot = dot_general(recipes.FP8, implementation="mosaic")
+def linear(x, weights):
+  (w,) = weights
+  return matmul_over_mesh(dot_general(recipes.FP8, implementation="mosaic"), x, w)
 
-  def loss(ws):
-    return jnp.sum(functools.reduce(functools.partial(matmul_over_mesh, dot), ws, x))
+
+def experts(x, weights):
+  chosen = jnp.zeros((512, 2), jnp.int32), jnp.ones((512, 2))
+  how = dict.fromkeys(("keys", "taps", "states"), (None, None))
+  x = x.reshape(512, -1)
+  return moe_ffn_over_mesh(x, *weights, *chosen, recipes.BF16, token_parts=4, **how)
+
+
+@pytest.mark.parametrize(
+  "layer, shapes", [(linear, [(256, 256)]), (experts, [(4, 256, 512), (4, 256, 256)])]
+)
+def test_weights_that_are_gathered_are_gathered_again(layer, shapes, hopper):
+  """Also of unrolled layers, where XLA sees both."""
+  x, weights = jnp.ones((4, 128, 256), jnp.bfloat16), [jnp.ones(shape) for shape in shapes]
+
+  def loss(layers):
+    return jnp.sum(functools.reduce(layer, layers, x).astype(jnp.float32))
 
   with jax.set_mesh(jax.make_mesh((1, 4, 1), AXES, axis_types=(AUTO,) * 3)):
-    ws = jax.device_put(list(w), P(None, "fsdp"))
-    text = jax.jit(jax.grad(loss)).lower(ws).compile().as_text()
-  # The first layer's has no backward pass to x, the last one's comes at once.
-  assert len(re.findall(r" all-gather(?:-start)?\(", text)) >= 2 * len(w) - 2
+    places = [P(*(None,) * (w.ndim - 1), "fsdp") for w in weights]
+    layers = [jax.device_put(weights, places) for _ in range(4)]
+    text = jax.jit(jax.grad(loss)).lower(layers).compile().as_text()
+  # Of `linear` the first layer has no gradient of x to compute.
+  least = 2 * 4 * len(shapes) - 2
+  assert len(re.findall(r" all-gather(?:-start)?\(", text)) >= least
 
 
 @functools.cache
