@@ -51,9 +51,9 @@ gpu-bench:
 	$(PYTHON_GPU) -m experiments.kernel_bench --only=few_rows --out=results/few_rows.jsonl
 
 # Mosaic's kernels carry mosaic_gpu in their names; XLA's are not instrumented, and NCCL's calls that
-# ask for what a device lacks are no errors. One allocation per
-# buffer, so that accesses past a buffer's end hit nobody else's memory. Run it alone: beside other
-# programs its process crashed, twice, when it compiled the grouped matmuls.
+# ask for what a device lacks are no errors. One allocation per buffer, so that accesses past a
+# buffer's end hit nobody else's memory. Run it alone: beside other programs its process crashed,
+# twice, when it compiled the grouped matmuls.
 SANITIZER ?= compute-sanitizer
 SANITIZER_TOOLS ?= memcheck racecheck synccheck
 gpu-sanitize: export XLA_PYTHON_CLIENT_ALLOCATOR = platform

@@ -1,0 +1,149 @@
+"""Linear layers over a mesh: each device multiplies its tokens by a kernel, or XLA divides them."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from fp4jax import dot_general, new_tap, recipes
+from fp4jax.models.over_mesh import AXES, matmul_over_mesh, moe_ffn_over_mesh
+
+
+def linear_layer(mesh, implementation="mosaic", recipe=recipes.FP8, batch=4):
+  """y, gradients and what is kept of them, for x of 4 sequences, w in float32 and dy."""
+  rng = np.random.default_rng(0)
+  shapes = (batch, 128, 256), (256, 512), (batch, 128, 512)
+  x, w, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+  x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
+  dot = dot_general(recipe, implementation=implementation)
+  with jax.set_mesh(jax.make_mesh(mesh, AXES, axis_types=(AxisType.Auto,) * 3)):
+    product = functools.partial(matmul_over_mesh, dot)
+    kept = jax.eval_shape(lambda x, w: jax.vjp(product, x, w)[1], x, w)
+
+    @jax.jit
+    def run(x, w, dy):
+      y, pull = jax.vjp(product, x, w)
+      return y, *pull(dy)
+
+    return *(np.asarray(v, np.float32) for v in run(x, w, dy)), jax.tree.leaves(kept)
+
+
+def check_linear_layer(mesh, recipe):
+  """To the bits of one device; dw is a sum of parts that are rounded to bf16, where one device
+  rounds their sum. Rounding moves a value by at most 2^-8 of it, in the mean square by less than
+  that over sqrt(3), and the two together by less than sqrt(2/3) of it."""
+  y, dx, dw, _ = linear_layer((1, 1, 1), recipe=recipe)
+  *many, kept = linear_layer(mesh, recipe=recipe)
+  for one, found in zip((y, dx), many, strict=False):
+    np.testing.assert_array_equal(found, one)
+  assert 0 < np.linalg.norm(many[2] - dw) < (2 / 3) ** 0.5 * 2.0**-8 * np.linalg.norm(dw)
+  assert (many[2] != jnp.asarray(many[2], jnp.bfloat16)).mean() > 0.25  # added in float32
+  # Nobody keeps copies of w that devices cast or gather: x or its codes, w and w in bf16 at most.
+  assert sum(v.size * v.dtype.itemsize for v in kept) <= 2 * 4 * 128 * 256 + (4 + 2) * 256 * 512
+
+
+LINEAR = pytest.mark.parametrize("recipe", [recipes.FP8, recipes.HOPPER_FP4], ids=lambda r: r.name)
+
+
+@LINEAR
+@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 4, 1), (1, 2, 2)])
+def test_each_device_multiplies_its_tokens_by_a_kernel(recipe, mesh, hopper):
+  check_linear_layer(mesh, recipe)
+  assert hopper.count("grouped_matmul") >= 4 and hopper.count("grouped_wgrad") >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs or more")
+@LINEAR
+@pytest.mark.parametrize("axis", AXES)
+def test_each_gpu_multiplies_its_tokens_by_a_kernel(recipe, axis):
+  devices = min(jax.device_count(), 4)
+  check_linear_layer(tuple(devices if a == axis else 1 for a in AXES), recipe)
+
+
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+
+
+@pytest.mark.parametrize(
+  "message, shape, k_and_n, axes, kinds, how",
+  [
+    ("4 devices do not divide the 6 rows of x", (6, 128), (256, 256), {"data": 4}, AUTO, {}),
+    ("64 tokens of a device, no multiple of the 128", (4, 64), (128, 128), {"data": 4}, AUTO, {}),
+    ("3 devices of 'fsdp' do not divide the 256", (3, 128), (128, 256), {"fsdp": 3}, AUTO, {}),
+    (r"axes \['model'\] divide what XLA", (4, 128), (256, 256), {"data": 2, "model": 2}, AUTO, {}),
+    (r"axes \('data',\) are Explicit", (4, 128), (256, 256), {"data": 4}, EXPLICIT, {}),
+    ("taps are read by", (4, 128), (256, 256), {"data": 4}, AUTO, {"tap": new_tap()}),
+  ],
+)
+def test_what_the_kernels_can_not_multiply_over_a_mesh(
+  message, shape, k_and_n, axes, kinds, how, hopper
+):
+  """It is left to XLA, which computes what it does on one device, or raises."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(*shape, k_and_n[0])), jnp.bfloat16)
+  w = jnp.asarray(rng.normal(size=k_and_n), jnp.float32)
+  product = lambda implementation: jax.jit(  # noqa: E731
+    functools.partial(
+      matmul_over_mesh, dot_general(recipes.FP8, implementation=implementation, **how)
+    )
+  )
+  expected = product("xla")(x, w)
+  devices = jax.devices()[: math.prod(axes.values())]
+  types = (kinds,) * len(axes)
+  with jax.set_mesh(jax.make_mesh(tuple(axes.values()), tuple(axes), types, devices=devices)):
+    np.testing.assert_array_equal(product(None)(x, w), expected)
+    assert not hopper
+    with pytest.raises(ValueError, match=message):
+      product("mosaic")(x, w)
+
+
+def test_weights_in_bf16_have_gradients_in_bf16(hopper):
+  """So that another use of them can be added."""
+  x, w = jnp.ones((4, 128, 256), jnp.bfloat16), jnp.ones((256, 256), jnp.bfloat16)
+  dot = dot_general(recipes.FP8, implementation="mosaic")
+
+  def loss(w):
+    y = matmul_over_mesh(dot, x, w).astype(jnp.float32)
+    return jnp.sum(y) + 64 * jnp.sum(w.astype(jnp.float32))
+
+  with jax.set_mesh(jax.make_mesh((2, 2, 1), AXES, axis_types=(AUTO,) * 3)):
+    gradient = jax.jit(jax.grad(loss))(w)
+  assert gradient.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(gradient, jnp.full(w.shape, 4 * 128 + 64, jnp.bfloat16))
+
+
+def linear(x, weights):
+  (w,) = weights
+  return matmul_over_mesh(dot_general(recipes.FP8, implementation="mosaic"), x, w)
+
+
+def experts(x, weights):
+  chosen = jnp.zeros((512, 2), jnp.int32), jnp.ones((512, 2))
+  how = dict.fromkeys(("keys", "taps", "states"), (None, None))
+  x = x.reshape(512, -1)
+  return moe_ffn_over_mesh(x, *weights, *chosen, recipes.BF16, token_parts=4, **how)
+
+
+@pytest.mark.parametrize(
+  "layer, shapes", [(linear, [(256, 256)]), (experts, [(4, 256, 512), (4, 256, 256)])]
+)
+def test_weights_that_are_gathered_are_gathered_again(layer, shapes, hopper):
+  """Also of unrolled layers, where XLA sees both."""
+  x, weights = jnp.ones((4, 128, 256), jnp.bfloat16), [jnp.ones(shape) for shape in shapes]
+
+  def loss(layers):
+    return jnp.sum(functools.reduce(layer, layers, x).astype(jnp.float32))
+
+  with jax.set_mesh(jax.make_mesh((1, 4, 1), AXES, axis_types=(AUTO,) * 3)):
+    places = [P(*(None,) * (w.ndim - 1), "fsdp") for w in weights]
+    layers = [jax.device_put(weights, places) for _ in range(4)]
+    text = jax.jit(jax.grad(loss)).lower(layers).compile().as_text()
+  # Of `linear` the first layer has no gradient of x to compute.
+  least = 2 * 4 * len(shapes) - 2
+  assert len(re.findall(r" all-gather(?:-start)?\(", text)) >= least
