@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, BFloat16, Float
 
 from fp4jax import operands as ops
 from fp4jax.canonical import canonical
@@ -31,7 +31,7 @@ from fp4jax.packed_weights import check_packed, read_packed
 from fp4jax.products import OneMatrix
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
-from fp4jax.sharding import mesh_obstacle, on_mesh, spread
+from fp4jax.sharding import mesh_obstacle, on_mesh, spread, vary, varying_axes
 
 
 def dot_general(
@@ -165,12 +165,24 @@ def _dot_general(
   why_not = obstacle(recipe, (tap, state or None), lhs, rhs, dtype) or mesh_obstacle(lhs, rhs)
   implementation = choose(implementation, why_not)
   if implementation == "mosaic":
-    lhs, rhs = lhs.reshape(-1, lhs.shape[-1]), rhs[None]
-    layout = mosaic.Slots.of_one_matrix(len(lhs))
-  else:
-    layout = OneMatrix(batch)
-  out = linear(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state)
+    return multiply_by_kernels(recipe, lhs, rhs).reshape(shape)
+  layout = OneMatrix(batch)
+  out = linear(recipe, "xla", dtype, None, layout, lhs, rhs, keys, tap, state)
   return out.reshape(shape)
+
+
+def multiply_by_kernels(
+  recipe: Recipe, x: BFloat16[Array, "*m k"], w: Float[Array, "k _"], weight_axis: str | None = None
+) -> BFloat16[Array, "*m n"]:
+  """x @ w of what has no `obstacle` with w in x's dtype, to which the kernels round it.
+
+  Its gradient comes in its own dtype. `weight_axis` as in `moe_ffn`.
+  """
+  x, w = vary((x, w), varying_axes(x, w))
+  rows = x.reshape(-1, x.shape[-1])
+  layout, nothing = mosaic.Slots.of_one_matrix(len(rows)), (None, None, {})
+  out = linear(recipe, "mosaic", x.dtype, weight_axis, layout, rows, w[None], *nothing)
+  return out.reshape(*x.shape[:-1], -1)
 
 
 def obstacle(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from fp4jax import operands as ops
 from fp4jax.dispatch import Choices, Order
@@ -40,12 +40,6 @@ class ExpertMesh(NamedTuple):
     """w with all of its columns."""
     parts = 1 if self.weight_axis is None else lax.axis_size(self.weight_axis)
     return jax.ShapeDtypeStruct((*w.shape[:-1], w.shape[-1] * parts), w.dtype)
-
-  def own(self, dw: Float[Array, "e k n"]) -> Float[Array, "e k m"]:
-    """The gradient of this device's columns, summed over the devices that share the weight."""
-    if self.weight_axis is None:
-      return dw
-    return lax.psum_scatter(dw, self.weight_axis, scatter_dimension=2, tiled=True)
 
   def keys(self, key: jax.Array | None, w: Array) -> ops.Keys | None:
     """Rows draw by their place among all tokens, weights by their expert among all of the axis."""

@@ -96,7 +96,7 @@ def _grouped_dot(recipe, implementation, known, lhs, rhs, group_sizes, row_ids, 
   implementation = choose(implementation, why or mesh_obstacle(lhs, rhs))
   layout = tiles if implementation == "xla" else tiles.slots()
   dtype = jnp.result_type(lhs, rhs)
-  return linear(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state)
+  return linear(recipe, implementation, dtype, None, layout, lhs, rhs, keys, tap, state)
 
 
 def _draw_ids(rows, experts):

@@ -11,8 +11,8 @@ In three places "mosaic" differs by more. Its SwiGLU has an exp that is off by 2
 8 from zero, and by more beyond; few values are then rounded the other way. With HOPPER_FP4, wgrad's
 lhs takes the scale of 128 tokens from the largest MXFP4 scale among them, not from their largest
 value: the same products while the scales of 128 tokens lie within 14 binades, beyond which the
-smallest values are rounded. The linear layers of a model over a mesh round each device's part of dw
-to bf16 before the parts are added, where XLA rounds their sum.
+smallest values are rounded. The linear layers of a model by kernels have gradients of their
+weights in the weights' own dtype, where XLA rounds them to that of x first.
 """
 
 from typing import Any, Literal, get_args

@@ -19,7 +19,14 @@ from fp4jax.mosaic.gemms import MosaicGemms
 from fp4jax.operands import Forward, Summaries, for_pull, take_rows
 from fp4jax.products import Layout, XlaLayout, multiply
 from fp4jax.recipe import Recipe
-from fp4jax.sharding import gather_columns, one_program, refuse_shared, vary, varying_axes
+from fp4jax.sharding import (
+  gather_columns,
+  one_program,
+  own_columns,
+  refuse_shared,
+  vary,
+  varying_axes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,18 +141,20 @@ def make_gemms(
   tapped: bool,
   state: ops.State,
   weight_dtype: jnp.dtype,
+  weight_axis: str | None,
 ):
   """The backend: what forms the products."""
   if implementation == "xla":
-    return XlaGemms(recipe, layout, keys, tapped, state)
-  return MosaicGemms(recipe, layout.group_sizes, jnp.dtype(weight_dtype))
+    return XlaGemms(recipe, layout, keys, tapped, state, weight_axis)
+  return MosaicGemms(recipe, layout.group_sizes, jnp.dtype(weight_dtype), weight_axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def linear(
   recipe: Recipe,
   implementation: Implementation,
   dtype: jnp.dtype,
+  weight_axis: str | None,
   layout: Layout,
   lhs: Float[Array, "*r k"],
   rhs: Float[Array, "*b k _"],
@@ -153,14 +162,15 @@ def linear(
   tap: ops.Tap | None,
   state: ops.State,
 ) -> Float[Array, "*r n"]:
-  """lhs @ rhs in `dtype`, with gradients as `recipe` says."""
-  return _fwd(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state)[0]
+  """lhs @ rhs in `dtype`, with gradients as `recipe` says; `weight_axis` as in `moe_ffn`."""
+  return _fwd(recipe, implementation, dtype, weight_axis, layout, lhs, rhs, keys, tap, state)[0]
 
 
-@one_program(3)
-def _fwd(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state):
+@one_program(4)
+def _fwd(recipe, implementation, dtype, weight_axis, layout, lhs, rhs, keys, tap, state):
   tap, state = refuse_shared("tap", tap, lhs, rhs), refuse_shared("state", state, lhs, rhs)
-  gemms = make_gemms(recipe, implementation, layout, keys, tap is not None, state, rhs.dtype)
+  of_weights = rhs.dtype, weight_axis
+  gemms = make_gemms(recipe, implementation, layout, keys, tap is not None, state, *of_weights)
   x = gemms.keep(layout.rows(lhs), recipe.residual.lhs)
   w = gemms.keep_weights(rhs)
   out, forward = gemms.fprop(x, w, layout.rows_in)
@@ -178,11 +188,13 @@ def _fwd(recipe, implementation, dtype, layout, lhs, rhs, keys, tap, state):
   return vary(out.astype(dtype), varying_axes(lhs, rhs)), saved
 
 
-@one_program(3)
-def _bwd(recipe, implementation, dtype, saved, dy):
+@one_program(4)
+def _bwd(recipe, implementation, dtype, weight_axis, saved, dy):
   layout, x, w, (lhs_like, rhs_like), (keys, state), summaries, forward = saved
-  tapped = summaries is not None
-  gemms = make_gemms(recipe, implementation, layout, keys, tapped, state, rhs_like.dtype)
+  tapped, of_weights = summaries is not None, (rhs_like.dtype, weight_axis)
+  gemms = make_gemms(recipe, implementation, layout, keys, tapped, state, *of_weights)
+  if weight_axis is not None:  # XLA would keep what the forward pass gathered
+    w, dy = lax.optimization_barrier((w, dy))
   axes = varying_axes(dy)
   dy = gemms.gradient(take_rows(layout.rows(dy), layout.rows_in))
   dx, of_dgrad, dgrad_states = gemms.dgrad(dy, w, forward)
@@ -191,7 +203,7 @@ def _bwd(recipe, implementation, dtype, saved, dy):
   dx = nan_unless(layout.valid, take_rows(dx, layout.rows_out)).astype(lhs_like.dtype)
   # The layer below begins after both: XLA would put dw off, and hold what it reads.
   dx, dw = lax.optimization_barrier((dx, dw))
-  dw = nan_unless(layout.valid, dw).astype(rhs_like.dtype)
+  dw = own_columns(nan_unless(layout.valid, dw), weight_axis).astype(rhs_like.dtype)
   states = forward.states | dgrad_states | wgrad_states
   dx, dw, tap, states = vary((dx, dw, tap, states), axes)
   return None, dx, dw, None, tap, states

@@ -58,6 +58,7 @@ from fp4jax.recipe import Recipe
 from fp4jax.sharding import (
   mesh_obstacle,
   one_program,
+  own_columns,
   refuse_shared,
   spec_of,
   spread,
@@ -369,7 +370,7 @@ def _bwd(recipe, implementation, mesh, weights_once, saved, dout):
   if mesh.expert_axis is not None:
     dx, dw13 = lax.optimization_barrier((dx, dw13))
   dw13, dw2, dweights = (nan_unless(valid, g) for g in (dw13, dw2, dweights))
-  dw13, dw2 = mesh.own(dw13), mesh.own(dw2)
+  dw13, dw2 = (own_columns(dw, mesh.weight_axis) for dw in (dw13, dw2))
 
   backward = (dgrad_1 | wgrad_1, dgrad_2 | wgrad_2)
   taps = tuple(s and ops.tap_of(s | b) for s, b in zip(summaries, backward, strict=True))

@@ -59,6 +59,14 @@ def gather_columns(parts: PyTree, axis: str) -> PyTree:
   return jax.tree.map(lambda x: lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True), parts)
 
 
+def own_columns(dw: Array, axis: str | None) -> Array:
+  """Of a weight whose columns are divided along a mesh axis the gradient of this device's, summed
+  over the axis; dw where there is none."""
+  if axis is None:
+    return dw
+  return lax.psum_scatter(dw, axis, scatter_dimension=dw.ndim - 1, tiled=True)
+
+
 def spread(
   body: Callable[..., PyTree[Array]],
   options: tuple[Hashable, ...],

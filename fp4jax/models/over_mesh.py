@@ -3,13 +3,11 @@
 The mesh is the one around the call. Its axes have these names, in this order; any may be missing.
 
     data      divides the tokens
-    fsdp      divides the tokens, and the columns of each weight where it is kept: those of experts
-              are gathered in codes and scales, as `moe_ffn` says of its weight_axis, others as the
-              values that a GEMM reads
+    fsdp      divides the tokens, and the columns of each weight where it is kept: kernels and
+              experts gather codes and scales, as `moe_ffn` says of its weight_axis
     expert    divides the tokens, and the experts
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -19,14 +17,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from fp4jax.dot import DotGeneral
+from fp4jax.dot import DotGeneral, multiply_by_kernels
 from fp4jax.dot import obstacle as dot_obstacle
 from fp4jax.implementation import choose
 from fp4jax.moe_ffn import moe_ffn
+from fp4jax.mosaic.gemms import BLOCK
 from fp4jax.operands import init_state, token_multiple
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
-from fp4jax.sharding import gather_columns, vary
+from fp4jax.sharding import vary
 
 AXES = ("data", "fsdp", "expert")
 FSDP, EXPERT = "fsdp", "expert"
@@ -105,25 +104,25 @@ def matmul_over_mesh(
   """x @ w by `dot`, with w cast to x's dtype, or packed; each device has its part of the b.
 
   XLA divides no kernel. So each device multiplies its tokens by one of its own, and the gradients
-  of w are added in float32. What the kernels can't do is left to XLA, or raises where `dot` names
-  "mosaic".
+  of w are added in float32; by kernels they are not rounded to x's dtype first. What the kernels
+  can't do is left to XLA, or raises where `dot` names "mosaic".
   """
   mesh, axes, devices = _mesh()
   contract = (((x.ndim - 1,), (0,)), ((), ()))
   if isinstance(w, QuantizedArray):
     return _where_tokens_are(dot(_where_tokens_are(x), w, contract))
   why = _kernel_obstacle(mesh, axes, devices, dot, x, w)
-  if devices == 1 or choose(dot.implementation, why) == "xla":
+  if (devices == 1 and why) or choose(dot.implementation, why) == "xla":
     return _where_tokens_are(dot(_where_tokens_are(x), w.astype(x.dtype), contract))
-  kernels = dataclasses.replace(dot, implementation="mosaic")
+  if devices == 1:
+    return multiply_by_kernels(dot.recipe, x, w)
   fsdp = FSDP if FSDP in axes and mesh.shape[FSDP] > 1 else None
 
   def on_device(x, w):
-    return kernels(x, _whole(x.dtype, axes, fsdp, w), contract)
+    w = vary(w.astype(jnp.float32), axes)  # in which gradients are added
+    return multiply_by_kernels(dot.recipe, x, w, fsdp)
 
-  # XLA would take what is gathered again for what was gathered before, and keep that.
-  again = {"prevent_cse": fsdp is not None, "policy": _keep_all_but_copies}
-  on_device = jax.checkpoint(on_device, **again)
+  on_device = jax.checkpoint(on_device, prevent_cse=False, policy=_keep_all_but_copies)
   specs = P(axes), P(None, fsdp)
   return jax.shard_map(on_device, in_specs=specs, out_specs=P(axes), axis_names=set(axes))(x, w)
 
@@ -141,35 +140,15 @@ def _kernel_obstacle(mesh, axes, devices, dot, x, w):
     return f"the mesh axes {others} divide what XLA computes, and it divides no kernel"
   if len(x) % devices:
     return f"{devices} devices do not divide the {len(x)} rows of x {x.shape}"
-  if FSDP in axes and w.shape[1] % mesh.shape[FSDP]:
+  columns, rest = divmod(w.shape[1], mesh.shape[FSDP] if FSDP in axes else 1)
+  if rest:
     return f"{mesh.shape[FSDP]} devices of {FSDP!r} do not divide the {w.shape[1]} columns of w"
+  if columns % BLOCK:
+    return f"{columns} columns of w on a device, no multiple of the {BLOCK} that share a scale"
   tokens, multiple = math.prod(lhs.shape[:-1]), token_multiple(dot.recipe)
-  if tokens % multiple:
+  if devices > 1 and tokens % multiple:
     return f"{tokens} tokens of a device, no multiple of the {multiple} that share a scale"
   return None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _whole(dtype, axes, fsdp, w):
-  """Inside `jax.shard_map` all columns of w in `dtype`; its gradient is added in float32."""
-  return _whole_fwd(dtype, axes, fsdp, w)[0]
-
-
-def _whole_fwd(dtype, axes, fsdp, w):
-  like = jnp.empty(0, w.dtype)
-  w = w.astype(dtype)
-  w = w if fsdp is None else gather_columns(w, fsdp)
-  return vary(w, axes), like
-
-
-def _whole_bwd(dtype, axes, fsdp, like, dw):
-  dw = dw.astype(jnp.float32)
-  if fsdp is not None:
-    dw = jax.lax.psum_scatter(dw, fsdp, scatter_dimension=1, tiled=True)
-  return (jax.lax.psum(dw, tuple(a for a in axes if a != fsdp)).astype(like.dtype),)
-
-
-_whole.defvjp(_whole_fwd, _whole_bwd)
 
 
 def _mesh():
@@ -227,8 +206,8 @@ def _keep_all_but_casts(primitive, *_, **__):
 
 
 def _keep_all_but_copies(primitive, *_, **__):
-  """All but w as it was cast to vary, or gathered, in any shape."""
-  return primitive.name not in ("pvary", "all_gather", "transpose", "reshape", "broadcast_in_dim")
+  """All but w in float32, or cast to vary, in any shape."""
+  return primitive.name not in ("pvary", "convert_element_type", "reshape", "broadcast_in_dim")
 
 
 def _check(mesh, axes, devices, tokens, experts, token_parts):
