@@ -1,6 +1,7 @@
 """Which settings no run can have: each mistake is one line that says what is allowed."""
 
 import dataclasses
+import itertools
 import math
 import operator
 import typing
@@ -11,6 +12,7 @@ from experiments.comparison import Comparison, Distributed, Names, field_types, 
 from experiments.config import ALL_GEMMS, Experiment, Optimizer, Quantize
 from experiments.optimizers import check_name
 from fp4jax import recipes as fp4_recipes
+from fp4jax.expert_mesh import columns_obstacle
 from fp4jax.implementation import Implementation
 from fp4jax.models import ModelConfig
 from fp4jax.models.remat import Remat
@@ -73,6 +75,8 @@ def validate(config: Experiment) -> None:
   validate_optimizer(config.optimizer, config.steps)
   if config.mesh.exchange not in (None, *typing.get_args(Implementation)):
     raise ValueError(f"mesh.exchange={config.mesh.exchange!r} is not 'mosaic' or 'xla'")
+  if config.model.num_experts and config.quantize.experts and config.mesh.fsdp > 1:
+    _validate_columns(config.model, config.mesh.fsdp, config)
 
 
 def validate_comparison(config: Comparison, ranges: Ranges = ()) -> None:
@@ -189,6 +193,15 @@ def _undeclared(group: Any, prefix: str = "") -> Iterator[str]:
       yield prefix + name
     elif dataclasses.is_dataclass(value):
       yield from _undeclared(value, f"{prefix}{name}.")
+
+
+def _validate_columns(model: ModelConfig, parts: int, config: Experiment) -> None:
+  """Of experts: a device has whole blocks of every recipe."""
+  columns = {"w13": 2 * model.d_ff, "w2": model.d_model}
+  columns = {name: n // parts for name, n in columns.items() if n % parts == 0}
+  for _, recipe in itertools.chain(*map(config.recipes_of, config.recipes)):
+    if why := columns_obstacle(recipe, columns):
+      raise ValueError(f"mesh.fsdp={parts}: {why}")
 
 
 def _validate_final(config: Experiment) -> None:

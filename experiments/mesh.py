@@ -2,7 +2,7 @@
 
 Axes are those of `fp4jax.models.over_mesh`: all divide the batch, `fsdp` also each matrix, `expert`
 also the experts. A GEMM computes where its tokens are, after the matrix has been gathered there: of
-the experts in codes and scales, of others in the values that the GEMM reads.
+the experts in codes and scales, as `fp4jax.models.over_mesh` says of others.
 """
 
 import dataclasses

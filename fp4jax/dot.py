@@ -174,9 +174,9 @@ def _dot_general(
 def multiply_by_kernels(
   recipe: Recipe, x: BFloat16[Array, "*m k"], w: Float[Array, "k _"], weight_axis: str | None = None
 ) -> BFloat16[Array, "*m n"]:
-  """x @ w of what has no `obstacle` with w in x's dtype, to which the kernels round it.
+  """x @ w, where there is no `obstacle` to it; the kernels round w to bf16 as they read it.
 
-  Its gradient comes in its own dtype. `weight_axis` as in `moe_ffn`.
+  The gradient of w comes in its own dtype. `weight_axis` as in `moe_ffn`.
   """
   x, w = vary((x, w), varying_axes(x, w))
   rows = x.reshape(-1, x.shape[-1])

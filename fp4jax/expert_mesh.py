@@ -10,6 +10,7 @@ from jaxtyping import Array, Int32
 
 from fp4jax import operands as ops
 from fp4jax.dispatch import Choices, Order
+from fp4jax.formats import is_format
 from fp4jax.formats.format import block_axes
 from fp4jax.formats.roundings import typed
 from fp4jax.quantizers import Operand
@@ -77,7 +78,9 @@ class ExpertMesh(NamedTuple):
     if axis is not None and axis not in varying_axes(w13):
       raise ValueError(f"w13 is whole on each device of expert_axis={axis!r}: in_specs divides it")
     if self.weight_axis is not None:
-      _check_columns(self.weight_axis, recipe, {"w13": w13, "w2": w2})
+      columns = {"w13": w13.shape[-1], "w2": w2.shape[-1]}
+      if why := columns_obstacle(recipe, columns):
+        raise ValueError(f"weight_axis={self.weight_axis!r}: {why}")
     if room is not None and not room > 0:
       raise ValueError(f"capacity_factor={room} is not above 0")
     kept = recipe.residual.lhs
@@ -88,28 +91,32 @@ class ExpertMesh(NamedTuple):
       )
 
 
-def _check_columns(axis, recipe, weights):
-  """Refuses what is not read of a part of the columns as of all of them."""
+def columns_obstacle(recipe: Recipe, columns: dict[str, int]) -> str | None:
+  """Why a part of a weight's columns is not read as it is read within all of them.
+
+  `columns` are how many of each weight a device has, by its name.
+  """
   multiple = ops.contraction_multiple(recipe.dgrad)  # which contracts the columns
-  if recipe.residual.rhs is not None:
-    multiple = math.lcm(multiple, block_axes(recipe.residual.rhs, -2).get(-1, 1))
-  for role, block_axis in (("fprop.rhs", -2), ("dgrad.rhs", -1)):
+  formats = {"residual.rhs": (recipe.residual.rhs, -2)}
+  for role, axis in (("fprop.rhs", -2), ("dgrad.rhs", -1)):
     quantizer = recipe.operand(role)
     partner = recipe.operand(f"{role[:5]}.lhs")
     if not all(isinstance(q, Operand) for q in (quantizer, partner)) or quantizer.needs_key:
-      raise ValueError(
-        f"weight_axis={axis!r}: recipe {recipe.name!r} reads {role} by {quantizer}, and what it"
-        f" meets by {partner}; parts of a weight are read by plain operands rounded to nearest"
+      return (
+        f"recipe {recipe.name!r} reads {role} by {quantizer}, and what it meets by {partner}; parts"
+        " of a weight are read by plain operands rounded to nearest"
       )
-    fmt = quantizer.format
-    if not quantizer.is_quantized:
+    formats[role] = quantizer.format, axis
+  for role, (fmt, axis) in formats.items():
+    if not is_format(fmt):
       continue
     if fmt.block_shape is None or fmt.has_tensor_scale:
-      raise ValueError(f"weight_axis={axis!r}: {fmt.name} in {role} has one scale for a weight")
-    multiple = math.lcm(multiple, block_axes(fmt, block_axis).get(-1, 1))
-  for name, w in weights.items():
-    if w.shape[-1] % multiple:
-      raise ValueError(
-        f"weight_axis={axis!r}: the {w.shape[-1]} columns of {name} on a device are no multiple of"
-        f" {multiple}, the blocks of recipe {recipe.name!r} along them"
+      return f"{fmt.name} in {role} has one scale for a weight"
+    multiple = math.lcm(multiple, block_axes(fmt, axis).get(-1, 1))
+  for name, own in columns.items():
+    if own % multiple:
+      return (
+        f"the {own} columns of {name} on a device are no multiple of {multiple}, the blocks of"
+        f" recipe {recipe.name!r} along them"
       )
+  return None

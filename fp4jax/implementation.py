@@ -12,7 +12,7 @@ In three places "mosaic" differs by more. Its SwiGLU has an exp that is off by 2
 lhs takes the scale of 128 tokens from the largest MXFP4 scale among them, not from their largest
 value: the same products while the scales of 128 tokens lie within 14 binades, beyond which the
 smallest values are rounded. The linear layers of a model by kernels have gradients of their
-weights in the weights' own dtype, where XLA rounds them to that of x first.
+weights in the weights' own dtype, where XLA, and `dot_general` alone, round them to that of x.
 """
 
 from typing import Any, Literal, get_args

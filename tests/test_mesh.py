@@ -408,6 +408,7 @@ def test_a_model_or_batch_that_does_not_fit():
   [
     ("data", 0, "mesh.data=0 is not None or at least 1"),
     ("fsdp", 0, "mesh.fsdp=0 is not at least 1"),
+    ("fsdp", 2, "mesh.fsdp=2: the 64 columns of w2 on a device are no multiple of 128, .* 'fp8'"),
     ("token_parts", 0, "mesh.token_parts=0 is not None or at least 1"),
     ("capacity_factor", 0.0, "mesh.capacity_factor=0.0 is not None or above 0"),
   ],

@@ -1,5 +1,6 @@
 """Linear layers over a mesh: each device multiplies its tokens by a kernel, or XLA divides them."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -8,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fp4jax import dot_general, new_tap, recipes
+from fp4jax import dot_general, formats, new_tap, recipes
 from fp4jax.models.over_mesh import AXES, matmul_over_mesh, moe_ffn_over_mesh
+from fp4jax.recipe import Residual
 
 
 def linear_layer(mesh, implementation="mosaic", recipe=recipes.FP8, batch=4):
@@ -77,7 +79,7 @@ AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
     ("4 devices do not divide the 6 rows of x", (6, 128), (256, 256), {"data": 4}, AUTO, {}),
     ("64 tokens of a device, no multiple of the 128", (4, 64), (128, 128), {"data": 4}, AUTO, {}),
     ("3 devices of 'fsdp' do not divide the 256", (3, 128), (128, 256), {"fsdp": 3}, AUTO, {}),
-    ("64 columns of w on a device, no multiple", (4, 128), (128, 256), {"fsdp": 4}, AUTO, {}),
+    ("64 columns of w on a device are no multiple", (4, 128), (128, 256), {"fsdp": 4}, AUTO, {}),
     (r"axes \['model'\] divide what XLA", (4, 128), (256, 256), {"data": 2, "model": 2}, AUTO, {}),
     (r"axes \('data',\) are Explicit", (4, 128), (256, 256), {"data": 4}, EXPLICIT, {}),
     ("taps are read by", (4, 128), (256, 256), {"data": 4}, AUTO, {"tap": new_tap()}),
@@ -103,6 +105,48 @@ def test_what_the_kernels_can_not_multiply_over_a_mesh(
     assert not hopper
     with pytest.raises(ValueError, match=message):
       product("mosaic")(x, w)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_operands_on_a_mesh_that_is_not_around_the_call_are_left_to_xla(kind, hopper):
+  product = lambda implementation: functools.partial(  # noqa: E731
+    matmul_over_mesh, dot_general(recipes.FP8, implementation=implementation)
+  )
+  x, w = jnp.ones((4, 128, 256), jnp.bfloat16), jnp.ones((256, 256))
+  place = NamedSharding(jax.make_mesh((4,), ("data",), (kind,)), P("data"))
+  x = jax.device_put(x, place)
+  w = jax.device_put(w, NamedSharding(place.mesh, P()))
+  np.testing.assert_array_equal(product(None)(x, w), jnp.full((4, 128, 256), 256, jnp.bfloat16))
+  assert not hopper
+  with pytest.raises(ValueError, match="a mesh divides the operands"):
+    product("mosaic")(x, w)
+
+
+@pytest.mark.parametrize("implementation", [None, "mosaic"])
+def test_operands_that_do_not_fit(implementation, hopper):
+  dot = dot_general(recipes.FP8, implementation=implementation)
+  x, w = jnp.ones((4, 128, 384), jnp.bfloat16), jnp.ones((256, 256))
+  with pytest.raises(TypeError, match=r"lhs \(4, 128, 384\), rhs \(256, 256\)"):
+    matmul_over_mesh(dot, x, w)
+
+
+def test_columns_that_share_one_scale_are_not_divided(hopper):
+  kept = dataclasses.replace(recipes.FP8.fprop.rhs, source="residual")
+  recipe = recipes.FP8.replace(
+    {
+      "name": "fp8_kept_in_nvfp4",
+      "fprop": dataclasses.replace(recipes.FP8.fprop, rhs=kept),
+      "dgrad": dataclasses.replace(recipes.FP8.dgrad, rhs=kept),
+      "residual": Residual(rhs=formats.NVFP4),
+    }
+  )
+  x, w = jnp.ones((4, 128, 256), jnp.bfloat16), jnp.ones((256, 512))
+  product = functools.partial(matmul_over_mesh, dot_general(recipe, implementation="mosaic"))
+  with jax.set_mesh(jax.make_mesh((4,), ("data",), (AUTO,))):
+    jax.eval_shape(product, x, w)
+  refused = pytest.raises(ValueError, match=r"NVFP4 in residual\.rhs has one scale for a weight")
+  with refused, jax.set_mesh(jax.make_mesh((4,), ("fsdp",), (AUTO,))):
+    jax.eval_shape(product, x, w)
 
 
 def test_weights_in_bf16_have_gradients_in_bf16(hopper):

@@ -3,8 +3,9 @@
 The mesh is the one around the call. Its axes have these names, in this order; any may be missing.
 
     data      divides the tokens
-    fsdp      divides the tokens, and the columns of each weight where it is kept: kernels and
-              experts gather codes and scales, as `moe_ffn` says of its weight_axis
+    fsdp      divides the tokens, and the columns of each weight where it is kept: experts and
+              kernels gather what their GEMMs read, as `moe_ffn` says of its weight_axis; XLA does
+              what it likes with the others
     expert    divides the tokens, and the experts
 """
 
@@ -19,13 +20,13 @@ from jaxtyping import Array, Float, Int
 
 from fp4jax.dot import DotGeneral, multiply_by_kernels
 from fp4jax.dot import obstacle as dot_obstacle
+from fp4jax.expert_mesh import columns_obstacle
 from fp4jax.implementation import choose
 from fp4jax.moe_ffn import moe_ffn
-from fp4jax.mosaic.gemms import BLOCK
 from fp4jax.operands import init_state, token_multiple
 from fp4jax.quantized_array import QuantizedArray
 from fp4jax.recipe import Recipe
-from fp4jax.sharding import vary
+from fp4jax.sharding import mesh_obstacle, vary
 
 AXES = ("data", "fsdp", "expert")
 FSDP, EXPERT = "fsdp", "expert"
@@ -129,6 +130,8 @@ def matmul_over_mesh(
 
 def _kernel_obstacle(mesh, axes, devices, dot, x, w):
   """Why each device can't multiply its part of x by a kernel, to the numbers of one device."""
+  if x.shape[-1] != w.shape[0]:
+    return f"x {x.shape} does not have the {w.shape[0]} rows of w"
   lhs = jax.ShapeDtypeStruct((len(x) // devices, *x.shape[1:]), x.dtype)
   rhs = jax.ShapeDtypeStruct(w.shape, x.dtype)
   if why := dot_obstacle(dot.recipe, (dot.tap, dot.state or None), lhs, rhs, x.dtype):
@@ -140,13 +143,15 @@ def _kernel_obstacle(mesh, axes, devices, dot, x, w):
     return f"the mesh axes {others} divide what XLA computes, and it divides no kernel"
   if len(x) % devices:
     return f"{devices} devices do not divide the {len(x)} rows of x {x.shape}"
-  columns, rest = divmod(w.shape[1], mesh.shape[FSDP] if FSDP in axes else 1)
-  if rest:
-    return f"{mesh.shape[FSDP]} devices of {FSDP!r} do not divide the {w.shape[1]} columns of w"
-  if columns % BLOCK:
-    return f"{columns} columns of w on a device, no multiple of the {BLOCK} that share a scale"
+  parts = mesh.shape[FSDP] if FSDP in axes else 1
+  if w.shape[1] % parts:
+    return f"{parts} devices of {FSDP!r} do not divide the {w.shape[1]} columns of w"
+  if parts > 1 and (why := columns_obstacle(dot.recipe, {"w": w.shape[1] // parts})):
+    return why
   tokens, multiple = math.prod(lhs.shape[:-1]), token_multiple(dot.recipe)
-  if devices > 1 and tokens % multiple:
+  if devices == 1:
+    return mesh_obstacle(x, w)  # where they lie, if none is around the call
+  if tokens % multiple:
     return f"{tokens} tokens of a device, no multiple of the {multiple} that share a scale"
   return None
 
