@@ -76,7 +76,7 @@ def validate(config: Experiment) -> None:
   if config.mesh.exchange not in (None, *typing.get_args(Implementation)):
     raise ValueError(f"mesh.exchange={config.mesh.exchange!r} is not 'mosaic' or 'xla'")
   if config.model.num_experts and config.quantize.experts and config.mesh.fsdp > 1:
-    _validate_columns(config.model, config.mesh.fsdp, config)
+    _validate_columns(config)
 
 
 def validate_comparison(config: Comparison, ranges: Ranges = ()) -> None:
@@ -195,9 +195,9 @@ def _undeclared(group: Any, prefix: str = "") -> Iterator[str]:
       yield from _undeclared(value, f"{prefix}{name}.")
 
 
-def _validate_columns(model: ModelConfig, parts: int, config: Experiment) -> None:
+def _validate_columns(config: Experiment) -> None:
   """Of experts: a device has whole blocks of every recipe."""
-  columns = {"w13": 2 * model.d_ff, "w2": model.d_model}
+  parts, columns = config.mesh.fsdp, {"w13": 2 * config.model.d_ff, "w2": config.model.d_model}
   columns = {name: n // parts for name, n in columns.items() if n % parts == 0}
   for _, recipe in itertools.chain(*map(config.recipes_of, config.recipes)):
     if why := columns_obstacle(recipe, columns):

@@ -55,6 +55,21 @@ LINEAR = pytest.mark.parametrize("recipe", [recipes.FP8, recipes.HOPPER_FP4], id
 
 
 @LINEAR
+def test_kernels_read_float32_weights_as_those_in_bf16(recipe, hopper):
+  rng = np.random.default_rng(1)
+  x, w, dy = (jnp.asarray(rng.normal(size=s)) for s in ((256, 384), (384, 512), (256, 512)))
+  x, w, dy = x.astype(jnp.bfloat16), w.astype(jnp.float32), dy.astype(jnp.bfloat16)
+  dot = dot_general(recipe, implementation="mosaic")
+  y, pull = jax.vjp(functools.partial(matmul_over_mesh, dot), x, w)
+  of_cast = lambda x, w: dot(x, w, (((1,), (0,)), ((), ())))  # noqa: E731
+  expected, pull_cast = jax.vjp(of_cast, x, w.astype(jnp.bfloat16))
+  (dx, dw), (expected_dx, rounded_dw) = pull(dy), pull_cast(dy)
+  np.testing.assert_array_equal(y, expected)
+  np.testing.assert_array_equal(dx, expected_dx)
+  np.testing.assert_array_equal(dw.astype(jnp.bfloat16), rounded_dw)
+
+
+@LINEAR
 @pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 4, 1), (1, 2, 2)])
 def test_each_device_multiplies_its_tokens_by_a_kernel(recipe, mesh, hopper):
   check_linear_layer(mesh, recipe)
